@@ -1,0 +1,6 @@
+"""`python -m fastrepa`."""
+
+from fastrepa.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The command line: `fastrepa train | prepare | sample | doctor`.
+
+Imports of torch and its friends stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastrepa import __version__
+from fastrepa.errors import FastrepaError
+
+app = typer.Typer(
+    name="fastrepa",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train representation-aligned diffusion transformers.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastrepa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build everything, take one step on noise, write nothing."),
+    ] = False,
+) -> None:
+    """Train, or continue the run whose folder the configuration names.
+
+    One process by plain command, several under torchrun or deepspeed. Ctrl-C and SIGTERM finish the
+    step and save; the same command continues.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.training.zero import join_world, leave_world
+
+    world = join_world()
+    try:
+        if dry_run:
+            from fastrepa.training.dry_run import dry_run as take_one_step
+
+            result = take_one_step(resolved, world)
+            if world.is_first:
+                _print_dry_run(result, resolved.training.global_batch)
+            return
+        from fastrepa.training.trainer import Trainer
+
+        code = Trainer(resolved, world).train()
+    finally:
+        leave_world()
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
+    resolution: Annotated[int, typer.Option(help="Side of the square crops in pixels.")],
+    shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
+    image_format: Annotated[str, typer.Option("--format", help="png, jpeg or webp.")] = "png",
+    quality: Annotated[int, typer.Option(help="JPEG and WebP quality, 1 to 100.")] = 95,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave unreadable images out, named and counted.")
+    ] = False,
+) -> None:
+    """Turn a tree of class folders into shuffled, checksummed shards."""
+    from fastrepa.data.prepare import prepare as make_shards
+
+    report = make_shards(
+        source,
+        out,
+        resolution=resolution,
+        shard_size=shard_size,
+        image_format=image_format,  # type: ignore[arg-type]
+        quality=quality,
+        seed=seed,
+        workers=workers,
+        skip_bad=skip_bad,
+    )
+    console = Console(highlight=False)
+    for name, reason in report.skipped:
+        console.print(f"skipped {name}: {reason}", markup=False)
+    if report.ignored:
+        console.print(f"ignored {len(report.ignored)} files that are no images by their names")
+    console.print(
+        f"{report.num_samples} images of {len(report.counts)} classes in {report.num_shards} "
+        f"shards, {report.num_bytes / 1e6:.1f} MB, {report.resolution} px, in "
+        f"{report.seconds:.1f} s: {report.path}"
+    )
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    num: Annotated[int | None, typer.Option(help="How many images.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ode, heun or sde.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names or numbers, separated by commas.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/generated.")] = None,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 64,
+) -> None:
+    """Draw images from a run's averaged weights; settings left out are the run's own."""
+    from fastrepa.generation.generate import sample_run
+
+    done = sample_run(
+        run,
+        out,
+        classes=[c for c in classes.split(",") if c.strip()] if classes else None,
+        seed=seed,
+        batch_size=batch_size,
+        npz=npz,
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        cfg=cfg,
+        guidance_low=guidance_low,
+        guidance_high=guidance_high,
+    )
+    if done.is_first:
+        files = [str(p) for p in (done.grid, done.npz) if p]
+        print(f"{done.num} images in {done.folder} ({done.seconds:.1f} s); {', '.join(files)}")
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Versions, devices, which fast paths are available here and what would enable the others."""
+    from fastrepa.insight.doctor import print_doctor
+
+    print_doctor(as_json=json)
+
+
+def main() -> None:
+    """The console script: a user's error is one line on stderr and a non-zero exit."""
+    try:
+        app()
+    except FastrepaError as e:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"fastrepa: error{where}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fastrepa: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _print_dry_run(result: object, global_batch: int) -> None:
+    from fastrepa.training.dry_run import DryRun
+
+    assert isinstance(result, DryRun)
+    console = Console(highlight=False)
+    console.print(result.first_line)
+    table = Table(title="dry run: one step at batch 2 on noise, random encoder weights")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("parameters", f"{result.parameters:,}")
+    table.add_row("  of them trained", f"{result.trained:,}")
+    table.add_row("FLOPs per image (forward, backward, encoders)", _si(result.flops_per_image))
+    table.add_row(f"FLOPs per step of {global_batch} images", _si(result.flops_per_step))
+    table.add_section()
+    for part, size in result.memory.items():
+        table.add_row(f"memory per rank: {part}", f"{size / 2**30:.2f} GiB")
+    table.add_row("memory per rank, estimate", f"{sum(result.memory.values()) / 2**30:.2f} GiB")
+    console.print(table)
+
+
+def _si(value: float) -> str:
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if value < 1000:
+            return f"{value:.2f}{unit}"
+        value /= 1000
+    return f"{value:.2f} E"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""One typed, validated configuration: a YAML file, then dotted overrides (`training.steps=1000`).
+
+Every model is frozen and forbids unknown keys. `load_config` fills in what follows from other keys
+(a model's width from its name, the alignment block from its depth), so that the configuration saved
+with a run says everything that was used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastrepa.errors import ConfigError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+# REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
+SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
+    "SiT-S": (384, 12, 6, 4),
+    "SiT-B": (768, 12, 12, 4),
+    "SiT-L": (1024, 24, 16, 8),
+    "SiT-XL": (1152, 28, 16, 8),
+}
+PATCHES = (2, 4, 8)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CodecConfig(_Section):
+    """How an image becomes what the generator sees: pixels in [-1, 1] or autoencoder latents."""
+
+    name: Literal["pixel", "sd-vae"] = "sd-vae"
+    weights: str = Field("stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder")
+    side: Positive | None = Field(None, description="pixel: side the image is averaged down to")
+
+
+class DataConfig(_Section):
+    """A data set made by `fastrepa prepare` and how it is read."""
+
+    path: str
+    resolution: Positive = 256
+    codec: CodecConfig = CodecConfig()
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    workers: NonNegative = Field(2, description="reader processes per rank; 0 reads in-process")
+    prefetch: Positive = Field(2, description="batches DALI keeps ready")
+    window: Positive = Field(8, description="shards whose samples are shuffled together")
+
+
+class EncoderConfig(_Section):
+    """One frozen encoder: a registry name or any timm model, and where its weights come from."""
+
+    name: str
+    weights: str = Field(
+        "hub", description="hub | random | package:NAME | a local .safetensors/.pth file"
+    )
+    input: Positive | None = Field(None, description="side of the encoder's input in pixels")
+    grid: Literal["exact", "area", "bilinear"] = Field(
+        "exact", description="how features are brought to the generator's token grid"
+    )
+
+
+class VisionConfig(_Section):
+    encoders: tuple[EncoderConfig, ...] = Field((), strict=False)
+    targets: Literal["online"] = "online"
+
+
+class ModelConfig(_Section):
+    """SiT by name ("SiT-XL/2") or by width, depth, heads and patch."""
+
+    name: str | None = None
+    width: Positive | None = None
+    depth: Positive | None = None
+    heads: Positive | None = None
+    patch: Positive | None = None
+    num_classes: Positive = 1000
+    label_dropout: Probability = 0.1
+    qk_norm: bool = False
+
+
+class AlignmentConfig(_Section):
+    """REPA: which block, through which projector, how strongly."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.5
+    block: Positive | None = Field(None, description="1-based; None: 4 for S/B, 8 for L/XL")
+    projector_width: Positive = 2048
+
+
+class ObjectiveConfig(_Section):
+    path: Literal["linear", "cosine"] = "linear"
+    time: Literal["uniform", "lognormal"] = "uniform"
+
+
+class OptimizerConfig(_Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    betas: tuple[Probability, Probability] = Field((0.9, 0.999), strict=False)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class ScheduleConfig(_Section):
+    name: Literal["constant", "cosine"] = "constant"
+    warmup: NonNegative = Field(0, description="steps of linear warm-up, before either shape")
+    final: Probability = Field(0.0, description="cosine: the last rate, as a share of lr")
+
+
+class TrainingConfig(_Section):
+    steps: Positive = 400_000
+    global_batch: Positive = 256
+    micro_batch: Positive | None = Field(
+        None, description="images per rank per forward; None: no gradient accumulation"
+    )
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="gradient norm; 0: no clipping")
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
+    log_every: Positive = 100
+    sample_every: NonNegative = Field(10_000, description="0: never")
+    checkpoint_every: NonNegative = Field(50_000, description="0: at the end only")
+    keep_checkpoints: NonNegative = Field(3, description="newest kept; 0: all")
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project; None: off")
+
+
+class SampleConfig(_Section):
+    """The grids drawn during training, and the defaults of `fastrepa sample`."""
+
+    num: Positive = 64
+    sampler: Literal["ode", "heun", "sde"] = "ode"
+    steps: Positive = 50
+    cfg: Annotated[float, Field(ge=1.0)] = 1.0
+    guidance_low: Probability = 0.0
+    guidance_high: Probability = 1.0
+
+
+class ZeroConfig(_Section):
+    stage: Literal[0, 1, 2, 3] = 1
+
+
+class AttentionConfig(_Section):
+    backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    require: Literal["flash"] | None = None
+
+
+class Config(_Section):
+    """The whole configuration of a run."""
+
+    run: str
+    seed: NonNegative = 0
+    data: DataConfig
+    vision: VisionConfig = VisionConfig()
+    model: ModelConfig
+    alignment: AlignmentConfig = AlignmentConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    sample: SampleConfig = SampleConfig()
+    zero: ZeroConfig = ZeroConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        a, s, t = self.alignment, self.sample, self.training
+        if s.guidance_low > s.guidance_high:
+            raise ValueError(
+                f"sample.guidance_low: {s.guidance_low} is above "
+                f"sample.guidance_high {s.guidance_high}"
+            )
+        if s.cfg > 1 and self.model.label_dropout == 0:
+            raise ValueError(
+                f"sample.cfg: {s.cfg} needs a null class, and model.label_dropout 0 never trains it"
+            )
+        if t.micro_batch and t.global_batch % t.micro_batch:
+            raise ValueError(
+                f"training.micro_batch: {t.micro_batch} does not divide "
+                f"training.global_batch {t.global_batch}"
+            )
+        depth = self.model.depth
+        if a.block and depth and self.vision.encoders and a.block > depth:
+            raise ValueError(f"alignment.block: {a.block} is past the last block, {depth}")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; people who write configurations mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The validated, resolved configuration from a YAML file and `path.to.key=value` overrides.
+
+    Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(
+            f"{path}: no such configuration file{nearest(path.name, known)}"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a YAML file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read ({e})") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
+    for override in overrides:
+        _set(tree, override)
+    return config_from_dict(tree, source=str(path))
+
+
+def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Validate and resolve a plain mapping, as `load_config` does with a file."""
+    try:
+        return Config.model_validate(_resolved(tree))
+    except ValidationError as e:
+        raise ConfigError(f"{source}: " + "; ".join(_messages(e))) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back to the same object."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected path.to.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for i, part in enumerate(parents):
+        child = _child(node, part, override)
+        if child is None:
+            child = {}
+            node[part] = child
+        elif not isinstance(child, dict | list):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, it has no keys"
+            )
+        node = child
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {override!r}: {part!r} is no position in a list of {len(node)}"
+        )
+    return node[int(part)]
+
+
+def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the model's shape and the alignment block; wrong types are left to pydantic."""
+    tree = dict(tree)
+    model = tree.get("model")
+    if not isinstance(model, Mapping):
+        return tree
+    model = dict(model)
+    tree["model"] = model
+    name, block = model.get("name"), None
+    if isinstance(name, str):
+        base, _, patch = name.partition("/")
+        names = [f"{b}/{p}" for b in SIT_MODELS for p in PATCHES]
+        if name not in names:
+            raise ConfigError(
+                f"model.name: {name!r} is not one of {', '.join(names)}{nearest(name, names)}"
+            )
+        width, depth, heads, block = SIT_MODELS[base]
+        shape = {"width": width, "depth": depth, "heads": heads, "patch": int(patch)}
+        for key, value in shape.items():
+            if model.get(key, value) not in (value, None):
+                raise ConfigError(
+                    f"model.{key}: {model[key]} contradicts model.name {name!r}, whose {key} is "
+                    f"{value}; leave one of them out"
+                )
+            model[key] = value
+    missing = [k for k in ("width", "depth", "heads", "patch") if model.get(k) is None]
+    if missing:
+        raise ConfigError(
+            f"model: give a name such as SiT-B/2, or width, depth, heads and patch "
+            f"(missing: {', '.join(missing)})"
+        )
+    width, heads = model["width"], model["heads"]
+    if _is_int(width) and _is_int(heads) and heads > 0 and (width % heads or width % 4):
+        raise ConfigError(
+            f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4"
+        )
+    alignment = tree.get("alignment", {})
+    if isinstance(alignment, Mapping) and alignment.get("block") is None:
+        depth = model["depth"]
+        block = block or (max(1, depth // 3) if _is_int(depth) else None)
+        tree["alignment"] = {**alignment, "block": block}
+    return tree
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _messages(error: ValidationError) -> list[str]:
+    """One clause per problem: the dotted path, the value, what was allowed."""
+    out = []
+    for e in error.errors(include_url=False):
+        path = ".".join(str(p) for p in e["loc"])
+        if e["type"] == "extra_forbidden":
+            allowed = _keys_at(e["loc"][:-1])
+            hint = nearest(str(e["loc"][-1]), allowed) or f" (known: {', '.join(sorted(allowed))})"
+            out.append(f"{path}: unknown key{hint}")
+        elif e["type"] == "missing":
+            out.append(f"{path}: required key is missing")
+        elif e["type"] == "value_error":
+            out.append(e["msg"].removeprefix("Value error, "))
+        else:
+            out.append(f"{path}: {e['input']!r} is not allowed: {e['msg'].lower()}")
+    return out
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    node: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = node.model_fields[part].annotation
+        inner = [a for a in getattr(field, "__args__", (field,)) if a is not Ellipsis]
+        node = next(a for a in inner if isinstance(a, type) and issubclass(a, BaseModel))
+    return list(node.model_fields)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

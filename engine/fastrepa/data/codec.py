@@ -1,0 +1,243 @@
+"""Between images and what the generator sees: pixels in [-1, 1], or Stable Diffusion's latents.
+
+    pixel    z = area_average(image / 127.5 - 1)                      [B,3,R,R] -> [B,3,side,side]
+    sd-vae   mean, std = vae(image / 127.5 - 1)                       [B,3,R,R] -> [B,8,R/8,R/8]
+             z = (mean + std * noise) * 0.18215                       -> [B,4,R/8,R/8]
+
+Moments are cat[mean, std] (std, not the log variance), as the reference layout stores them.
+Latents and moments are fp32 whatever the autoencoder computes in. B batch, R image side, C latent
+channels, h and w latent sides. Numbers: REPA_SPEC "Objective".
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrepa.config import CodecConfig
+from fastrepa.errors import ConfigError, WeightsError
+
+SD_VAE_SCALE = 0.18215
+SD_VAE_DOWN = 8
+SD_VAE_CHANNELS = 4
+RANDOM_SEED = 0
+
+
+class Codec(Protocol):
+    """What the trainer and the sampler need of a codec.
+
+    channels and side: the latent is [B, channels, side, side]; stochastic: whether `latents` uses
+    its noise; scale: latents are this times the autoencoder's own.
+    """
+
+    name: str
+    channels: int
+    side: int
+    stochastic: bool
+    scale: float
+
+    def encode(self, image_u8: Tensor) -> Tensor | None:
+        """Moments [B,2C,h,w] fp32 of image_u8 [B,3,R,R]; None where a codec has none."""
+
+    def latents(
+        self, image_u8: Tensor | None, moments: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        """z [B,C,h,w] fp32 from moments where given, otherwise from the image."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """image_u8 [B,3,R',R'] uint8, rounded and clamped."""
+
+
+def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:
+    """(channels, side) of the latents for images of `resolution` px; nothing is built.
+
+    ConfigError when the resolution is not a multiple of what the codec needs.
+    """
+    if config.name == "pixel":
+        side = config.side or resolution
+        if resolution % side:
+            raise ConfigError(
+                f"data.codec.side: {side} does not divide the resolution {resolution}; the image "
+                f"is averaged over whole blocks of pixels"
+            )
+        return 3, side
+    if config.side is not None:
+        raise ConfigError("data.codec.side: only the pixel codec has a side")
+    if resolution % SD_VAE_DOWN:
+        raise ConfigError(
+            f"data.resolution: sd-vae needs a multiple of {SD_VAE_DOWN}, got {resolution}"
+        )
+    return SD_VAE_CHANNELS, resolution // SD_VAE_DOWN
+
+
+def build_codec(
+    config: CodecConfig,
+    *,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+) -> Codec:
+    """The codec of `config` for images of `resolution` px.
+
+    `dtype` is what an autoencoder computes in. `random_weights` builds the real architecture with
+    seeded random weights (dry runs, tests). ConfigError: shapes that do not work, or an extra that
+    is not installed. WeightsError: weights that are missing.
+    """
+    channels, side = codec_shape(config, resolution)
+    if config.name == "pixel":
+        return PixelCodec(resolution, side)
+    vae = _random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
+    # nn.Module's own `to`: diffusers' warns about every cast.
+    return SdVaeCodec(nn.Module.to(vae, device, dtype), channels, side)
+
+
+def image_to_unit(image_u8: Tensor) -> Tensor:
+    """uint8 [B,3,R,R] in 0..255 -> fp32 in [-1, 1]."""
+    if image_u8.dtype != torch.uint8:
+        raise TypeError(f"image_u8 must be uint8, not {image_u8.dtype}")
+    return image_u8.to(torch.float32) / 127.5 - 1
+
+
+def unit_to_image(x: Tensor) -> Tensor:
+    """Float [B,3,R,R] in [-1, 1] -> uint8, rounded to nearest (half to even) and clamped."""
+    return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class PixelCodec:
+    """The generator works on the image itself, averaged down over whole blocks of pixels."""
+
+    name = "pixel"
+    channels = 3
+    stochastic = False
+    scale = 1.0
+
+    def __init__(self, resolution: int, side: int) -> None:
+        self.side, self._block = side, resolution // side
+
+    def encode(self, image_u8: Tensor) -> None:
+        return None
+
+    def latents(
+        self, image_u8: Tensor | None, moments: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        if image_u8 is None:
+            raise ValueError("the pixel codec needs the image, not moments")
+        z = image_to_unit(image_u8)
+        z = z if self._block == 1 else F.avg_pool2d(z, self._block)
+        if z.shape[-2:] != (self.side, self.side):
+            raise ValueError(
+                f"image_u8 must be {self.side * self._block} px square, got {list(image_u8.shape)}"
+            )
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        return unit_to_image(z)
+
+
+class SdVaeCodec:
+    """Stable Diffusion's autoencoder (diffusers' AutoencoderKL), frozen: 8x down, 4 channels."""
+
+    name = "sd-vae"
+    stochastic = True
+    scale = SD_VAE_SCALE
+
+    def __init__(self, vae: nn.Module, channels: int, side: int) -> None:
+        self.channels, self.side = channels, side
+        self.vae: Any = vae.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode(self, image_u8: Tensor) -> Tensor:
+        edge = self.side * SD_VAE_DOWN
+        if image_u8.shape[1:] != (3, edge, edge):
+            raise ValueError(f"image_u8 must be [B,3,{edge},{edge}], got {list(image_u8.shape)}")
+        posterior = self.vae.encode(image_to_unit(image_u8).to(self.vae.dtype)).latent_dist
+        # The exponential in fp32: in bf16 it would cost the standard deviation its last digits.
+        std = torch.exp(0.5 * posterior.logvar.to(torch.float32))
+        return torch.cat([posterior.mean.to(torch.float32), std], dim=1)
+
+    def latents(
+        self, image_u8: Tensor | None, moments: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        if moments is None:
+            if image_u8 is None:
+                raise ValueError("sd-vae needs moments or an image")
+            moments = self.encode(image_u8)
+        if moments.shape[1:] != (2 * self.channels, self.side, self.side):
+            raise ValueError(
+                f"moments must be [B,{2 * self.channels},{self.side},{self.side}], got "
+                f"{list(moments.shape)}"
+            )
+        if noise is None:
+            raise ValueError("sd-vae draws its latents: noise must be given")
+        mean, std = moments.to(torch.float32).chunk(2, dim=1)
+        return (mean + std * noise) * self.scale
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        return unit_to_image(self.vae.decode((z / self.scale).to(self.vae.dtype)).sample)
+
+
+def _autoencoder_class() -> Any:
+    # diffusers takes seconds to import and is an extra: only this codec pays for it.
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ConfigError(
+            "data.codec: sd-vae needs diffusers; install it with: pip install 'fastrepa[vae]'"
+        ) from error
+    return AutoencoderKL
+
+
+def _random_sd_vae() -> nn.Module:
+    """The architecture of stabilityai/sd-vae-ft-mse (83.7 M parameters), seeded weights."""
+    autoencoder = _autoencoder_class()
+    widths = (128, 256, 512, 512)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return autoencoder(
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
+            layers_per_block=2,
+            latent_channels=SD_VAE_CHANNELS,
+            sample_size=256,
+        )
+
+
+def _pretrained_sd_vae(weights: str) -> nn.Module:
+    """The autoencoder of a local folder or a hub id ("owner/name"); safetensors only."""
+    autoencoder = _autoencoder_class()
+    where = f"data.codec.weights ({weights})"
+    by_hand = (
+        "give a folder that holds config.json and diffusion_pytorch_model.safetensors, as "
+        "downloaded from https://huggingface.co/stabilityai/sd-vae-ft-mse"
+    )
+    folder = Path(weights).expanduser()
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
+        raise WeightsError(f"{where}: no such folder, and not a hub id; {by_hand}")
+    try:
+        vae, loading = autoencoder.from_pretrained(
+            str(folder) if folder.is_dir() else weights,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise WeightsError(f"{where}: could not be loaded ({reason}); {by_hand}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise WeightsError(f"{where}: {len(missing)} tensors are missing, the first {missing[0]!r}")
+    shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if shape != (SD_VAE_CHANNELS, SD_VAE_DOWN) or vae.config.scaling_factor != SD_VAE_SCALE:
+        raise WeightsError(
+            f"{where}: not Stable Diffusion's autoencoder: {shape[0]} channels, {shape[1]}x down, "
+            f"scale {vae.config.scaling_factor}; {SD_VAE_CHANNELS}, {SD_VAE_DOWN}x and "
+            f"{SD_VAE_SCALE} are expected"
+        )
+    return vae

@@ -1,0 +1,44 @@
+"""The index of one shard: where each sample's bytes lie in the tar, and what they must be.
+
+A structured numpy array, one record per sample in the order of the tar, saved as
+`shard-00000.idx.npy` (about 32 bytes a sample). Members that a later set stores beside the image
+(moments, features) add fields of their own; a reader takes the fields it knows.
+
+This module and `reader.py` import numpy only: DALI's worker processes load them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastrepa.errors import DataError
+
+KEY_DIGITS = 8
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("key", f"S{KEY_DIGITS}"),  # the name of the tar members without their extension
+        ("label", "<i4"),  # class index, 0 .. classes-1
+        ("image_offset", "<i8"),  # of the first byte of the image in the shard file
+        ("image_size", "<i4"),  # bytes
+        ("image_crc32", "<u4"),  # zlib.crc32 of the image's bytes
+    ]
+)
+
+
+def load_index(path: Path) -> np.ndarray:
+    """Read an index [samples] of `INDEX_DTYPE`'s fields; DataError when it is not one."""
+    try:
+        index = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the shard's index is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable shard index ({error})") from None
+    missing = [name for name in INDEX_DTYPE.names or () if name not in (index.dtype.names or ())]
+    if index.ndim != 1 or missing:
+        raise DataError(
+            f"{path}: not a shard index (lacks {', '.join(missing) or 'one dimension'})"
+        )
+    return index

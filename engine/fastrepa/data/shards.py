@@ -1,0 +1,264 @@
+"""The on-disk format of a prepared data set, and how one is opened and verified.
+
+A set is a folder of
+    shard-00000.tar        WebDataset: `{key}.jpg` (or .png, .webp) and `{key}.cls` (decimal text)
+    shard-00000.idx.npy    its index (index.py): offset, size, CRC-32 and label of every sample
+    sources.jsonl          line `int(key)`: the source file the sample was made of, or null
+    manifest.json          counts, classes, resolution, and size and SHA-256 of every file above
+Class index = rank of the class's folder name in sorted order (REPA_SPEC.md, "Reference data
+layout").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastrepa.data.index import load_index
+from fastrepa.errors import DataError
+
+FORMAT = "fastrepa-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+SOURCES = "sources.jsonl"
+AUTO_FULL_BYTES = 1 << 30  # verify="auto" hashes every byte of sets up to this size
+
+ImageFormat = Literal["jpeg", "png", "webp"]
+EXTENSIONS: dict[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+# A manifest may come from anyone: its names must stay inside the folder.
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Record):
+    """One file of the set: its name, size in bytes and SHA-256."""
+
+    file: _FileName
+    bytes: _Count
+    sha256: _Sha256
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """The record of a file as it lies on disk (reads all of it)."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+class ShardRecord(FileRecord):
+    """One shard, the number of its samples, and its index."""
+
+    samples: Annotated[int, Field(gt=0)]
+    index: FileRecord
+
+
+class ClassRecord(_Record):
+    """One class: its name and the number of its samples. The class index is its place."""
+
+    name: str
+    samples: _Count
+
+
+class SkippedRecord(_Record):
+    """A source image left out by skip_bad: its path inside the source, and why."""
+
+    source: str
+    reason: str
+
+
+class Manifest(_Record):
+    """`manifest.json`, typed."""
+
+    format: Literal["fastrepa-shards"] = "fastrepa-shards"
+    version: Literal[1] = 1
+    resolution: Annotated[int, Field(gt=0)]
+    image_format: ImageFormat
+    quality: int | None
+    seed: int
+    num_samples: Annotated[int, Field(gt=0)]
+    classes: tuple[ClassRecord, ...] = Field(strict=False)
+    shards: tuple[ShardRecord, ...] = Field(strict=False)
+    sources: FileRecord
+    skipped: tuple[SkippedRecord, ...] = Field((), strict=False)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A prepared data set that was opened and verified; see `ShardSet.open`."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        resolution: int | None = None,
+        verify: Literal["sizes", "full", "auto"] = "auto",
+    ) -> ShardSet:
+        """Open the set in folder `path` and verify it before anything is read from it.
+
+        Every shard must be there with its recorded size, and every index with its recorded
+        SHA-256, whatever `verify` says. "full" hashes every shard too; "auto" does so for sets up
+        to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32.
+
+        Raises DataError, naming the file, for anything missing, truncated, altered or foreign,
+        and when the set was prepared at another `resolution` (pixels a side) than asked.
+        """
+        folder = Path(path)
+        manifest = _load_manifest(folder)
+        if resolution is not None and manifest.resolution != resolution:
+            raise DataError(
+                f"{folder}: prepared at {manifest.resolution} px, but {resolution} px is asked for;"
+                f" set data.resolution={manifest.resolution} or prepare it again"
+            )
+        shards = cls(folder, manifest)
+        shards._check_indices()
+        if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
+            shards._check_contents()
+        return shards
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(shard.bytes for shard in self.manifest.shards)
+
+    @property
+    def resolution(self) -> int:
+        """Side of every image in pixels."""
+        return self.manifest.resolution
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; the place in the list is the label."""
+        return [record.name for record in self.manifest.classes]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.manifest.shards]
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        return [self.path / shard.file for shard in self.manifest.shards]
+
+    @property
+    def index_paths(self) -> list[Path]:
+        return [self.path / shard.index.file for shard in self.manifest.shards]
+
+    def _check_indices(self) -> None:
+        counts = np.zeros(len(self.manifest.classes), dtype=np.int64)
+        for shard in self.manifest.shards:
+            _check_size(self.path, shard)
+            _check_size(self.path, shard.index)
+            path = self.path / shard.index.file
+            if sha256_of(path) != shard.index.sha256:
+                raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
+            index = load_index(path)
+            labels, ends = index["label"], index["image_offset"] + index["image_size"]
+            if len(index) != shard.samples:
+                raise DataError(f"{path}: {len(index)} samples, the manifest says {shard.samples}")
+            if labels.min() < 0 or labels.max() >= len(counts):
+                raise DataError(f"{path}: a label outside the manifest's {len(counts)} classes")
+            if index["image_offset"].min() < 0 or ends.max() > shard.bytes:
+                raise DataError(f"{path}: a sample beyond the end of {shard.file}")
+            counts += np.bincount(labels, minlength=len(counts))
+        recorded = [record.samples for record in self.manifest.classes]
+        if counts.tolist() != recorded or counts.sum() != self.num_samples:
+            raise DataError(f"{self.path / MANIFEST}: its counts are not those of the shards")
+
+    def _check_contents(self) -> None:
+        for shard in self.manifest.shards:
+            path = self.path / shard.file
+            if sha256_of(path) != shard.sha256:
+                index = load_index(self.path / shard.index.file)
+                raise DataError(f"{path}: damaged{_first_damaged(path, index)}")
+        _check_size(self.path, self.manifest.sources)
+        path = self.path / self.manifest.sources.file
+        if sha256_of(path) != self.manifest.sources.sha256:
+            raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`: one record per line, so that a change is readable as a diff."""
+    fields: dict[str, Any] = manifest.model_dump()
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and value:
+            rows = ",\n    ".join(json.dumps(row) for row in value)
+            lines.append(f'  "{name}": [\n    {rows}\n  ]')
+        else:
+            lines.append(f'  "{name}": {json.dumps(value)}')
+    (folder / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _load_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, so {folder} is no prepared data set") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise DataError(f"{path}: not the manifest of a fastrepa data set")
+    if raw.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {raw.get('version')!r}, this fastrepa reads {VERSION};"
+            " prepare the set again or update fastrepa"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {place}: {first['msg']}") from None
+
+
+def _check_size(folder: Path, record: FileRecord) -> None:
+    path = folder / record.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, but the manifest lists it") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if size != record.bytes:
+        kind = "truncated" if size < record.bytes else "too long"
+        raise DataError(f"{path}: {kind} ({size} bytes, the manifest says {record.bytes})")
+
+
+def _first_damaged(path: Path, index: np.ndarray) -> str:
+    """', sample KEY' for the first sample of a damaged shard whose CRC-32 is not the index's."""
+    with path.open("rb") as file:
+        for record in index:
+            file.seek(int(record["image_offset"]))
+            if zlib.crc32(file.read(int(record["image_size"]))) != record["image_crc32"]:
+                return f" (sample {record['key'].decode()}: its CRC-32 is not the index's)"
+    return " (its SHA-256 is not the manifest's; no image is affected)"

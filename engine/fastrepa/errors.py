@@ -1,0 +1,32 @@
+"""Errors that are the user's to mend: the command line prints each on one line, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastrepaError(Exception):
+    """Base of every error whose message names what is wrong and what was allowed."""
+
+
+class ConfigError(FastrepaError):
+    """A key or value of the configuration, named by its dotted path."""
+
+
+class DataError(FastrepaError):
+    """A file, shard or sample of a data set, named."""
+
+
+class WeightsError(FastrepaError):
+    """Pretrained weights of an encoder or codec that are missing or do not fit."""
+
+
+class CheckpointError(FastrepaError):
+    """A checkpoint that is missing, damaged or of another architecture."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """' (did you mean X?)' where something close to `word` is allowed, otherwise ''."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

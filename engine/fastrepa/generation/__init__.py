@@ -1,0 +1,1 @@
+"""Samplers and image generation from a run."""

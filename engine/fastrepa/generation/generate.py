@@ -1,0 +1,412 @@
+"""Images by number: image i of a seed is the same one in any batch, on any process, in any run.
+
+What an image starts from, and the noise that the sde adds on its way, are keyed by (seed, image
+number): equal to the bit everywhere (fastrepa.randomness). What the network makes of them depends
+on rounding, and a matrix product may round differently in another shape. So every forward has the
+same shape, the last one filled up, and processes take whole batches (`rank_batches`):
+
+    same batch size    the same pixels, bit for bit, for any number of images and processes on one
+                       kind of device with deterministic kernels
+    other batch size   the same images to the rounding of the forward: a few pixels, one level off
+
+Shapes: N images, C channels, h and w latent side, H and W image side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fastrepa.config import Config, SampleConfig, config_from_dict
+from fastrepa.data.codec import Codec, build_codec
+from fastrepa.errors import ConfigError, FastrepaError, nearest
+from fastrepa.generation.pictures import save_grid, to_image
+from fastrepa.generation.sampler import Velocity, model_evaluations, sample
+from fastrepa.randomness import KeyedRandom, Stream
+
+BATCH_SIZE = 32
+GRID_IMAGES = 64
+RECORD = "sampling.json"
+_OURS = re.compile(r"\d{6,}\.png|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD))
+
+
+def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
+    """Labels [num] int64: the classes (all of them by default) in turn, by image number."""
+    chosen = torch.tensor(list(classes) if classes else range(num_classes), dtype=torch.int64)
+    return chosen[torch.arange(num) % len(chosen)]
+
+
+def choose_classes(
+    requested: Sequence[str | int] | None, names: Sequence[str], num_classes: int
+) -> list[int]:
+    """Class numbers from names or numbers; all classes where nothing is requested.
+
+    A name wins over a number that is written alike; letter case matters only where two names
+    differ in nothing else. Raises ConfigError naming the first that is neither.
+    """
+    if not requested:
+        return list(range(num_classes))
+    folded = [name.casefold() for name in names]
+    chosen = []
+    for item in requested:
+        text = str(item).strip()
+        if text in names:
+            chosen.append(list(names).index(text))
+        elif folded.count(text.casefold()) == 1:
+            chosen.append(folded.index(text.casefold()))
+        elif text.isdecimal() and int(text) < num_classes:
+            chosen.append(int(text))
+        else:
+            known = f", or one of: {', '.join(names)}" if 0 < len(names) <= 20 else ""
+            raise ConfigError(
+                f"--classes: {text!r} is no class{nearest(text, names)}; a class is a number from"
+                f" 0 to {num_classes - 1}{known or (', or a class name' if names else '')}"
+            )
+    return chosen
+
+
+def rank_batches(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Tensor]:
+    """The image numbers of each batch that a rank makes: batches of 0 .. num - 1, dealt in turn.
+
+    Which images share a batch, and where in it they stand, is the same for every world_size.
+    """
+    return list(torch.arange(num).split(batch_size))[rank::world_size]
+
+
+def generate(
+    model: Velocity | nn.Module,
+    codec: Codec,
+    labels: Tensor,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    batch_size: int,
+    sample_config: SampleConfig,
+    path: str,
+    input_shape: tuple[int, int, int] | None = None,
+    null_label: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """uint8 images [N,3,H,W] on the host, for labels [N] int64 and sample_ids [N] int64.
+
+    `model` maps (x [B,C,h,w] float32, t [B], labels [B]) to a velocity; a module is put in eval
+    mode meanwhile. It runs on batches of exactly `batch_size`: a last, shorter one is filled up
+    with its last image. `input_shape` (C, h, w) defaults to the codec's and `null_label` to the
+    model's number of classes. `progress` is told the images made since its last call, in
+    fractions of an image as the sampler goes. `sample_config.num` is not used.
+
+    Raises ValueError where labels and sample_ids differ in length.
+    """
+    if labels.shape != sample_ids.shape or labels.dim() != 1:
+        raise ValueError(f"labels {list(labels.shape)} and sample_ids {list(sample_ids.shape)}")
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else labels.device
+    shape = input_shape or (codec.channels, codec.side, codec.side)
+    if null_label is None:
+        null_label = int(cast(Any, model).y_embedder.num_classes)
+    random = KeyedRandom(seed)
+    images: list[Tensor] = []
+    with _evaluating(model), torch.no_grad():
+        for ids, wanted in zip(
+            sample_ids.split(batch_size), labels.split(batch_size), strict=True
+        ):
+            count = len(ids)
+            ids = _fill(ids, batch_size).to(device, torch.int64)
+            wanted = _fill(wanted, batch_size).to(device)
+
+            def step_noise(step: int, ids: Tensor = ids) -> Tensor:
+                return random.normal(
+                    Stream.SAMPLE_STEP, step, ids, shape, dtype=torch.float64
+                )
+
+            def advance(_: int, count: int = count) -> None:
+                if progress is not None:
+                    progress(count / sample_config.steps)
+
+            latents = sample(
+                model,
+                random.normal(Stream.SAMPLE_NOISE, 0, ids, shape),
+                wanted,
+                sampler=sample_config.sampler,
+                steps=sample_config.steps,
+                cfg=sample_config.cfg,
+                guidance_low=sample_config.guidance_low,
+                guidance_high=sample_config.guidance_high,
+                path=path,
+                null_label=null_label,
+                step_noise=step_noise,
+                progress=advance,
+            )
+            images.append(codec.decode(latents)[:count].cpu())
+    if not images:
+        with torch.no_grad():  # no image, but an image's shape
+            return codec.decode(torch.zeros(1, *shape, device=device))[:0].cpu()
+    return torch.cat(images)
+
+
+def _fill(values: Tensor, length: int) -> Tensor:
+    """values [n] lengthened to [length] by repeating the last."""
+    return torch.cat((values, values[-1:].expand(length - len(values))))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """A module in eval mode (no label dropout), and as it was afterwards."""
+    if not (isinstance(model, nn.Module) and model.training):
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """What `sample_run` left behind."""
+
+    folder: Path
+    num: int
+    grid: Path
+    npz: Path | None
+    seconds: float
+    is_first: bool
+    """Whether this process is the one that speaks."""
+
+
+def sample_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    classes: Sequence[str | int] | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    npz: bool = False,
+    device: torch.device | None = None,
+    **settings: Any,
+) -> SampleFolder:
+    """Draw images from the averaged weights of a run's newest checkpoint into a folder.
+
+    `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high);
+    those that are None or missing come from the run's configuration. Image i gets class i of
+    `classes` in turn. Writes `000000.png`, ..., `grid.png` (the first 64), with `npz` the ADM
+    evaluation suite's `samples_NxHxWx3.npz`, and `sampling.json`, which says how they were made.
+    `out` defaults to RUN/generated. Under torchrun every process calls this and does a share; the
+    folder must be one that all of them see.
+
+    Raises FastrepaError for a folder that holds anything else or cannot be written, ConfigError
+    for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
+    """
+    # Imported here: they bring DeepSpeed, which takes seconds that `generate` alone need not wait.
+    from fastrepa.training import checkpoint, zero
+
+    started = time.perf_counter()
+    run = Path(run)
+    folder = run / "generated" if out is None else Path(out)
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: {batch_size} is less than 1")
+    KeyedRandom(seed)  # an impossible seed is an error before anything is loaded
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        world = zero.World(0, 1, 0, device)
+    else:
+        world = zero.join_world()
+    device = device or world.device
+    model, config, info = checkpoint.load_ema_model(run, device)
+    config = _with_settings(config, settings)
+    num = config.sample.num
+    batch_size = min(batch_size, num)
+    chosen = choose_classes(classes, info.classes, config.model.num_classes)
+    record = {
+        "run": str(run),
+        "checkpoint_step": info.step,
+        "seed": seed,
+        "batch_size": batch_size,
+        **config.sample.model_dump(),
+        "classes": [info.classes[c] if info.classes else c for c in chosen] if classes else "all",
+        "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
+    }
+    _agree(world, lambda: claim_folder(folder, record))
+    codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
+    labels = default_labels(num, config.model.num_classes, chosen)
+    with _progress_bar(num, world.is_first) as advance, ThreadPoolExecutor(4) as writers:
+        for ids in rank_batches(num, batch_size, world.rank, world.size):
+            images = generate(
+                model,
+                codec,
+                labels[ids],
+                seed=seed,
+                sample_ids=ids,
+                batch_size=batch_size,
+                sample_config=config.sample,
+                path=config.objective.path,
+                input_shape=(info.channels, info.side, info.side),
+                null_label=config.model.num_classes,
+                progress=lambda made: advance(made * world.size),
+            )
+            files = [image_path(folder, int(i)) for i in ids]
+            try:
+                list(writers.map(write_png, images, files))
+            except OSError as e:
+                raise FastrepaError(f"{folder}: cannot be written ({e})") from None
+    packed: list[Path] = []
+
+    def gather() -> None:
+        """By the first process, once every image is there."""
+        shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
+        columns = len(chosen) if 1 < len(chosen) <= 16 and num >= 2 * len(chosen) else None
+        save_grid(torch.stack(shown), folder / "grid.png", columns)
+        if npz:
+            packed.append(write_adm_npz(folder, num))
+
+    _agree(world, lambda: None)  # every process has written its images
+    _agree(world, gather)
+    seconds = time.perf_counter() - started
+    if not alone:
+        zero.leave_world()
+    grid = folder / "grid.png"
+    return SampleFolder(folder, num, grid, packed[0] if packed else None, seconds, world.is_first)
+
+
+def _with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The run's configuration with its `sample` section overridden, validated as a whole."""
+    given = {k: v for k, v in settings.items() if v is not None}
+    tree = config.model_dump(mode="json")
+    return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
+
+
+def _agree(world: Any, action: Callable[[], None]) -> None:
+    """Run `action` on the first process; every process waits for it and shares its error."""
+    error: FastrepaError | None = None
+    if world.is_first:
+        try:
+            action()
+        except FastrepaError as e:
+            error = e
+        except OSError as e:
+            error = FastrepaError(f"{e.filename}: {e.strerror}")
+    if world.size > 1:
+        shared = [error]
+        torch.distributed.barrier()  # all have come this far
+        torch.distributed.broadcast_object_list(shared, src=0)
+        error = shared[0]
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def _progress_bar(num: int, active: bool) -> Iterator[Callable[[float], None]]:
+    """Images made of `num`, images a second and the time left, where a terminal shows them."""
+    console = Console()
+    columns = (
+        TextColumn("sampling"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} images"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    shown = active and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task, started, made = bar.add_task("", total=num, rate=""), time.perf_counter(), 0.0
+
+        def advance(images: float) -> None:
+            nonlocal made
+            made = min(num, made + images)
+            rate = f"{made / max(time.perf_counter() - started, 1e-9):.1f} images/s"
+            bar.update(task, completed=made, rate=rate)
+
+        yield advance
+
+
+# Files -----------------------------------------------------------------------------------------
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Make `folder` ready for new images and leave `record` in it as sampling.json.
+
+    Images of an earlier call are removed; a folder that holds files but no sampling.json is
+    somebody else's. Raises FastrepaError for that, for a file in the way, and where it cannot be
+    written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FastrepaError(f"{folder}: is a file; --out wants a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = list(folder.iterdir())
+        if entries and not (folder / RECORD).is_file():
+            raise FastrepaError(
+                f"{folder}: holds files that `fastrepa sample` did not write"
+                f" ({min(entries).name}, ...); nothing is overwritten, choose another --out"
+            )
+        for entry in entries:
+            if _OURS.fullmatch(entry.name):
+                entry.unlink()
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    except OSError as e:
+        raise FastrepaError(f"{folder}: cannot be written ({e.strerror})") from None
+
+
+def image_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """uint8 image [3,H,W] to a PNG; lossless at every level, and level 1 is the quick one."""
+    to_image(image).save(path, compress_level=1)
+
+
+def read_png(path: Path) -> Tensor:
+    """uint8 image [3,H,W] from a PNG."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def write_adm_npz(folder: Path, num: int) -> Path:
+    """Pack the images 0 .. num - 1 of `folder` for the ADM evaluation suite.
+
+    Key `arr_0`, uint8 [N,H,W,3], in `samples_NxHxWx3.npz` (Dhariwal and Nichol 2021). It is
+    written image by image: 50,000 images of 256 px are 9.8 GB that never stand in memory. The
+    file appears under its name when it is whole. Raises FastrepaError for a missing image.
+    """
+    missing = [i for i in range(num) if not image_path(folder, i).is_file()]
+    if missing:
+        raise FastrepaError(
+            f"{image_path(folder, missing[0])}: missing ({len(missing)} of {num}); all processes"
+            " must see one and the same output folder"
+        )
+    height, width = read_png(image_path(folder, 0)).shape[1:]
+    target = folder / f"samples_{num}x{height}x{width}x3.npz"
+    partial = target.with_suffix(".partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}
+    with (
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        npy.write_array_header_1_0(member, header)
+        for i in range(num):
+            member.write(read_png(image_path(folder, i)).permute(1, 2, 0).numpy().tobytes())
+    partial.replace(target)
+    return target
+

@@ -1,0 +1,1 @@
+"""The generator: SiT with projectors, and its state-dict formats."""

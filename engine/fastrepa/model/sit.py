@@ -1,0 +1,295 @@
+"""SiT, the scalable interpolant transformer (Ma et al. 2024), with REPA's projectors.
+
+Module and parameter names are the reference's, so that its state dicts load with strict=True.
+Shapes: B batch, C channels, S latent side, p patch, T = (S/p)^2 tokens, D width, H heads.
+
+Weights may be float32, bfloat16 or float64. The residual stream, the normalisations and the losses
+stay in at least float32, as under the reference's autocast; products run in the weights' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastrepa.config import Config
+from fastrepa.model.projector import alignment_loss, build_projector
+
+FREQUENCIES = 256  # width of the sinusoidal time embedding
+NORM_EPS = 1e-6
+
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def sincos_position_embedding(width: int, side: int) -> Tensor:
+    """[1, side*side, D] float32: the column in the first D/2 dims, the row in the rest.
+
+    Each half is [sin | cos] with omega_k = 10000^(-k / (D/4)), computed in float64.
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.outer(torch.arange(side, dtype=torch.float64), omega)  # [side, D/4]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
+    column = axis.expand(side, side, -1)
+    row = axis[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
+
+
+def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then (1 + scale) and shift; x [B,T,D], shift and scale [B,D].
+
+    Computed in x's dtype, returned in shift's: what the next product wants.
+    """
+    y = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift[:, None].to(x.dtype), y, 1 + scale[:, None].to(x.dtype)).to(
+        shift.dtype
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, row-major: [B,C,S,S] -> [B,T,D]."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] in [0, 1] (not times 1000) to [B,D]: 256 cos-then-sin features, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        weights = next(self.mlp.parameters()).dtype
+        dtype = torch.promote_types(weights, torch.float32)
+        half = FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=dtype, device=t.device) / half
+        angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(weights))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels [B] to [B,D]; the last row, number num_classes, is the null class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+        if drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, qkv packed [B,T,3,H,d]."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,T,d]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.backend == "auto":
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            with sdpa_kernel(SDPA_BACKENDS[self.backend]):
+                out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(b, t, d))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear, with ratio 4."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, attention: str) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, qk_norm, attention)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = torch.addcmul(
+            x, gate1[:, None].to(x.dtype), self.attn(layernorm_modulate(x, shift1, scale1)).to(x)
+        )
+        return torch.addcmul(
+            x, gate2[:, None].to(x.dtype), self.mlp(layernorm_modulate(x, shift2, scale2)).to(x)
+        )
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then tokens to patches: [B,T,D] -> [B,T,p*p*C], the channel last."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(layernorm_modulate(x, shift, scale))
+
+
+class SiT(nn.Module):
+    """The generator: (x_t, t, labels) -> velocity, and with targets also the alignment loss.
+
+    side: latent side S in elements, a multiple of patch. encoder_widths: Z of every frozen encoder,
+    one projector each, fed by the output of block number alignment_block (1-based).
+    Raises ValueError where the shape is impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        side: int,
+        channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        num_classes: int,
+        label_dropout: float = 0.1,
+        qk_norm: bool = False,
+        encoder_widths: Sequence[int] = (),
+        alignment_block: int = 1,
+        projector_width: int = 2048,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        if side % patch:
+            raise ValueError(f"side: {side} is not a multiple of patch {patch}")
+        if width % heads or width % 4:
+            raise ValueError(f"width: {width} must be a multiple of heads ({heads}) and of 4")
+        if encoder_widths and not 1 <= alignment_block <= depth:
+            raise ValueError(f"alignment_block: {alignment_block} is not in 1..{depth}")
+        self.side, self.channels, self.patch = side, channels, patch
+        self.label_dropout, self.alignment_block = label_dropout, alignment_block
+        self.grid = side // patch
+        self.x_embedder = PatchEmbed(channels, width, patch)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(width, self.grid), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            SiTBlock(width, heads, qk_norm, attention) for _ in range(depth)
+        )
+        self.projectors = nn.ModuleList(
+            build_projector(width, projector_width, z) for z in encoder_widths
+        )
+        self.final_layer = FinalLayer(width, patch, channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
+    ) -> SiT:
+        """The model of a resolved configuration; side and channels come from the codec."""
+        m = config.model
+        assert m.width and m.depth and m.heads and m.patch and config.alignment.block
+        return cls(
+            side=side,
+            channels=channels,
+            width=m.width,
+            depth=m.depth,
+            heads=m.heads,
+            patch=m.patch,
+            num_classes=m.num_classes,
+            label_dropout=m.label_dropout,
+            qk_norm=m.qk_norm,
+            encoder_widths=encoder_widths,
+            alignment_block=config.alignment.block,
+            projector_width=config.alignment.projector_width,
+            attention=config.attention.backend,
+        )
+
+    def reset_parameters(self) -> None:
+        """The reference's initialisation, drawn from torch's default generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        conv = self.x_embedder.proj
+        nn.init.xavier_uniform_(conv.weight.view(conv.weight.shape[0], -1))
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for linear in self.t_embedder.mlp:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, the output as zero.
+        for block in (*self.blocks, self.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+            nn.init.zeros_(block.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        targets: Sequence[Tensor] | None = None,
+        label_drop: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B,C,S,S], t [B] in [0,1], labels [B] int64 -> velocity [B,C,S,S] in float32 or wider.
+
+        With targets (one [B,T,Z_k] per projector): (velocity, alignment loss []).
+        label_drop [B] bool says which labels become the null class; without it, training mode draws
+        it with probability label_dropout from torch's default generator, and eval drops none.
+        """
+        if x.shape[1:] != (self.channels, self.side, self.side):
+            expected = ("B", self.channels, self.side, self.side)
+            raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}")
+        if label_drop is None and self.training and self.label_dropout > 0:
+            label_drop = torch.rand(labels.shape, device=labels.device) < self.label_dropout
+        h = self.x_embedder(x)
+        h = h.to(torch.promote_types(h.dtype, torch.float32)) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(labels, label_drop)
+        alignment = None
+        for number, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if targets is not None and number == self.alignment_block:
+                alignment = alignment_loss(h, self.projectors, targets)
+        velocity = self.unpatchify(self.final_layer(h, c).to(h.dtype))
+        return velocity if alignment is None else (velocity, alignment)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """[B,T,p*p*C] -> [B,C,S,S]."""
+        g, p, c = self.grid, self.patch, self.channels
+        patches = tokens.view(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, c, g * p, g * p)

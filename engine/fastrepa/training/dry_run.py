@@ -1,0 +1,119 @@
+"""`fastrepa train CONFIG --dry-run`: everything is built, one step is taken, nothing is written.
+
+Encoders and codec get seeded random weights and the images are noise, so neither data nor downloads
+are needed; shapes, memory and arithmetic are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastrepa.config import Config, config_from_dict
+from fastrepa.data.pipeline import Batch
+from fastrepa.training.trainer import Trainer
+from fastrepa.training.zero import World
+
+BATCH = 2  # images of the one step
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one step of a configuration showed."""
+
+    first_line: str
+    loss: float
+    parameters: int
+    trained: int
+    flops_per_image: int
+    flops_per_step: int
+    memory: dict[str, int]
+    """Estimated bytes per rank, by part."""
+
+
+class _RandomBatches:
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def __next__(self) -> Batch:
+        r = self.config.data.resolution
+        image = torch.randint(0, 256, (BATCH, 3, r, r), dtype=torch.uint8, generator=self.generator)
+        label = torch.randint(0, self.config.model.num_classes, (BATCH,), generator=self.generator)
+        return Batch(image_u8=image.to(self.device), moments=None, label=label.to(self.device))
+
+    def close(self) -> None:
+        return
+
+
+def dry_run(config: Config, world: World) -> DryRun:
+    """Build the run of `config`, take one step at batch 2 per rank and count."""
+    tree = config.model_dump(mode="json")
+    tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
+    trainer = Trainer(config_from_dict(tree), world, random_weights=True)
+    batches = _RandomBatches(config, world.device)
+    with FlopCounterMode(display=False) as counter, _kept_for_backward() as kept:
+        metrics = trainer.train_step(batches)
+    parameters = list(trainer.engine.module.parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    trained = sum(n for n, p in zip(sizes, parameters, strict=True) if p.requires_grad)
+    per_image = counter.get_total_flops() // BATCH
+    micro = config.training.micro_batch or max(1, config.training.global_batch // world.size)
+    loss = metrics["loss"]
+    return DryRun(
+        first_line=trainer.first_line(),
+        loss=float(loss),
+        parameters=sum(sizes),
+        trained=trained,
+        flops_per_image=per_image,
+        flops_per_step=per_image * config.training.global_batch,
+        memory=_memory(config, world, trained, trainer, kept[0] // BATCH * micro),
+    )
+
+
+@contextmanager
+def _kept_for_backward() -> Iterator[list[int]]:
+    """Bytes that autograd keeps, each storage once, parameters left out."""
+    total, seen = [0], set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield total
+
+
+def _memory(
+    config: Config, world: World, trained: int, trainer: Trainer, activations: int
+) -> dict[str, int]:
+    """Bytes per rank: ZeRO divides optimiser (1), gradients (2) and weights (3) by the ranks."""
+    stage, low = config.zero.stage, config.training.precision == "bf16"
+    width = 2 if low else 4
+
+    def share(since: int) -> int:
+        return world.size if stage >= since else 1
+
+    frozen = sum(
+        p.numel() * p.element_size() for e in trainer.encoders for p in e.network.parameters()
+    )
+    vae = getattr(trainer.codec, "vae", None)
+    return {
+        "weights": trained * width // share(3),
+        "gradients": trained * width // share(2),
+        # A second float32 copy exists wherever ZeRO or bf16 needs a master beside the weights.
+        "master weights": 4 * trained // share(1) if low or stage else 0,
+        "Adam moments": 8 * trained // share(1),
+        "EMA": 4 * trained // share(1),
+        "encoders": frozen,
+        "codec": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae else 0,
+        "kept for backward": activations,
+    }

@@ -1,0 +1,52 @@
+"""The velocity objective of stochastic interpolants (SiT: Ma et al. 2024, eq. 2-6; REPA section 3).
+
+x_t = alpha(t) z + sigma(t) eps, with t = 0 the data and t = 1 the noise. The network predicts the
+velocity d x_t / dt = alpha'(t) z + sigma'(t) eps. Shapes: B batch, C channels, h and w latent side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrepa.config import ObjectiveConfig
+
+
+def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha, sigma and their time derivatives at t (any shape, any float dtype)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        angle = t * (math.pi / 2)
+        alpha, sigma = torch.cos(angle), torch.sin(angle)
+        return alpha, sigma, -(math.pi / 2) * sigma, (math.pi / 2) * alpha
+    raise ValueError(f"path must be 'linear' or 'cosine', got {path!r}")
+
+
+def lognormal_time(path: str, normal: Tensor) -> Tensor:
+    """t whose noise-to-signal ratio sigma/alpha is exp(normal), for normal [B] ~ N(0, 1)."""
+    ratio = normal.exp()
+    return ratio / (1 + ratio) if path == "linear" else torch.atan(ratio) * (2 / math.pi)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Makes a training example from a clean latent and scores the prediction."""
+
+    config: ObjectiveConfig
+
+    def interpolate(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, velocity target), both [B,C,h,w] float32, from z and noise [B,C,h,w] and t [B]."""
+        t = t.float().view(-1, *[1] * (z.ndim - 1))
+        alpha, sigma, d_alpha, d_sigma = path_coefficients(self.config.path, t)
+        z, noise = z.float(), noise.float()
+        return alpha * z + sigma * noise, d_alpha * z + d_sigma * noise
+
+    @staticmethod
+    def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error in float32 (float64 stays): the mean over C,h,w, then over B."""
+        dtype = torch.promote_types(velocity.dtype, torch.float32)
+        return (velocity.to(dtype) - target.to(dtype)).square().mean()

@@ -1,0 +1,225 @@
+"""What a run tells: progress bar, metrics.jsonl, TensorBoard, wandb, environment.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from fastrepa import __version__
+from fastrepa.config import Config
+from fastrepa.errors import FastrepaError
+
+PACKAGES = (
+    *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
+    *("torchvision", "safetensors", "numpy", "pydantic", "diffusers", "flash-attn", "xformers"),
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions of fastrepa, Python and the packages that compute."""
+    out = {"fastrepa": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout fastrepa runs from; empty where there is none."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: environment.json."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "command": sys.argv,
+        "git": git_state(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+class _Numbers(ProgressColumn):
+    """The live figures of a step, as text."""
+
+    def render(self, task: Task) -> Text:
+        shown = {k: v for k, v in task.fields.items() if v is not None}
+        return Text(" · ".join(f"{k} {v}" for k, v in shown.items()), style="cyan")
+
+
+class Telemetry:
+    """The first rank's voice; every other rank holds a silent one.
+
+    Lines of metrics.jsonl past `start_step` belong to steps that a crash undid: they are dropped.
+    """
+
+    def __init__(self, run: Path, config: Config, *, start_step: int, active: bool) -> None:
+        self.run, self.active, self.steps = run, active, config.training.steps
+        self.console = Console(quiet=not active, highlight=False)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not active:
+            return
+        self.metrics_path = run / "metrics.jsonl"
+        self._drop_undone(start_step)
+        earlier = self.history()
+        self._seconds_before = earlier[-1].get("seconds", 0.0) if earlier else 0.0
+        self._began = time.monotonic()
+        (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+        if config.training.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+        if config.training.wandb:
+            self._wandb = _start_wandb(run, config)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def start(self, step: int) -> None:
+        """Show the progress bar, where there is a terminal to show it on."""
+        if self.active and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                _Numbers(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=self.steps, completed=step)
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to every other listener.
+
+        Adds `seconds`: the run's age, earlier processes' share included.
+        """
+        if not self.active:
+            return
+        metrics = {**metrics, "seconds": self._seconds_before + time.monotonic() - self._began}
+        with self.metrics_path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(metrics) + "\n")
+        step = int(metrics["step"])
+        numbers = {k: v for k, v in metrics.items() if k != "step"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        shown = {
+            "loss": f"{metrics['loss']:.4f}",
+            "align": f"{metrics['alignment_loss']:.3f}" if "alignment_loss" in metrics else None,
+            "img/s": f"{metrics['images_per_s']:.0f}",
+            "data wait": f"{100 * metrics['data_wait']:.0f}%",
+        }
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, **shown)  # type: ignore[arg-type]
+        else:
+            rest = (self.steps - step) * metrics["step_seconds"]
+            figures = " · ".join(f"{k} {v}" for k, v in shown.items() if v is not None)
+            self.say(f"step {step}/{self.steps} · {figures} · ETA {rest / 60:.1f} min")
+
+    def picture(self, tag: str, path: Path, step: int) -> None:
+        """Show a PNG in TensorBoard too."""
+        if self._tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
+
+    def history(self) -> list[dict[str, float]]:
+        """Every logged line so far."""
+        if not self.active or not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line]
+
+    def _drop_undone(self, start_step: int) -> None:
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line that was being written when the process died
+        replacement = self.metrics_path.with_suffix(".partial")
+        replacement.write_text("".join(kept), encoding="utf-8")
+        replacement.replace(self.metrics_path)
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise FastrepaError(
+            "training.wandb is set, but wandb is not installed: pip install 'fastrepa[wandb]'"
+        ) from None
+    return wandb.init(
+        project=config.training.wandb,
+        name=run.name,
+        dir=str(run),
+        id=run.name,
+        resume="allow",
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,500 @@
+"""The training loop: data, frozen encoder, generator, DeepSpeed, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastrepa.config import Config, load_config, save_config
+from fastrepa.data.codec import build_codec
+from fastrepa.data.pipeline import Batch, DataPipeline
+from fastrepa.data.shards import ShardSet
+from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.generation.generate import default_labels, generate, rank_batches
+from fastrepa.generation.pictures import save_curves, save_grid
+from fastrepa.model.sit import SiT
+from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.training.checkpoint import (
+    RunState,
+    ema_model,
+    load_engine_state,
+    load_model_weights,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.telemetry import Telemetry, versions
+from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, start_engine
+from fastrepa.vision.features import build_encoder
+
+# What may change between a run and its continuation without changing what is learned.
+FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
+             "training.checkpoint_every", "training.keep_checkpoints", "training.tensorboard",
+             "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.workers",
+             "data.prefetch", "sample", "zero", "attention")  # fmt: skip
+
+
+SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
+
+
+class Batches(Protocol):
+    """An endless stream of micro-batches that starts at the run's step."""
+
+    def __next__(self) -> Batch: ...
+    def close(self) -> None: ...
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of update number `step`, 0-based: linear warm-up, then constant or half a cosine."""
+    t, s = config.training, config.training.schedule
+    if step < s.warmup:
+        return t.optimizer.lr * (step + 1) / s.warmup
+    if s.name == "constant":
+        return t.optimizer.lr
+    done = min(1.0, (step - s.warmup) / max(1, t.steps - s.warmup))
+    return t.optimizer.lr * (s.final + (1 - s.final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Trainer:
+    """A run: built from its configuration, continued from its newest checkpoint where there is one.
+
+    With `random_weights` encoder and codec keep seeded random weights and nothing is read or
+    written: what a dry run needs.
+    """
+
+    def __init__(self, config: Config, world: World, *, random_weights: bool = False) -> None:
+        self.config, self.world = config, world
+        # Small questions between hosts go over gloo, which does not make a GPU wait.
+        self._host_group: Any = dist.new_group(backend="gloo")
+        self.run = Path(config.run)
+        self.micro, self.forwards = micro_batch(config, world.size)
+        if not random_weights:  # what fails cheaply comes first
+            self._check_run_folder()
+            self.shards = self._open_shards()
+        self.objective = Objective(config.objective)
+        self.random = KeyedRandom(config.seed)
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+        self.codec = build_codec(
+            config.data.codec,
+            resolution=config.data.resolution,
+            device=world.device,
+            dtype=dtype,
+            random_weights=random_weights,
+        )
+        patch = config.model.patch
+        assert patch is not None
+        if self.codec.side % patch:
+            raise ConfigError(
+                f"model.patch: {patch} does not divide the latent side {self.codec.side} "
+                f"(data.resolution {config.data.resolution}, codec {self.codec.name})"
+            )
+        if random_weights:
+            encoders = [e.model_copy(update={"weights": "random"}) for e in config.vision.encoders]
+        else:
+            encoders = list(config.vision.encoders)
+        self.encoders = [
+            build_encoder(
+                e,
+                resolution=config.data.resolution,
+                grid=self.codec.side // patch,
+                dtype=dtype,
+                device=world.device,
+            )
+            for e in encoders
+        ]
+
+        checkpoint = None if random_weights else _shared_checkpoint(self.run, world)
+        self.step = read_state(checkpoint).step if checkpoint else 0
+        # Every rank draws the same initial weights; generators differ afterwards.
+        torch.manual_seed(config.seed)
+        model = SiT.from_config(
+            config,
+            side=self.codec.side,
+            channels=self.codec.channels,
+            encoder_widths=[e.width for e in self.encoders],
+        )
+        if checkpoint:
+            load_model_weights(checkpoint, model)
+        torch.manual_seed(config.seed + 1 + world.rank)
+        self.fixed = {
+            n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad
+        }
+        self.engine, self.optimizer = start_engine(model, config, world)
+        self.engine.train()
+        self.whole = WholeTensors(self.engine, self.optimizer)
+        if checkpoint:
+            load_engine_state(checkpoint, self.whole, read_state(checkpoint), world)
+        self.resumed_from = checkpoint
+        self._asked_to_stop = self._stopped_by = 0  # signal numbers: this rank's, all ranks'
+
+    # One step ---------------------------------------------------------------------------------
+
+    def train_step(self, batches: Batches) -> dict[str, Tensor | float]:
+        """One update from `forwards` micro-batches; this rank's means, left on the device."""
+        totals: dict[str, Tensor] = {}
+        waited = 0.0
+        self.optimizer.set_rate(learning_rate(self.config, self.step))
+        for forward in range(self.forwards):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - began
+            losses = self.forward_losses(batch, self.sample_numbers(forward))
+            self.engine.backward(losses["loss"])
+            self.engine.step()
+            for name, value in losses.items():
+                share = value.detach() / self.forwards
+                totals[name] = totals[name] + share if name in totals else share
+        self.step += 1
+        return {**totals, "data_wait_seconds": waited}
+
+    def forward_losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
+        """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch.
+
+        samples [B] int64: the samples' numbers within the step's global batch, which key their
+        noise, time and label dropout.
+        """
+        draw, step = self.random, self.step
+        targets = [encoder(batch.image_u8) for encoder in self.encoders]
+        shape = (self.codec.channels, self.codec.side, self.codec.side)
+        with torch.no_grad():
+            latent_noise = (
+                draw.normal(Stream.LATENT, step, samples, shape) if self.codec.stochastic else None
+            )
+            z = self.codec.latents(batch.image_u8, batch.moments, latent_noise)
+            t = self._times(samples)
+            noise = draw.normal(Stream.NOISE, step, samples, shape)
+            x_t, velocity_target = self.objective.interpolate(z, noise, t)
+            drop = draw.uniform(Stream.LABEL_DROP, step, samples) < self.config.model.label_dropout
+        if targets:
+            velocity, alignment = self.engine(x_t, t, batch.label, targets, drop)
+        else:
+            velocity, alignment = self.engine(x_t, t, batch.label, None, drop), None
+        velocity_loss = self.objective.velocity_loss(velocity, velocity_target)
+        if alignment is None:
+            return {"loss": velocity_loss, "velocity_loss": velocity_loss}
+        loss = velocity_loss + self.config.alignment.weight * alignment
+        return {"loss": loss, "velocity_loss": velocity_loss, "alignment_loss": alignment}
+
+    def sample_numbers(self, forward: int) -> Tensor:
+        """This rank's samples of its forward-th micro-batch, numbered within the global batch."""
+        first = (self.world.rank * self.forwards + forward) * self.micro
+        return torch.arange(first, first + self.micro, device=self.world.device)
+
+    def _times(self, samples: Tensor) -> Tensor:
+        if self.config.objective.time == "uniform":
+            return self.random.uniform(Stream.TIME, self.step, samples)
+        normal = self.random.normal(Stream.TIME, self.step, samples)
+        return lognormal_time(self.config.objective.path, normal)
+
+    # The run ----------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Train to the last step; returns 0, or 128 + the number of the signal that stopped it."""
+        config, world = self.config, self.world
+        if world.is_first:
+            _warn_of_changes(self.run, config)
+            save_config(config, self.run / "config.yaml")
+        with Telemetry(self.run, config, start_step=self.step, active=world.is_first) as telemetry:
+            telemetry.say(self.first_line())
+            if self.resumed_from:
+                telemetry.say(f"continuing {self.run} from step {self.step}")
+            if self.step >= config.training.steps:
+                telemetry.say(
+                    f"{self.run} is finished: {self.step} steps; raise training.steps to go on"
+                )
+                return 0
+            pipeline = DataPipeline(
+                self.shards,
+                config.data,
+                global_batch=config.training.global_batch,
+                micro_batch=self.micro,
+                rank=world.rank,
+                world=world.size,
+                seed=config.seed,
+                start_step=self.step,
+                device=world.device,
+            )
+            with pipeline as batches, _Signals(self):
+                self._loop(batches, telemetry)
+            if world.is_first and telemetry.history():
+                save_curves(telemetry.history(), self.run / "curves.png")
+            if self._stopped_by:
+                telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
+                return 128 + self._stopped_by
+            telemetry.say(f"finished: {self.step} steps in {self.run}")
+        return 0
+
+    def _loop(self, batches: Batches, telemetry: Telemetry) -> None:
+        t = self.config.training
+        telemetry.start(self.step)
+        meter = _Meter(t.global_batch)
+        while self.step < t.steps:
+            stop = self._ask_to_stop()
+            metrics = self.train_step(batches)
+            meter.add(metrics)
+            telemetry.advance(self.step)
+            last = self.step == t.steps or stop()
+            if self.step % t.log_every == 0 or last:
+                rate = learning_rate(self.config, self.step - 1)
+                telemetry.log(meter.read(self.step, rate, grad_norm(self.engine), self.world))
+            if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
+                with meter.pause():
+                    self._draw_samples(telemetry)
+            if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
+                with meter.pause():
+                    self.save()
+            if last:
+                return
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step (collective)."""
+        return save_checkpoint(
+            self.run,
+            self.whole,
+            self.fixed,
+            self.state(),
+            self.world,
+            keep=self.config.training.keep_checkpoints,
+        )
+
+    def state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            optimizer_step=self.whole.optimizer_step,
+            samples_seen=self.step * self.config.training.global_batch,
+            side=self.codec.side,
+            channels=self.codec.channels,
+            encoder_widths=[e.width for e in self.encoders],
+            classes=self.shards.classes,
+            world_size=self.world.size,
+            versions=versions(),
+        )
+
+    def first_line(self) -> str:
+        """What this run computes on and which paths are active, on one line."""
+        c, w = self.config, self.world
+        where = (
+            torch.cuda.get_device_name(w.device)
+            if w.device.type == "cuda"
+            else f"cpu ({torch.get_num_threads()} threads)"
+        )
+        encoders = ", ".join(
+            f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px"
+            for e in self.encoders
+        )
+        model = c.model.name or f"{c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
+        parameters = sum(math.prod(_shape(p)) for p in self.engine.module.parameters())
+        parts = {
+            "device": f"{where} x {w.size}",
+            "model": f"SiT {model}, {parameters / 1e6:.1f} M parameters",
+            "precision": c.training.precision,
+            "ZeRO": str(c.zero.stage),
+            "attention": f"sdpa ({c.attention.backend})",
+            "kernels": "eager",
+            "encoder": encoders or "none",
+            "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}",
+            "batch": f"{c.training.global_batch} = {w.size} x {self.forwards} x {self.micro}",
+        }
+        return " · ".join(f"{k} {v}" for k, v in parts.items())
+
+    def _open_shards(self) -> ShardSet:
+        shards = ShardSet.open(
+            self.config.data.path, resolution=self.config.data.resolution, verify="auto"
+        )
+        if len(shards.classes) > self.config.model.num_classes:
+            raise DataError(
+                f"{self.config.data.path}: holds {len(shards.classes)} classes, "
+                f"model.num_classes is {self.config.model.num_classes}"
+            )
+        return shards
+
+    def _check_run_folder(self) -> None:
+        if self.world.is_first:
+            probe = self.run / ".writable"
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                probe.write_bytes(b"x" * 4096)
+                probe.unlink()
+            except OSError as e:
+                raise CheckpointError(f"{self.run}: the run folder is not writable ({e})") from None
+
+    def _draw_samples(self, telemetry: Telemetry) -> None:
+        """A grid from the averaged weights, in eval mode: samples/step_*.png (collective)."""
+        config, world = self.config, self.world
+        num = config.sample.num
+        model = ema_model(config, self.whole, self.fixed, self.state(), world)
+        labels = default_labels(num, len(self.shards.classes))
+        mine = rank_batches(num, SAMPLE_BATCH, world.rank, world.size)
+        numbers = torch.cat(mine) if mine else torch.empty(0, dtype=torch.int64)
+        images = generate(
+            model,
+            self.codec,
+            labels[numbers],
+            seed=config.seed,
+            sample_ids=numbers,
+            batch_size=SAMPLE_BATCH,
+            sample_config=config.sample,
+            path=config.objective.path,
+        )
+        parts: list[Any] = [None] * world.size
+        dist.gather_object((numbers, images), parts if world.is_first else None, dst=0)
+        if world.is_first:
+            grid = torch.empty(num, *images.shape[1:], dtype=torch.uint8)
+            for numbers, part in parts:
+                grid[numbers] = part
+            path = self.run / "samples" / f"step_{self.step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            save_grid(grid, path)
+            telemetry.picture("samples", path, self.step)
+
+    # Stopping ---------------------------------------------------------------------------------
+
+    def request_stop(self, number: int) -> None:
+        self._asked_to_stop = number
+
+    def _ask_to_stop(self) -> Callable[[], bool]:
+        """Ask all ranks, while the step runs, whether any was told to stop; call for the answer."""
+        flag = torch.tensor([self._asked_to_stop])
+        work: Any = dist.all_reduce(
+            flag, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True
+        )
+
+        def answer() -> bool:
+            work.wait()
+            self._stopped_by = int(flag)
+            return self._stopped_by > 0
+
+        return answer
+
+
+class _Signals:
+    """SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.before:
+            signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.trainer.request_stop(number)
+        signal.signal(number, self.before[signal.Signals(number)])
+
+
+class _Meter:
+    """Sums metrics between two log lines without waiting for the device."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.paused = 0, 0.0, 0.0
+        self.began = time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor | float]) -> None:
+        self.steps += 1
+        for name, value in metrics.items():
+            if isinstance(value, Tensor):
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            else:
+                self.waited += value
+
+    def read(self, step: int, lr: float, norm: float | Tensor, world: World) -> dict[str, float]:
+        """Means over the steps and ranks since the last reading (collective)."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[n].float() for n in names]) / self.steps
+        if world.size > 1:
+            dist.all_reduce(means)
+            means /= world.size
+        values = dict(zip(names, means.tolist(), strict=True))
+        seconds = max(time.perf_counter() - self.began - self.paused, 1e-9)
+        out = {
+            "step": step,
+            **values,
+            "grad_norm": float(norm),
+            "lr": lr,
+            "images_per_s": self.steps * self.global_batch / seconds,
+            "step_seconds": seconds / self.steps,
+            "data_wait": self.waited / seconds,
+        }
+        self._reset()
+        return out
+
+    def pause(self) -> _Pause:
+        return _Pause(self)
+
+
+class _Pause:
+    """Time inside is no training time: sampling, saving."""
+
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.paused += time.perf_counter() - self.began
+
+
+def _shared_checkpoint(run: Path, world: World) -> Path | None:
+    """The first rank looks, verifies and tells the others."""
+    answer: list[Any] = [None]
+    if world.is_first:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                answer[0] = newest_checkpoint(run)
+            for w in caught:
+                print(f"warning: {w.message}", flush=True)
+        except CheckpointError as e:
+            answer[0] = e
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], CheckpointError):
+        raise answer[0]
+    return answer[0]
+
+
+def _warn_of_changes(run: Path, config: Config) -> None:
+    """Name what differs from the configuration this run was started with, where it matters."""
+    try:
+        before = load_config(run / "config.yaml")
+    except ConfigError:
+        return
+    for key, (old, new) in _differences(before.model_dump(), config.model_dump()):
+        if not key.startswith(FREE_KEYS):
+            print(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
+
+
+def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in a.keys() | b.keys():
+            yield from _differences(a.get(name), b.get(name), f"{key}.{name}".lstrip("."))
+    elif a != b:
+        yield key, (a, b)
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """A parameter's whole shape, also where ZeRO-3 has taken it apart."""
+    return tuple(getattr(p, "ds_shape", p.shape))

@@ -1,0 +1,250 @@
+"""DeepSpeed, in this file only: the world, the engine's dictionary, and whole tensors in and out.
+
+A parameter's whole float32 weight and optimiser states can be read and written under every ZeRO
+stage through `WholeTensors`; checkpoints are made of nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import (
+    logger as deepspeed_logger,
+)
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from fastrepa.config import Config
+from fastrepa.errors import ConfigError
+from fastrepa.training.ema import STATES, AdamWEMA
+
+WEIGHT = "weight"
+KINDS = (WEIGHT, *STATES)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join_world() -> World:
+    """The world of torchrun, deepspeed or SLURM's environment variables, or a world of one."""
+    deepspeed_logger.setLevel(logging.ERROR)
+    env = os.environ
+    size = int(env.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"],
+        }
+        for key, value in alone.items():
+            env.setdefault(key, value)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return World(rank, size, local_rank, device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """(images per rank per forward, forwards per step) for the global batch.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    t = config.training
+    if t.global_batch % world_size:
+        raise ConfigError(
+            f"training.global_batch: {t.global_batch} is not divisible by {world_size} ranks"
+        )
+    per_rank = t.global_batch // world_size
+    micro = t.micro_batch or per_rank
+    if per_rank % micro:
+        raise ConfigError(
+            f"training.micro_batch: {micro} does not divide the {per_rank} images of each rank "
+            f"(training.global_batch {t.global_batch} over {world_size} ranks)"
+        )
+    return micro, per_rank // micro
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dictionary DeepSpeed wants, computed from ours."""
+    micro, forwards = micro_batch(config, world_size)
+    bf16, stage = config.training.precision == "bf16", config.zero.stage
+    out: dict[str, Any] = {
+        "train_batch_size": config.training.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": forwards,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+        # The unsharded float32 engine clips inside AdamWEMA, which reports the norm.
+        "gradient_clipping": 0.0 if _clips_itself(config) else config.training.clip,
+    }
+    if bf16 and stage > 0 and forwards > 1:
+        # Sums of many bf16 gradients lose what each adds.
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
+    return out
+
+
+def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
+    """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
+    # Broadcast by DeepSpeed from rank 0, so that every rank starts from the same weights.
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamWEMA(
+        trainable,
+        config.training.optimizer,
+        ema_decay=config.training.ema,
+        max_norm=config.training.clip if _clips_itself(config) else 0.0,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, world.size),
+        dist_init_required=False,
+    )
+    optimizer.state.clear()  # what a wrapper's own dry step may have left
+    return engine, optimizer
+
+
+def grad_norm(engine: Any) -> float | Tensor:
+    """The gradient's global norm before clipping, of the last step taken."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else norm
+
+
+class WholeTensors:
+    """Reads and writes whole float32 tensors of a sharded engine, by parameter name.
+
+    Every method that moves a tensor is collective: all ranks call it, in the same order.
+    """
+
+    def __init__(self, engine: Any, optimizer: AdamWEMA) -> None:
+        self.optimizer = optimizer
+        self.zero = engine.optimizer
+        self.stage = engine.zero_optimization_stage()
+        self.params = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._masters = self._unsharded_masters()
+        for master in self._all_masters():
+            optimizer.prepare(master)
+        if self._masters is None and self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _unsharded_masters(self) -> dict[int, Tensor] | None:
+        """id of a parameter -> its float32 master, where DeepSpeed does not shard."""
+        if self.stage > 0:
+            return None
+        if hasattr(self.zero, "fp32_groups"):
+            pairs = zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
+            return {
+                id(low): master
+                for lows, masters in pairs
+                for low, master in zip(lows, masters, strict=True)
+            }
+        return {id(p): p for p in self.params.values()}
+
+    def _all_masters(self) -> Iterator[Tensor]:
+        if self._masters is not None:
+            yield from self._masters.values()
+        else:
+            for name in (
+                "fp32_partitioned_groups_flat",  # stage 3
+                "fp32_groups_flat_partition",  # stage 1, bf16 with float32 accumulation
+                "single_partition_of_fp32_groups",  # stages 1 and 2
+            ):
+                if hasattr(self.zero, name):
+                    yield from getattr(self.zero, name)
+                    return
+            raise RuntimeError(f"unknown ZeRO optimiser {type(self.zero).__name__}")
+
+    def get(self, name: str, kind: str) -> Tensor:
+        """The whole tensor of `kind` (weight, exp_avg, exp_avg_sq, ema), on the engine's device."""
+        p = self.params[name]
+        if self._masters is not None:
+            master = self._masters[id(p)]
+            value = master if kind == WEIGHT else self.optimizer.state[master][kind]
+            return value.detach()
+        if kind == WEIGHT:
+            return safe_get_full_fp32_param(p).detach()
+        return safe_get_full_optimizer_state(p, kind).detach()
+
+    @torch.no_grad()
+    def set(self, name: str, kind: str, value: Tensor) -> None:
+        """Overwrite the whole tensor of `kind` from `value`, float32, the parameter's shape."""
+        p = self.params[name]
+        if self._masters is not None:
+            master = self._masters[id(p)]
+            target = master if kind == WEIGHT else self.optimizer.state[master][kind]
+            target.copy_(value)
+            return
+        value = value.to(self._device(), torch.float32)
+        if kind == WEIGHT:
+            safe_set_full_fp32_param(p, value)
+        else:
+            safe_set_full_optimizer_state(p, value, kind)
+
+    def _device(self) -> torch.device:
+        return next(self._all_masters()).device
+
+    @property
+    def optimizer_step(self) -> int:
+        """How many updates the optimiser has really taken."""
+        return int(next(self._steps()).item())
+
+    @optimizer_step.setter
+    def optimizer_step(self, value: int) -> None:
+        for step in self._steps():
+            step.fill_(value)
+
+    def _steps(self) -> Iterator[Tensor]:
+        for master in self._all_masters():
+            yield self.optimizer.state[master]["step"]
+
+
+def _clips_itself(config: Config) -> bool:
+    return config.zero.stage == 0 and config.training.precision == "fp32"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

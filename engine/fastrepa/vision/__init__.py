@@ -1,0 +1,1 @@
+"""The frozen visual encoders whose patch features the generator is aligned to."""

@@ -1,0 +1,210 @@
+"""The frozen encoders by name: timm architecture, preprocessing, which tokens are taken, width.
+
+Two kinds of names are known. A registry name ("dinov2-vit-b") is a row of `REGISTRY`, each as the
+REPA paper used it (REPA_SPEC "Frozen encoders"). Any other name is taken as a timm model
+("vit_base_patch16_224.augreg_in21k", "tf_efficientnet_lite0") under the generic rule:
+
+- a plain vision transformer gives its patch tokens after the final norm;
+- any other network gives the deepest feature map at stride 16, one token per cell;
+- mean and std are those of timm's pretrained configuration, and the image is normalised, then
+  resized if it must be.
+
+The side of the encoder's input, where the configuration names none (`default_side`):
+
+- "224*" (REPA_SPEC): 224 * (resolution // 256). Below 256 px, where that would be nothing, the
+  same proportion goes on: 14 px for every 16 of the image, so 112 for a 128 px image.
+- "none": the image as it is.
+- "per-16" (timm models by their own name): one token for every 16 image pixels, which is the
+  image as it is for patch or stride 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import timm
+
+from fastrepa.errors import ConfigError, nearest
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+STRIDE = 16
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one encoder is built and fed.
+
+    `mean` and `std` are in units of the [0, 1] image. `side` names the rule of `default_side`, and
+    `order` says when the resize happens. `norm`:
+    whether the tokens pass the final LayerNorm. `width` is Z where the row promises it. `timm_args`
+    go to `timm.create_model`. `hub`: timm can fetch the weights; `download`: where original weights
+    are, for error messages.
+    """
+
+    name: str
+    timm_name: str
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    side: Literal["224*", "none", "per-16"] = "none"
+    order: Literal["normalise-resize", "resize-normalise"] = "normalise-resize"
+    norm: bool = True
+    width: int | None = None
+    timm_args: Mapping[str, Any] = field(default_factory=dict)
+    hub: bool = True
+    download: str | None = None
+
+
+def _rows() -> list[Recipe]:
+    meta = "https://dl.fbaipublicfiles.com"
+    rows = []
+    for size, full, width in (
+        ("s", "small", 384),
+        ("b", "base", 768),
+        ("l", "large", 1024),
+        ("g", "giant", 1536),
+    ):
+        for family, reg, suffix in (("dinov2", "", ""), ("dinov2reg", "_reg4", "_reg4")):
+            stem = f"dinov2_vit{size}14"
+            rows.append(
+                Recipe(
+                    f"{family}-vit-{size}",
+                    f"vit_{full}_patch14{reg}_dinov2.lvd142m",
+                    side="224*",
+                    width=width,
+                    download=f"{meta}/dinov2/{stem}/{stem}{suffix}_pretrain.pth",
+                )
+            )
+    # DINOv3 is younger than the paper: patch 16, so the image as it is. The qkvb variants keep the
+    # original query and value biases; timm's plain names leave them out.
+    for size, full, width in (
+        ("s", "small", 384),
+        ("splus", "small_plus", 384),
+        ("b", "base", 768),
+        ("l", "large", 1024),
+        ("hplus", "huge_plus", 1280),
+    ):
+        rows.append(
+            Recipe(f"dinov3-vit-{size}", f"vit_{full}_patch16_dinov3_qkvb.lvd1689m", width=width)
+        )
+    rows.append(Recipe("dinov3-vit-7b", "vit_7b_patch16_dinov3.lvd1689m", width=4096))
+    rows.append(
+        Recipe(
+            "clip-vit-l",
+            "vit_large_patch14_clip_quickgelu_224.openai",
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            side="224*",
+            order="resize-normalise",
+            norm=False,
+            width=1024,
+        )
+    )
+    # The gap variants are the same trunks without the attention pool, which gives no tokens.
+    for family, tag in (("siglip", "webli"), ("siglip2", "v2_webli")):
+        for size, full, width in (
+            ("b", "base_patch16_siglip_gap_256", 768),
+            ("l", "large_patch16_siglip_gap_256", 1024),
+            ("so400m", "so400m_patch14_siglip_gap_224", 1152),
+        ):
+            rows.append(
+                Recipe(
+                    f"{family}-vit-{size}",
+                    f"vit_{full}.{tag}",
+                    mean=HALF,
+                    std=HALF,
+                    side="224*" if "patch14" in full else "none",
+                    width=width,
+                )
+            )
+    rows.append(
+        Recipe(
+            "mae-vit-l",
+            "vit_large_patch16_224.mae",
+            norm=False,
+            width=1024,
+            download=f"{meta}/mae/pretrain/mae_pretrain_vit_large.pth",
+        )
+    )
+    # MoCo v3's small model has 12 heads where timm's has 6; its weights are on no hub.
+    for size, full, width, heads, run in (
+        ("s", "small", 384, 12, "vit-s-300ep"),
+        ("b", "base", 768, 12, "vit-b-300ep"),
+        ("l", "large", 1024, 16, None),
+    ):
+        rows.append(
+            Recipe(
+                f"mocov3-vit-{size}",
+                f"vit_{full}_patch16_224",
+                width=width,
+                timm_args={"num_heads": heads, "num_classes": 0},
+                hub=False,
+                download=f"{meta}/moco-v3/{run}/{run}.pth.tar" if run else "the MoCo v3 authors",
+            )
+        )
+    rows.append(
+        Recipe(
+            "jepa-vit-h",
+            "vit_huge_patch14_gap_224.in1k_ijepa",
+            side="224*",
+            width=1280,
+            download=f"{meta}/ijepa/IN1K-vit.h.14-300e.pth.tar",
+        )
+    )
+    rows.append(
+        Recipe(
+            "dino-vit-b",
+            "vit_base_patch16_224.dino",
+            width=768,
+            download=f"{meta}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        )
+    )
+    return rows
+
+
+REGISTRY: dict[str, Recipe] = {row.name: row for row in _rows()}
+
+
+@cache
+def _timm_names() -> frozenset[str]:
+    """Every architecture of the installed timm, with and without a pretrained tag."""
+    return frozenset(timm.list_models()) | frozenset(timm.list_pretrained())
+
+
+def find_recipe(name: str) -> Recipe:
+    """The row of `name`; ConfigError naming it and the nearest allowed name otherwise."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if name not in _timm_names():
+        raise ConfigError(
+            f"vision.encoders: no encoder named {name!r}"
+            f"{nearest(name, [*REGISTRY, *sorted(_timm_names())])}; allowed: "
+            f"{', '.join(REGISTRY)}, or any timm model"
+        )
+    pretrained = timm.get_pretrained_cfg(name)
+    mean, std = (pretrained.mean, pretrained.std) if pretrained else (IMAGENET_MEAN, IMAGENET_STD)
+    return Recipe(name, name, mean=_triple(mean), std=_triple(std), side="per-16")
+
+
+def default_side(recipe: Recipe, stride: int, resolution: int) -> int:
+    """The encoder's input side in pixels for an image of `resolution`, by the recipe's rule.
+
+    `stride` is the pixels per token, along a side, of the network.
+    """
+    if recipe.side == "none":
+        return resolution
+    if recipe.side == "224*" and resolution >= 256:
+        return 224 * (resolution // 256)
+    return stride * (resolution // STRIDE)
+
+
+def _triple(values: Sequence[float]) -> Triple:
+    red, green, blue = values
+    return (red, green, blue)

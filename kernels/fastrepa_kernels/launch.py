@@ -1,0 +1,177 @@
+"""Where every operation's path (Triton or torch) and block sizes are decided, and nowhere else.
+
+Path: Triton for CUDA tensors, the torch path elsewhere and for float64. `with backend("triton")`
+forces Triton (CPU tensors then need TRITON_INTERPRET=1), `with backend("torch")` forces torch.
+
+Block sizes: an explicit table per kernel family, keyed by device generation (80 Ampere, 90 Hopper,
+100 Blackwell) and padded width. There is no run-time autotuning: a table gives the same numbers,
+the same speed and the same bits in every run. `python -m benchmarks.tune` proposes new rows.
+No row has been timed on a GPU yet: the values come from register counts (see aot.py) and from
+the bytes one multiprocessor must keep in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+GENERATIONS = (80, 90, 100)
+
+# Row kernels hold a whole row in registers; wider rows take the torch path.
+WIDEST_ROW = 4096
+
+# A plain global, not a context variable: CUDA backwards run on autograd's own thread.
+_forced: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the path of every operation inside the block: "triton", "torch" or "auto"."""
+    if name not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend: name must be "auto", "triton" or "torch"; got {name!r}')
+    global _forced
+    before, _forced = _forced, None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def use_triton(x: Tensor, width: int = 1) -> bool:
+    """Whether an operation on x, whose row kernels span `width`, runs Triton kernels."""
+    if _forced == "torch" or x.dtype == torch.float64 or width > WIDEST_ROW:
+        return False
+    return x.is_cuda or _forced == "triton"
+
+
+def generation(device: torch.device) -> int:
+    """The table to use: the newest known generation that the device can stand in for."""
+    if device.type != "cuda":
+        return 90  # the interpreter: any table computes the same thing
+    major = torch.cuda.get_device_capability(device)[0]
+    # Capability 12 is Blackwell with Ampere's shared memory per block (about 100 KB).
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype torch.autocast wants for matrix products on x's device; None outside autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A kernel that holds whole rows: block_n rows at a time, each block_d wide."""
+
+    block_d: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A kernel that walks down `rows` rows of a strip of columns and sums each column."""
+
+    block_n: int
+    block_c: int
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A pointwise kernel over a flat tensor."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A matrix-product kernel: one block_m x block_n tile of the result per program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # tiles of this many row blocks share their weight tiles in L2
+
+
+_FORWARD = {
+    512: Rows(512, 4, 4),
+    1024: Rows(1024, 2, 4),
+    2048: Rows(2048, 1, 4),
+    4096: Rows(4096, 1, 8),
+}
+# One row at a time: the per-sample sums live in registers beside the row.
+_BACKWARD = {
+    512: Rows(512, 1, 2),
+    1024: Rows(1024, 1, 4),
+    2048: Rows(2048, 1, 8),
+    4096: Rows(4096, 1, 16),
+}
+_COSINE = {
+    512: Rows(512, 1, 2),
+    1024: Rows(1024, 1, 4),
+    2048: Rows(2048, 1, 8),
+    4096: Rows(4096, 1, 16),
+}
+
+ROWS: dict[str, dict[int, dict[int, Rows]]] = {
+    "norm_forward": dict.fromkeys(GENERATIONS, _FORWARD),
+    "norm_backward": dict.fromkeys(GENERATIONS, _BACKWARD),
+    "cosine": dict.fromkeys(GENERATIONS, _COSINE),
+}
+COLUMNS: dict[int, Columns] = dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4))
+FLAT: dict[str, dict[int, Flat]] = {
+    "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
+    "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
+}
+# Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
+GEMM: dict[str, dict[int, Gemm]] = {
+    "linear_gelu": {
+        80: Gemm(128, 128, 32, 8, 4),
+        90: Gemm(128, 256, 64, 8, 3),
+        100: Gemm(128, 256, 64, 8, 3),
+    },
+    "cosine_sums": {
+        80: Gemm(128, 128, 32, 8, 4),
+        90: Gemm(128, 128, 64, 8, 4),
+        100: Gemm(128, 128, 64, 8, 4),
+    },
+}
+# linear_gelu's forward: the GELU as a GEMM epilogue of our own, or cuBLAS and a pointwise kernel.
+# At N=65,536, 1152 -> 4608 the pointwise pass moves 1.2 GB, about 30% of the product's time: the
+# epilogue wins if our GEMM reaches 77% of cuBLAS. Nobody has measured that yet, so: cuBLAS.
+GELU_EPILOGUE: dict[int, bool] = dict.fromkeys(GENERATIONS, False)
+
+# Rows handled in one go by projector_alignment. CUDA: 4,096 rows keep the chunk buffers at
+# 71 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
+CHUNK_ROWS = {"cuda": 4096, "cpu": 512}
+
+
+def rows(family: str, width: int, device: torch.device) -> Rows:
+    """The launch row of a row kernel; `width` is at most WIDEST_ROW."""
+    block_d = max(triton.next_power_of_2(width), 512)
+    return ROWS[family][generation(device)][block_d]
+
+
+def rows_per_split(batch: int, tokens: int) -> int:
+    """Rows that one program of a two-stage reduction sums: few on small inputs, for parallelism.
+
+    The partial sums cost 8/rows bytes per element and sum; 512 programs fill any current device.
+    """
+    for size in (64, 32, 16):
+        if batch * -(-tokens // size) >= 512:
+            return size
+    return 8
+
+
+def chunk_rows(device: torch.device, requested: int | None) -> int:
+    return CHUNK_ROWS.get(device.type, 512) if requested is None else requested

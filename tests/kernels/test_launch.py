@@ -1,0 +1,71 @@
+"""launch: the choice of path, and tables that have a row for every width they promise."""
+
+import pytest
+import torch
+from fastrepa_kernels import launch
+
+
+def test_cpu_tensors_take_the_torch_path_unless_forced():
+    x = torch.zeros(2)
+    assert not launch.use_triton(x)
+    with launch.backend("triton"):
+        assert launch.use_triton(x)
+        assert launch.use_triton(x, launch.WIDEST_ROW)
+        assert not launch.use_triton(x, launch.WIDEST_ROW + 1)
+        assert not launch.use_triton(x.double())
+        with launch.backend("torch"):
+            assert not launch.use_triton(x)
+        assert launch.use_triton(x)
+    assert not launch.use_triton(x)
+
+
+def test_backend_is_restored_after_an_error():
+    with pytest.raises(KeyError), launch.backend("triton"):
+        raise KeyError
+    assert not launch.use_triton(torch.zeros(2))
+    with pytest.raises(ValueError, match="backend: name must be"), launch.backend("cuda"):
+        pass
+
+
+@pytest.mark.parametrize("family", sorted(launch.ROWS))
+def test_every_width_has_a_row(family):
+    for width in (1, 72, 512, 513, 1152, launch.WIDEST_ROW):
+        row = launch.rows(family, width, torch.device("cpu"))
+        assert width <= row.block_d
+        assert row.block_d & (row.block_d - 1) == 0
+    for table in launch.ROWS[family].values():
+        assert max(table) == launch.WIDEST_ROW
+        assert all(width == row.block_d for width, row in table.items())
+
+
+def test_every_generation_has_every_table():
+    tables = [*launch.ROWS.values(), *launch.FLAT.values(), *launch.GEMM.values()]
+    for table in (*tables, launch.COLUMNS, launch.GELU_EPILOGUE):
+        assert tuple(table) == launch.GENERATIONS
+
+
+@pytest.mark.parametrize(
+    ("capability", "generation"),
+    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
+)
+def test_generation_of_a_device(monkeypatch, capability, generation):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.generation(torch.device("cuda")) == generation
+
+
+def test_splits_of_a_reduction_fill_the_device_without_writing_much():
+    assert launch.rows_per_split(256, 256) == 64
+    assert launch.rows_per_split(32, 256) == 16
+    assert launch.rows_per_split(1, 16) == 8
+
+
+def test_chunk_rows():
+    assert launch.chunk_rows(torch.device("cpu"), 7) == 7
+    assert launch.chunk_rows(torch.device("cuda"), None) == launch.CHUNK_ROWS["cuda"]
+
+
+def test_autocast_dtype():
+    x = torch.zeros(2)
+    assert launch.autocast_dtype(x) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert launch.autocast_dtype(x) == torch.bfloat16
