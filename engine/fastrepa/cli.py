@@ -123,7 +123,7 @@ def prepare(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    num: Annotated[int | None, typer.Option(help="How many images.")] = None,
+    num: Annotated[int | None, typer.Option("--num", "-n", help="How many images.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ode, heun or sde.")] = None,
     steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
@@ -135,7 +135,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/generated.")] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
 ) -> None:
     """Draw images from a run's averaged weights; settings left out are the run's own."""
     from fastrepa.generation.generate import sample_run
@@ -188,7 +188,7 @@ def _print_dry_run(result: object, global_batch: int) -> None:
 
     assert isinstance(result, DryRun)
     console = Console(highlight=False)
-    console.print(result.first_line)
+    console.print(result.first_line, soft_wrap=True)
     table = Table(title="dry run: one step at batch 2 on noise, random encoder weights")
     table.add_column("what")
     table.add_column("how much", justify="right")

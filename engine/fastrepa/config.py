@@ -96,7 +96,13 @@ class AlignmentConfig(_Section):
 
 class ObjectiveConfig(_Section):
     path: Literal["linear", "cosine"] = "linear"
+    prediction: Literal["velocity", "data"] = Field(
+        "velocity",
+        description="what the last layer's output means; 'data' is easier to learn in pixel space",
+    )
     time: Literal["uniform", "lognormal"] = "uniform"
+    time_mean: float = Field(0.0, description="lognormal: mean of log(noise / signal)")
+    time_std: Annotated[float, Field(gt=0.0)] = Field(1.0, description="lognormal: its deviation")
 
 
 class OptimizerConfig(_Section):
@@ -164,6 +170,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     sample: SampleConfig = SampleConfig()
     zero: ZeroConfig = ZeroConfig()
+    kernels: Literal["fused", "eager"] = "fused"
     attention: AttentionConfig = AttentionConfig()
 
     @model_validator(mode="after")

@@ -1,1 +1,21 @@
-"""Fused operations for representation-aligned diffusion transformers. Depends on torch and triton only."""
+"""Fused operations for representation-aligned diffusion transformers: torch and triton only."""
+
+from fastrepa_kernels.adaln import (
+    gated_residual,
+    gated_residual_layernorm_modulate,
+    layernorm_modulate,
+)
+from fastrepa_kernels.adamw_ema import adamw_ema_
+from fastrepa_kernels.drop_in import patch_reference
+from fastrepa_kernels.mlp import linear_gelu
+from fastrepa_kernels.projector_alignment import projector_alignment
+
+__all__ = [
+    "adamw_ema_",
+    "gated_residual",
+    "gated_residual_layernorm_modulate",
+    "layernorm_modulate",
+    "linear_gelu",
+    "patch_reference",
+    "projector_alignment",
+]

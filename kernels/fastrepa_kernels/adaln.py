@@ -35,7 +35,12 @@ EPS = 1e-6
 
 
 def layernorm_modulate_reference(
-    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = EPS, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = EPS,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The specification, in whatever dtype it is given (float64 in tests)."""
     y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
@@ -181,11 +186,6 @@ def _residual_bwd_kernel(
         tl.store(sums_ptr + (pid.to(tl.int64) * D + d), dgate, mask=inside)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype arithmetic runs in: float64 where any operand is, float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 @torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())
 def _norm_modulate(
     x: Tensor,
@@ -218,7 +218,7 @@ def _norm_modulate(
 
 
 def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
-    wide = _wide(x, shift)
+    wide = launch.arithmetic_dtype(x)
     x_new = x.new_empty(0)
     if branch is not None:
         x_new = torch.addcmul(x.to(wide), branch.to(wide), gate.to(wide)[:, None]).to(x.dtype)
@@ -231,7 +231,7 @@ def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
 
 @_norm_modulate.register_fake
 def _(x, branch, gate, shift, scale, eps, out_dtype):
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = launch.arithmetic_dtype(x)
     return (
         x.new_empty(0) if branch is None else torch.empty_like(x),
         torch.empty_like(x, dtype=out_dtype),
@@ -256,9 +256,7 @@ def _norm_modulate_backward(
     b, t, d = x.shape
     gated = branch is not None and gate is not None
     if not launch.use_triton(x, d):
-        return _norm_modulate_backward_torch(
-            dy, dx_new, x, branch, gate, scale, mean, rstd, sums
-        )
+        return _norm_modulate_backward_torch(dy, dx_new, x, branch, gate, scale, mean, rstd, sums)
     dx = torch.empty_like(x)
     dbranch = torch.empty_like(x if branch is None else branch) if gated else x.new_empty(0)
     if not x.numel():
@@ -282,7 +280,7 @@ def _norm_modulate_backward(
 
 
 def _norm_modulate_backward_torch(dy, dx_new, x, branch, gate, scale, mean, rstd, sums):
-    wide = _wide(x, dy)
+    wide = launch.arithmetic_dtype(x)
     xw, dyw = x.to(wide), dy.to(wide)
     mean, rstd = mean[..., None], rstd[..., None]
     g = dyw * (1 + scale.to(wide)[:, None])
@@ -355,7 +353,7 @@ _norm_modulate_call = differentiable(
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     b, t, d = x.shape
     if not launch.use_triton(x, d):
-        wide = _wide(x, branch)
+        wide = launch.arithmetic_dtype(x)
         return torch.addcmul(x.to(wide), branch.to(wide), gate.to(wide)[:, None]).to(x.dtype)
     x_new = torch.empty_like(x)
     if x.numel():
@@ -380,7 +378,7 @@ def _gated_residual_backward(
     """(dbranch, dgate); dgate is empty where nobody needs it."""
     b, t, d = branch.shape
     if not launch.use_triton(branch, d):
-        wide = _wide(dx, branch)
+        wide = launch.arithmetic_dtype(dx)
         dgate = torch.sum(dx.to(wide) * branch.to(wide), 1) if sums else dx.new_empty(0, dtype=wide)
         return (dx.to(wide) * gate.to(wide)[:, None]).to(branch.dtype), dgate
     dbranch = torch.empty_like(branch)
@@ -389,9 +387,7 @@ def _gated_residual_backward(
     row = launch.rows("norm_backward", d, branch.device)
     per_split = launch.rows_per_split(b, t)
     splits = triton.cdiv(t, per_split)
-    parts = torch.empty(
-        (b, splits, d) if sums else (0,), dtype=torch.float32, device=branch.device
-    )
+    parts = torch.empty((b, splits, d) if sums else (0,), dtype=torch.float32, device=branch.device)
     _residual_bwd_kernel[(b * splits,)](
         dx, branch, gate, dbranch, parts, gate.stride(0), t, d, splits,
         SUMS=sums, ROWS=per_split, BLOCK_D=row.block_d, num_warps=row.num_warps,
@@ -401,7 +397,7 @@ def _gated_residual_backward(
 
 @_gated_residual_backward.register_fake
 def _(dx, branch, gate, sums):
-    wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
+    wide = launch.arithmetic_dtype(dx)
     return torch.empty_like(branch), branch.new_empty(gate.shape if sums else (0,), dtype=wide)
 
 
@@ -422,7 +418,7 @@ def _residual_backward(ctx, dx):
     return (
         dx if need_x else None,
         dbranch if need_branch else None,
-        dgate.to(gate.dtype) if need_gate else None,
+        dgate.to(gate.dtype) if need_gate and dgate is not None else None,
     )
 
 
@@ -448,8 +444,9 @@ def _check(name: str, x: Tensor, branch: Tensor | None, **per_sample: Tensor) ->
                 f"{name}: {argument} must be [B, D] = {wanted} on {x.device}; "
                 f"got {tuple(value.shape)} on {value.device}"
             )
-    for argument, value in {"branch": branch, **per_sample}.items():
-        if value is not None and not value.is_floating_point():
+    floating = per_sample if branch is None else {"branch": branch, **per_sample}
+    for argument, value in floating.items():
+        if not value.is_floating_point():
             raise ValueError(f"{name}: {argument} must be floating point; got {value.dtype}")
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("adaln", "projector_alignment", "mlp", "adamw_ema")
+MODULES = ("adaln", "activation", "projector_alignment", "mlp", "adamw_ema")
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def compile_case(case: AotCase) -> Report:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names  # type: ignore[attr-defined]
-    signature = {
-        n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names
-    }
+    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
     hint = [["tt.divisibility", 16]]
     hints = {
-        (i,): hint for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"
+        (i,): hint
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or signature[n] == "i32"
     }
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, hints)

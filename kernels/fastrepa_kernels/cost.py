@@ -74,7 +74,6 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype = torch.bflo
     target = torch.empty_like(source)
     copy = median_seconds(lambda: target.copy_(source), device, repeats)
     moved = 2 * source.numel()
-    del source, target
     side = 8192 if on_gpu else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = median_seconds(lambda: a @ b, device, repeats)

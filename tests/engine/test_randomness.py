@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from fastrepa.errors import ConfigError
 from fastrepa.randomness import KeyedRandom, Stream, philox4x32
 

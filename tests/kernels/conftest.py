@@ -26,7 +26,7 @@ class Place:
     backend: str
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
 
 
 # In the interpreter bf16 arithmetic is wrong and a fp32 -> bf16 store truncates: bf16 is for GPUs.

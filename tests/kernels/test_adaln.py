@@ -1,14 +1,15 @@
 """adaln: T0 gradcheck of the hand-derived backward, T1 kernels in the interpreter, T3 on a GPU.
 (T2, compilation for every device generation, is test_aot.py.)
 
-Mutations tried, each caught by the tests below: the sign of the mean(g h) term in dx; the
-mean(g) term dropped; dgate from the branch without the residual's gradient; the `t < T` mask left
-out of the forward store; dshift and dscale swapped; the last row of a split skipped.
+Mutations tried, each caught by the tests below: the sign of the mean(g h) term in dx; both mean
+terms dropped; the sign of the residual's gradient; the `t < T` mask left out (writes past the end:
+the process aborts); the width mask left out of the variance; dshift and dscale swapped; the last
+row of a split skipped; rstd left out of the torch path's dscale.
 """
 
 import pytest
 import torch
-from accuracy import assert_as_good_as_eager, check, distance
+
 from fastrepa_kernels import launch
 from fastrepa_kernels.adaln import (
     gated_residual,
@@ -21,6 +22,7 @@ from fastrepa_kernels.adaln import (
     layernorm_modulate_cost,
     layernorm_modulate_reference,
 )
+from tests.kernels.accuracy import assert_as_good_as_eager, check, distance
 
 SHAPES = [(1, 1, 2), (3, 19, 72), (2, 9, 112), (1, 3, 768), (1, 2, 1023), (2, 2, 1152)]
 NAMES = ["x", "branch", "gate", "shift", "scale"]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fastrepa_kernels import aot, launch
 
 KERNELS = Path(aot.__file__).parents[1]

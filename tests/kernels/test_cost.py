@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastrepa_kernels.cost import (
     Ceilings,
     Cost,

@@ -6,13 +6,15 @@
 
 Moments are cat[mean, std] (std, not the log variance), as the reference layout stores them.
 Latents and moments are fp32 whatever the autoencoder computes in. B batch, R image side, C latent
-channels, h and w latent sides. Numbers: REPA_SPEC "Objective".
+channels, h and w latent sides. The numbers are REPA's (Yu et al. 2024, arXiv 2410.06940), which
+takes them from Stable Diffusion.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -198,8 +200,9 @@ def _random_sd_vae() -> nn.Module:
     """The architecture of stabilityai/sd-vae-ft-mse (83.7 M parameters), seeded weights."""
     autoencoder = _autoencoder_class()
     widths = (128, 256, 512, 512)
+    # The CPU's generator alone: torch.manual_seed would also reset the GPUs'.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
+        torch.default_generator.manual_seed(RANDOM_SEED)
         return autoencoder(
             down_block_types=("DownEncoderBlock2D",) * len(widths),
             up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -221,15 +224,20 @@ def _pretrained_sd_vae(weights: str) -> nn.Module:
     folder = Path(weights).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
         raise WeightsError(f"{where}: no such folder, and not a hub id; {by_hand}")
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        if folder.is_dir() and not (folder / file).is_file():
+            raise WeightsError(f"{where}: this folder has no {file}; {by_hand}")
     try:
-        vae, loading = autoencoder.from_pretrained(
-            str(folder) if folder.is_dir() else weights,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        # Building draws initial values: the run's own randomness must not notice.
+        with torch.random.fork_rng(devices=[]):
+            vae, loading = autoencoder.from_pretrained(
+                str(folder) if folder.is_dir() else weights,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = shorten(" ".join(str(error).split()), 160, placeholder=" ...")
         raise WeightsError(f"{where}: could not be loaded ({reason}); {by_hand}") from error
     if missing := sorted(loading["missing_keys"]):
         raise WeightsError(f"{where}: {len(missing)} tensors are missing, the first {missing[0]!r}")

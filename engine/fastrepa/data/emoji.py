@@ -47,8 +47,10 @@ class Emoji(NamedTuple):
 
 def base_of(unified: str) -> str:
     """The motif of a code-point sequence such as "1F469-1F3FF-200D-1F680" (woman astronaut)."""
-    points = [point for point in unified.upper().split("-") if point not in _VARIATION]
-    return "-".join(_PERSON if point in _ADULTS else point for point in points)
+    points = unified.upper().split("-")
+    # A sign that is no variation of anything stands for itself.
+    motif = [point for point in points if point not in _VARIATION] or points[:1]
+    return "-".join(_PERSON if point in _ADULTS else point for point in motif)
 
 
 def is_validation(base: str) -> bool:

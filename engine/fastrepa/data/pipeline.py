@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrepa.config import DataConfig
 from fastrepa.data.reader import SampleOrder, ShardReader
 from fastrepa.data.shards import ShardSet
-from fastrepa.data.spawn import clean_start
+from fastrepa.data.spawn import WORKER_DIED, DeathWatch, clean_start
 from fastrepa.errors import ConfigError, DataError
 
 # Decoding threads per rank at most; more only fight over memory.
@@ -96,6 +96,9 @@ class DataPipeline(Iterator[Batch]):
         self._pipe: Pipeline | None = _build(
             self._reader, config, micro_batch, _decode_device(config, device), device
         )
+        pool = self._pipe._py_pool  # DALI has no public way to its workers
+        self._workers = list(pool.pool._processes) if pool else []
+        self._watch = DeathWatch(self._workers)
 
     def __next__(self) -> Batch:
         if self._pipe is None:
@@ -104,7 +107,8 @@ class DataPipeline(Iterator[Batch]):
         try:
             images, labels = (outputs.as_tensor() for outputs in self._pipe.run(stream))
         except Exception as error:  # DALI wraps the reader's errors in its own
-            failure = _data_error(error)
+            died = any(worker.exitcode is not None for worker in self._workers)
+            failure = DataError(WORKER_DIED) if died else _data_error(error)
             self.close()
             raise failure from None
         # DALI's memory itself, no copy: its dynamic executor reuses a buffer only when the tensor
@@ -119,11 +123,11 @@ class DataPipeline(Iterator[Batch]):
     def close(self) -> None:
         """End the workers and free the buffers; batches already handed out stay valid."""
         if self._pipe is not None:
-            pool = self._pipe._py_pool
-            if pool is not None:
-                pool.close()
-            self._pipe._shutdown()
-            self._pipe = None
+            with self._watch.closing():
+                if self._pipe._py_pool is not None:
+                    self._pipe._py_pool.close()
+                self._pipe._shutdown()
+                self._pipe = None
         self._reader.close()
 
     def __enter__(self) -> DataPipeline:
@@ -198,5 +202,8 @@ def _data_error(error: BaseException) -> DataError:
         if isinstance(cause, DataError):
             return DataError(str(cause))
         cause = cause.__cause__ or cause.__context__
+    # From a worker, DALI passes the message on, but the class only as text of the traceback.
+    if error.__cause__ is not None and f"{DataError.__name__}: " in str(error):
+        return DataError(str(error.__cause__))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return DataError(f"DALI could not make a batch: {lines[0] if lines else error!r}")

@@ -170,9 +170,9 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"{out.parent}: cannot be written to ({error.strerror})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for stale in partial.iterdir():
+            stale.unlink()  # fails on a folder, which is none of ours
         try:
-            for stale in partial.iterdir():
-                stale.unlink()
             yield partial
             os.rename(partial, out)
         except BaseException:

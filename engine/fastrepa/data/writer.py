@@ -63,7 +63,9 @@ def write_shard(job: ShardJob, shard: int, image_done: Callable[[int], None]) ->
                 if not job.skip_bad:
                     reason = f"{job.source / file}: unreadable image ({error})"
                     raise DataError(printable(reason)) from None
-                skipped[number] = SkippedRecord(source=printable(file), reason=str(error))
+                skipped[number] = SkippedRecord(
+                    source=printable(file), reason=printable(str(error))
+                )
                 image_done(number)
                 continue
             key = f"{number:0{KEY_DIGITS}d}"

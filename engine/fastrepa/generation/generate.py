@@ -44,7 +44,9 @@ from fastrepa.randomness import KeyedRandom, Stream
 BATCH_SIZE = 32
 GRID_IMAGES = 64
 RECORD = "sampling.json"
-_OURS = re.compile(r"\d{6,}\.png|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD))
+_OURS = re.compile(
+    r"\d{6,}\.png|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD)
+)
 
 
 def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -120,20 +122,19 @@ def generate(
     shape = input_shape or (codec.channels, codec.side, codec.side)
     if null_label is None:
         null_label = int(cast(Any, model).y_embedder.num_classes)
+    if len(labels) == 0:
+        with torch.no_grad():  # no image, but an image's shape
+            return codec.decode(torch.zeros(1, *shape, device=device))[:0].cpu()
     random = KeyedRandom(seed)
     images: list[Tensor] = []
     with _evaluating(model), torch.no_grad():
-        for ids, wanted in zip(
-            sample_ids.split(batch_size), labels.split(batch_size), strict=True
-        ):
+        for ids, wanted in zip(sample_ids.split(batch_size), labels.split(batch_size), strict=True):
             count = len(ids)
             ids = _fill(ids, batch_size).to(device, torch.int64)
             wanted = _fill(wanted, batch_size).to(device)
 
             def step_noise(step: int, ids: Tensor = ids) -> Tensor:
-                return random.normal(
-                    Stream.SAMPLE_STEP, step, ids, shape, dtype=torch.float64
-                )
+                return random.normal(Stream.SAMPLE_STEP, step, ids, shape, dtype=torch.float64)
 
             def advance(_: int, count: int = count) -> None:
                 if progress is not None:
@@ -154,9 +155,6 @@ def generate(
                 progress=advance,
             )
             images.append(codec.decode(latents)[:count].cpu())
-    if not images:
-        with torch.no_grad():  # no image, but an image's shape
-            return codec.decode(torch.zeros(1, *shape, device=device))[:0].cpu()
     return torch.cat(images)
 
 
@@ -409,4 +407,3 @@ def write_adm_npz(folder: Path, num: int) -> Path:
             member.write(read_png(image_path(folder, i)).permute(1, 2, 0).numpy().tobytes())
     partial.replace(target)
     return target
-

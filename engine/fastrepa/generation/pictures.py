@@ -78,9 +78,7 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = {
-        key: points for key, _, _ in PANELS if len((points := _points(metrics, key))[0])
-    }
+    series = {key: points for key, _, _ in PANELS if len((points := _points(metrics, key))[0])}
     shown = [panel for panel in PANELS if panel[0] in series]
     rows = max(1, math.ceil(len(shown) / _COLUMNS))
     columns = 2 if len(shown) == 4 else max(1, min(_COLUMNS, len(shown)))
@@ -137,8 +135,8 @@ def _panel(
     if len(y):
         # As wide as a tenth of what there is: few points stay as they are.
         mean = running_mean(y, 1 if exact else 2 * (len(y) // 20) + 1)
-        axes.plot(x, y, color=colour, alpha=0.3, linewidth=1, marker="." if len(y) < 30 else "")
-        axes.plot(x, mean, color=colour, linewidth=1.8)
+        axes.plot(x, y, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(x, mean, color=colour, linewidth=1.8, marker="o" if len(y) < 30 else "", ms=3)
         axes.set_title(f"{mean[-1]:.4g}", loc="right", fontsize=10, color=colour)
         # The first steps may tower over the rest: they do not choose the scale.
         skip = 0 if exact else len(y) // 50

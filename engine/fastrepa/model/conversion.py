@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def load_state_dict_file(path: str | Path, *, ema: bool = True) -> dict[str, Ten
     except pickle.UnpicklingError as e:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{path}: holds more than tensors, refused ({reason})") from None
-    except (OSError, RuntimeError, EOFError, SafetensorError) as e:
+    except (OSError, RuntimeError, EOFError, struct.error, SafetensorError) as e:
         raise CheckpointError(f"{path}: not a readable checkpoint ({e})") from None
     if isinstance(stored, Mapping) and "model" in stored and "ema" in stored:
         stored = stored["ema" if ema else "model"]

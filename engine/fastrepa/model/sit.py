@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrepa.config import Config
-from fastrepa.model.projector import alignment_loss, build_projector
+from fastrepa.model.operations import OPERATIONS, Operations
+from fastrepa.model.projector import Projector, alignment_loss
+from fastrepa.paths import velocity_from_data
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
-NORM_EPS = 1e-6
 
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -42,17 +43,6 @@ def sincos_position_embedding(width: int, side: int) -> Tensor:
     column = axis.expand(side, side, -1)
     row = axis[:, None].expand(side, side, -1)
     return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
-
-
-def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then (1 + scale) and shift; x [B,T,D], shift and scale [B,D].
-
-    Computed in x's dtype, returned in shift's: what the next product wants.
-    """
-    y = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift[:, None].to(x.dtype), y, 1 + scale[:, None].to(x.dtype)).to(
-        shift.dtype
-    )
 
 
 class PatchEmbed(nn.Module):
@@ -123,52 +113,80 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear, with ratio 4."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, operations: Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.operations.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+
+
+Pending = tuple[
+    Tensor, Tensor
+]  # a branch [B,T,D] and its gate [B,D], not yet added to the residual
 
 
 class SiTBlock(nn.Module):
-    """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition."""
+    """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition.
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, attention: str) -> None:
+    The gated MLP branch is handed on unadded, so that its addition and the next block's norm are
+    one pass over the residual.
+    """
+
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool, attention: str, operations: Operations
+    ) -> None:
         super().__init__()
+        self.operations = operations
         self.attn = Attention(width, heads, qk_norm, attention)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, operations)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, pending: Pending | None
+    ) -> tuple[Tensor, Tensor, Pending]:
+        """(x with the pending branch added, x after attention, this block's pending branch)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = torch.addcmul(
-            x, gate1[:, None].to(x.dtype), self.attn(layernorm_modulate(x, shift1, scale1)).to(x)
+        before, y = _next_norm(self.operations, x, pending, shift1, scale1)
+        x, y = self.operations.gated_residual_layernorm_modulate(
+            before, self.attn(y), gate1, shift2, scale2
         )
-        return torch.addcmul(
-            x, gate2[:, None].to(x.dtype), self.mlp(layernorm_modulate(x, shift2, scale2)).to(x)
-        )
+        return before, x, (self.mlp(y), gate2)
 
 
 class FinalLayer(nn.Module):
     """Modulated norm, then tokens to patches: [B,T,D] -> [B,T,p*p*C], the channel last."""
 
-    def __init__(self, width: int, patch: int, channels: int) -> None:
+    def __init__(self, width: int, patch: int, channels: int, operations: Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
+        """(x with the pending branch added, patches)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(layernorm_modulate(x, shift, scale))
+        x, y = _next_norm(self.operations, x, pending, shift, scale)
+        return x, self.linear(y)
+
+
+def _next_norm(
+    operations: Operations, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add what is pending, then norm and modulate: (x, y)."""
+    if pending is None:
+        return x, operations.layernorm_modulate(x, shift, scale)
+    return operations.gated_residual_layernorm_modulate(x, *pending, shift, scale)
 
 
 class SiT(nn.Module):
     """The generator: (x_t, t, labels) -> velocity, and with targets also the alignment loss.
 
     side: latent side S in elements, a multiple of patch. encoder_widths: Z of every frozen encoder,
-    one projector each, fed by the output of block number alignment_block (1-based).
+    one projector each, fed by the output of block number alignment_block (1-based). With prediction
+    "data" the last layer's output is the clean latent, and is turned into the velocity of `path`.
     Raises ValueError where the shape is impossible.
     """
 
@@ -188,6 +206,9 @@ class SiT(nn.Module):
         alignment_block: int = 1,
         projector_width: int = 2048,
         attention: str = "auto",
+        prediction: str = "velocity",
+        path: str = "linear",
+        kernels: str = "fused",
     ) -> None:
         super().__init__()
         if side % patch:
@@ -198,6 +219,8 @@ class SiT(nn.Module):
             raise ValueError(f"alignment_block: {alignment_block} is not in 1..{depth}")
         self.side, self.channels, self.patch = side, channels, patch
         self.label_dropout, self.alignment_block = label_dropout, alignment_block
+        self.prediction, self.path = prediction, path
+        self.operations = OPERATIONS[kernels]
         self.grid = side // patch
         self.x_embedder = PatchEmbed(channels, width, patch)
         self.t_embedder = TimestepEmbedder(width)
@@ -206,12 +229,12 @@ class SiT(nn.Module):
             sincos_position_embedding(width, self.grid), requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            SiTBlock(width, heads, qk_norm, attention) for _ in range(depth)
+            SiTBlock(width, heads, qk_norm, attention, self.operations) for _ in range(depth)
         )
         self.projectors = nn.ModuleList(
-            build_projector(width, projector_width, z) for z in encoder_widths
+            Projector(width, projector_width, z) for z in encoder_widths
         )
-        self.final_layer = FinalLayer(width, patch, channels)
+        self.final_layer = FinalLayer(width, patch, channels, self.operations)
         self.reset_parameters()
 
     @classmethod
@@ -235,6 +258,9 @@ class SiT(nn.Module):
             alignment_block=config.alignment.block,
             projector_width=config.alignment.projector_width,
             attention=config.attention.backend,
+            prediction=config.objective.prediction,
+            path=config.objective.path,
+            kernels=config.kernels,
         )
 
     def reset_parameters(self) -> None:
@@ -280,13 +306,20 @@ class SiT(nn.Module):
         h = self.x_embedder(x)
         h = h.to(torch.promote_types(h.dtype, torch.float32)) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(labels, label_drop)
-        alignment = None
-        for number, block in enumerate(self.blocks, start=1):
-            h = block(h, c)
-            if targets is not None and number == self.alignment_block:
-                alignment = alignment_loss(h, self.projectors, targets)
-        velocity = self.unpatchify(self.final_layer(h, c).to(h.dtype))
-        return velocity if alignment is None else (velocity, alignment)
+        pending, outputs = None, []
+        for block in self.blocks:
+            before, h, pending = block(h, c, pending)
+            outputs.append(before)
+        before, patches = self.final_layer(h, c, pending)
+        outputs.append(before)
+        velocity = self.unpatchify(patches.to(h.dtype))
+        if self.prediction == "data":
+            velocity = velocity_from_data(self.path, x.to(h.dtype), velocity, t.to(h.dtype))
+        if targets is None:
+            return velocity
+        # outputs[k] is what block number k gave, complete once the block after it has run.
+        hidden = outputs[self.alignment_block]
+        return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[B,T,p*p*C] -> [B,C,S,S]."""

@@ -57,7 +57,10 @@ def dry_run(config: Config, world: World) -> DryRun:
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
     trainer = Trainer(config_from_dict(tree), world, random_weights=True)
     batches = _RandomBatches(config, world.device)
-    with FlopCounterMode(display=False) as counter, _kept_for_backward() as kept:
+    with (
+        FlopCounterMode(display=False) as counter,
+        _kept_for_backward(trainer.engine.module) as kept,
+    ):
         metrics = trainer.train_step(batches)
     parameters = list(trainer.engine.module.parameters())
     sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
@@ -77,13 +80,16 @@ def dry_run(config: Config, world: World) -> DryRun:
 
 
 @contextmanager
-def _kept_for_backward() -> Iterator[list[int]]:
-    """Bytes that autograd keeps, each storage once, parameters left out."""
-    total, seen = [0], set()
+def _kept_for_backward(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Bytes that autograd keeps, each storage once, the weights left out."""
+    total = [0]
+    seen: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in seen:
+        # Asked anew each time: ZeRO-3 moves the weights while the model runs.
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        if storage.data_ptr() not in seen | weights:
             seen.add(storage.data_ptr())
             total[0] += storage.nbytes()
         return tensor

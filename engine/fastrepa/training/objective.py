@@ -1,7 +1,7 @@
 """The velocity objective of stochastic interpolants (SiT: Ma et al. 2024, eq. 2-6; REPA section 3).
 
-x_t = alpha(t) z + sigma(t) eps, with t = 0 the data and t = 1 the noise. The network predicts the
-velocity d x_t / dt = alpha'(t) z + sigma'(t) eps. Shapes: B batch, C channels, h and w latent side.
+What a sample is mixed with, and how the prediction is scored; `paths.py` has the interpolants.
+Shapes: B batch, C channels, h and w latent side.
 """
 
 from __future__ import annotations
@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import ObjectiveConfig
-
-
-def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha, sigma and their time derivatives at t (any shape, any float dtype)."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    if path == "cosine":
-        angle = t * (math.pi / 2)
-        alpha, sigma = torch.cos(angle), torch.sin(angle)
-        return alpha, sigma, -(math.pi / 2) * sigma, (math.pi / 2) * alpha
-    raise ValueError(f"path must be 'linear' or 'cosine', got {path!r}")
+from fastrepa.paths import path_coefficients
 
 
 def lognormal_time(path: str, normal: Tensor) -> Tensor:
-    """t whose noise-to-signal ratio sigma/alpha is exp(normal), for normal [B] ~ N(0, 1)."""
+    """t whose noise-to-signal ratio sigma/alpha is exp(normal), normal [B] ~ N(mean, std^2)."""
     ratio = normal.exp()
     return ratio / (1 + ratio) if path == "linear" else torch.atan(ratio) * (2 / math.pi)
 

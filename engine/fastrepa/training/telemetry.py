@@ -126,7 +126,7 @@ class Telemetry:
             self._wandb.finish()
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True, markup=False)
 
     def start(self, step: int) -> None:
         """Show the progress bar, where there is a terminal to show it on."""

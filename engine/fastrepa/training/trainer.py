@@ -26,6 +26,7 @@ from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.checkpoint import (
     RunState,
+    checkpoint_path,
     ema_model,
     load_engine_state,
     load_model_weights,
@@ -42,7 +43,7 @@ from fastrepa.vision.features import build_encoder
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_checkpoints", "training.tensorboard",
              "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.workers",
-             "data.prefetch", "sample", "zero", "attention")  # fmt: skip
+             "data.prefetch", "sample", "zero", "attention", "kernels")  # fmt: skip
 
 
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
@@ -193,10 +194,11 @@ class Trainer:
         return torch.arange(first, first + self.micro, device=self.world.device)
 
     def _times(self, samples: Tensor) -> Tensor:
-        if self.config.objective.time == "uniform":
+        o = self.config.objective
+        if o.time == "uniform":
             return self.random.uniform(Stream.TIME, self.step, samples)
         normal = self.random.normal(Stream.TIME, self.step, samples)
-        return lognormal_time(self.config.objective.path, normal)
+        return lognormal_time(o.path, o.time_mean + o.time_std * normal)
 
     # The run ----------------------------------------------------------------------------------
 
@@ -212,8 +214,10 @@ class Trainer:
                 telemetry.say(f"continuing {self.run} from step {self.step}")
             if self.step >= config.training.steps:
                 telemetry.say(
-                    f"{self.run} is finished: {self.step} steps; raise training.steps to go on"
+                    f"{self.run} is finished already: to go on, raise training.steps; "
+                    f"to start again, name another run"
                 )
+                self._say_what_is_there(telemetry)
                 return 0
             pipeline = DataPipeline(
                 self.shards,
@@ -233,8 +237,29 @@ class Trainer:
             if self._stopped_by:
                 telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
                 return 128 + self._stopped_by
-            telemetry.say(f"finished: {self.step} steps in {self.run}")
+            self._say_what_is_there(telemetry)
         return 0
+
+    def _say_what_is_there(self, telemetry: Telemetry) -> None:
+        """What the finished run did, where to look, and what to try next."""
+        lines = telemetry.history()
+        if not lines:
+            return
+        last, run, encoders = lines[-1], self.run, self.config.vision.encoders
+        aligned = f", aligned to {', '.join(e.name for e in encoders)}" if encoders else ""
+        telemetry.say(
+            f"\n{self.step} steps of {self.config.training.global_batch} images{aligned}: "
+            f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s, "
+            f"{last['seconds'] / 60:.1f} minutes\n"
+            f"  samples      {run}/samples/\n"
+            f"  curves       {run}/curves.png\n"
+            f"  metrics      {run}/metrics.jsonl, {run}/tensorboard/\n"
+            f"  checkpoint   {checkpoint_path(run, self.step)}/\n"
+            f"next:\n"
+            f"  fastrepa sample {run} --num 64 --cfg 3 --seed 1\n"
+            f"  fastrepa train {run}/config.yaml training.steps={2 * self.step}\n"
+            f"  tensorboard --logdir {run}"
+        )
 
     def _loop(self, batches: Batches, telemetry: Telemetry) -> None:
         t = self.config.training
@@ -294,15 +319,17 @@ class Trainer:
             f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px"
             for e in self.encoders
         )
-        model = c.model.name or f"{c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
+        model = (
+            c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
+        )
         parameters = sum(math.prod(_shape(p)) for p in self.engine.module.parameters())
         parts = {
             "device": f"{where} x {w.size}",
-            "model": f"SiT {model}, {parameters / 1e6:.1f} M parameters",
+            "model": f"{model}, {parameters / 1e6:.1f} M parameters",
             "precision": c.training.precision,
             "ZeRO": str(c.zero.stage),
             "attention": f"sdpa ({c.attention.backend})",
-            "kernels": "eager",
+            "kernels": c.kernels,
             "encoder": encoders or "none",
             "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}",
             "batch": f"{c.training.global_batch} = {w.size} x {self.forwards} x {self.micro}",

@@ -6,6 +6,8 @@ stage through `WholeTensors`; checkpoints are made of nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -17,6 +19,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
+    # It would warn that no CUDA runtime is there, which the run's first line says better.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
 import torch.distributed as dist
@@ -75,7 +79,10 @@ def join_world() -> World:
         for key, value in alone.items():
             env.setdefault(key, value)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        with _without_chatter():
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False
+            )
     return World(rank, size, local_rank, device)
 
 
@@ -135,13 +142,15 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
         config.training.optimizer,
         ema_decay=config.training.ema,
         max_norm=config.training.clip if _clips_itself(config) else 0.0,
+        kernels=config.kernels,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, world.size),
-        dist_init_required=False,
-    )
+    with _without_chatter():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
     optimizer.state.clear()  # what a wrapper's own dry step may have left
     return engine, optimizer
 
@@ -238,6 +247,11 @@ class WholeTensors:
     def _steps(self) -> Iterator[Tensor]:
         for master in self._all_masters():
             yield self.optimizer.state[master]["step"]
+
+
+def _without_chatter() -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed prints its progress as it starts; the run's first line says what came of it."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _clips_itself(config: Config) -> bool:

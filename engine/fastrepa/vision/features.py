@@ -29,6 +29,8 @@ from fastrepa.vision.preprocess import Preprocess
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
 
 RANDOM_SEED = 0
+# What timm's networks raise, each in its own way, for an input side they cannot take.
+UNBUILDABLE = (AssertionError, RuntimeError, ValueError, TypeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
     _cut(model, index, norm)
     try:
         shape = _features(model, torch.empty(1, 3, side, side, device="meta"), index, norm).shape
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: cannot take an input of {side} px ({error})") from error
+    except UNBUILDABLE as error:
+        reason = weights_of.one_line(error)
+        raise ConfigError(f"{where}: cannot take an input of {side} px ({reason})") from error
     _, width, *grid = shape
     if len(grid) != 2 or grid[0] != grid[1]:
         raise ConfigError(
@@ -183,8 +186,9 @@ def _blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module
     try:
         with torch.device("meta"):
             return timm.create_model(recipe.timm_name, **args).eval()
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: timm cannot build it with {dict(args)} ({error})") from error
+    except UNBUILDABLE as error:
+        reason = weights_of.one_line(error)
+        raise ConfigError(f"{where}: timm cannot build it with {dict(args)} ({reason})") from error
 
 
 def _tap(model: Any, where: str) -> tuple[int, int, bool]:
@@ -200,7 +204,7 @@ def _tap(model: Any, where: str) -> tuple[int, int, bool]:
     if not at_stride:
         raise ConfigError(
             f"{where}: no feature map at stride {STRIDE}; this network has strides "
-            f"{', '.join(map(str, strides))}"
+            f"{', '.join(map(str, sorted(set(strides))))}"
         )
     return at_stride[-1], STRIDE, False
 
@@ -222,17 +226,12 @@ def _check_grids(config: EncoderConfig, plan: EncoderPlan, grid: int) -> None:
     own = plan.own_grid[0]
     if own == grid or config.grid == "bilinear" or (config.grid == "area" and own > grid):
         return
-    where = f"vision.encoders ({config.name})"
-    sides = f"{own}x{own} tokens at input {plan.input_side}, the generator has {grid}x{grid}"
-    equal = grid * plan.input_side // own
-    if config.grid == "area":
-        raise ConfigError(
-            f"{where}: grid 'area' only averages down, but it gives {sides}; set input to {equal} "
-            f"for equality, or grid to 'bilinear'"
-        )
+    only_down = " ('area' only averages down)" if config.grid == "area" else ""
+    rules = "'area' or 'bilinear'" if own > grid else "'bilinear'"
     raise ConfigError(
-        f"{where}: gives {sides}; set input to {equal} for equality, or grid to 'area' or "
-        f"'bilinear'"
+        f"vision.encoders ({config.name}): gives {own}x{own} tokens at an input of "
+        f"{plan.input_side} px, the generator has {grid}x{grid}{only_down}; set input to "
+        f"{grid * plan.input_side // own} for equality, or grid to {rules}"
     )
 
 
@@ -245,15 +244,15 @@ def _regrid(maps: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
 def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
     """The cut network with its weights, fp32, on the CPU."""
     recipe, args = plan.recipe, plan.timm_args
-    if config.weights == "hub":
-        network = weights_of.from_hub(recipe, args, f"vision.encoders ({config.name})")
-        _cut(network, plan.index, plan.norm)
-        return network
-    # Building draws from torch's global generator: the run's own randomness must not notice.
+    # Building draws initial values: the run's own randomness must not notice. Only the CPU's
+    # generator is seeded; torch.manual_seed would also reset the GPUs', which nobody puts back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
-        network = timm.create_model(recipe.timm_name, **args)
-    if config.weights == "random":
+        torch.default_generator.manual_seed(RANDOM_SEED)
+        if config.weights == "hub":
+            network = weights_of.from_hub(recipe, args, f"vision.encoders ({config.name})")
+        else:
+            network = timm.create_model(recipe.timm_name, **args)
+    if config.weights in ("hub", "random"):
         _cut(network, plan.index, plan.norm)
         return network
     package = config.weights.removeprefix("package:")

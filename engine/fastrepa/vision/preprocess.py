@@ -1,4 +1,4 @@
-"""From a uint8 image to an encoder's input, exactly as REPA_SPEC's table says, on the device.
+"""From a uint8 image to an encoder's input, exactly as REPA prepares it, on the device.
 
     x = image / 255;  x = (x - mean) / std;  x = bicubic(x, side)      order "normalise-resize"
     x = image / 255;  x = bicubic(x, side);  x = (x - mean) / std      order "resize-normalise"

@@ -1,8 +1,9 @@
 """The frozen encoders by name: timm architecture, preprocessing, which tokens are taken, width.
 
-Two kinds of names are known. A registry name ("dinov2-vit-b") is a row of `REGISTRY`, each as the
-REPA paper used it (REPA_SPEC "Frozen encoders"). Any other name is taken as a timm model
-("vit_base_patch16_224.augreg_in21k", "tf_efficientnet_lite0") under the generic rule:
+Two kinds of names are known. A registry name ("dinov2-vit-b") is a row of `REGISTRY`: the encoders
+of REPA (Yu et al. 2024, arXiv 2410.06940) as its reference implementation feeds them, and the newer
+DINOv3 and SigLIP in the same manner. Any other name is taken as a timm model ("resnet50.a1_in1k",
+"vit_base_patch16_224", "tf_efficientnet_lite0") under the generic rule:
 
 - a plain vision transformer gives its patch tokens after the final norm;
 - any other network gives the deepest feature map at stride 16, one token per cell;
@@ -11,7 +12,7 @@ REPA paper used it (REPA_SPEC "Frozen encoders"). Any other name is taken as a t
 
 The side of the encoder's input, where the configuration names none (`default_side`):
 
-- "224*" (REPA_SPEC): 224 * (resolution // 256). Below 256 px, where that would be nothing, the
+- "224*" (REPA): 224 * (resolution // 256). Below 256 px, where that would be nothing, the
   same proportion goes on: 14 px for every 16 of the image, so 112 for a 128 px image.
 - "none": the image as it is.
 - "per-16" (timm models by their own name): one token for every 16 image pixels, which is the

@@ -33,6 +33,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import safetensors.torch
@@ -113,8 +114,8 @@ def read_checkpoint(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: holds more than tensors and was not loaded; save it as safetensors or as a "
-            f"plain state dict"
+            f"{path}: not a checkpoint of plain tensors, the only kind that is read (others could "
+            f"run code); save the state dict as safetensors"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise WeightsError(f"{path}: not readable as weights ({one_line(error)})") from error
@@ -215,4 +216,5 @@ def _timm_filter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict
 
 
 def one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The gist of a library's error, for the end of our own one-line message."""
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 160, placeholder=" ...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def solve(sampler: str, steps: int, path: str, dtype: torch.dtype = F64) -> floa
 @pytest.mark.parametrize(("sampler", "order"), [("ode", 1), ("heun", 2)])
 def test_order_of_convergence(sampler, order, path):
     errors = [solve(sampler, steps, path) for steps in (100, 200, 400, 800)]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.08), orders
 
 
@@ -339,7 +340,7 @@ def test_wrong_arguments_are_named():
         noise, labels = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64)
         return sample(Recorder(), noise, labels, **arguments)
 
-    with pytest.raises(ConfigError, match="'huen' is not one of.*did you mean 'heun'"):
+    with pytest.raises(ConfigError, match=r"'huen' is not one of.*did you mean 'heun'"):
         run(sampler="huen")
     with pytest.raises(ConfigError, match="steps: 0 "):
         run(steps=0)

@@ -1,0 +1,122 @@
+"""Everything worth knowing from one GPU in one call: tests first, then cases, most valuable first.
+
+    python -m benchmarks.gpu_suite [--minutes 9] [--out FOLDER] [--skip-tests]
+
+Needs torch, triton and pytest. Every case is saved as it ends; run again, the suite goes on where
+it stopped (a case already recorded for this commit, device, shape and dtype is not repeated). A
+case is not started when the time left is less than the slowest case so far took. If the tests
+fail, nothing is measured. Engine cases need deepspeed and pydantic and are skipped without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import CASES, GPU_SHAPES, Case, Shape
+from benchmarks.run import RECORDS, append, environment, measure, table
+from fastrepa_kernels.cost import measure_ceilings
+
+ROOT = Path(__file__).resolve().parents[1]
+PROVIDERS = ["ours", "eager", "compile", "loop"]
+
+
+def run_tests() -> bool:
+    """T3: the kernel tests on the device."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "tests/kernels"],
+        cwd=ROOT,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+def plan() -> Iterator[tuple[Case, Shape, str]]:
+    """The main shape of every case, then every other shape of every case; bf16."""
+    for shape in GPU_SHAPES:
+        for case in CASES.values():
+            yield case, shape, "bf16"
+
+
+def already_measured(path: Path, commit: str, device: str) -> set[tuple[str, str, str]]:
+    if not path.exists():
+        return set()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        (r["case"], r["shape"], r["dtype"])
+        for r in records
+        if r["git"] == commit and r["device"] == device
+    }
+
+
+def engine_cases() -> str:
+    """Why the engine's cases do not run here."""
+    missing = [m for m in ("deepspeed", "pydantic") if importlib.util.find_spec(m) is None]
+    if missing:
+        return f"engine cases skipped: {', '.join(missing)} not installed"
+    return "engine cases skipped: none is registered in benchmarks/cases.py"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("--skip-tests", action="store_true")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_suite: no CUDA device")
+        return 2
+    start, slowest = time.monotonic(), 0.0
+    if not options.skip_tests and not run_tests():
+        print("gpu_suite: the tests failed on this device; nothing was measured")
+        return 1
+    device = torch.device("cuda")
+    context = environment(device)
+    ceilings = measure_ceilings(device)
+    print(
+        f"{context['device']}: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, "
+        f"bf16 products {ceilings.flops_per_second / 1e12:.0f} TFLOP/s"
+    )
+    path = options.out / "gpu_suite.jsonl"
+    done = already_measured(path, context["git"], context["device"])
+    everything, left_out = [], 0
+    for case, shape, dtype in plan():
+        if (case.name, str(shape), dtype) in done:
+            continue
+        began = time.monotonic()
+        if began - start + slowest > 60 * options.minutes:
+            left_out += 1
+            continue
+        torch._dynamo.reset()  # or the recompile limit turns the rival into eager
+        records = measure(case, shape, dtype, device, ceilings, PROVIDERS, repeats=20)
+        ceiling = {
+            "ceiling_bytes_per_s": ceilings.bytes_per_second,
+            "ceiling_flops_per_s": ceilings.flops_per_second,
+        }
+        append(path, records, context | ceiling)
+        everything += records
+        slowest = max(slowest, time.monotonic() - began)
+        print(f"{case.name} {shape}: {time.monotonic() - began:.0f} s", flush=True)
+        torch.cuda.empty_cache()
+    print(engine_cases())
+    text = table(everything)
+    (options.out / "gpu_suite.txt").write_text(text + "\n")
+    print(text)
+    print(f"{left_out} cases left out for time; run again to go on" if left_out else "complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Tables (markdown) and a bar chart from benchmarks/records/*.jsonl: never typed, always generated.
+
+    python -m benchmarks.report [--device NAME] [--plot times.png]
+
+Of several records of one measurement the latest is shown. The last columns compare with eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parent / "records"
+Record = dict[str, Any]
+
+
+def load(folder: Path) -> list[Record]:
+    """The latest record of every (device, case, shape, dtype, provider, direction)."""
+    latest: dict[tuple, Record] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            keys = ("device", "case", "shape", "dtype", "provider", "direction")
+            key = tuple(record[k] for k in keys)
+            if key not in latest or record["utc"] >= latest[key]["utc"]:
+                latest[key] = record
+    return list(latest.values())
+
+
+def _groups(records: list[Record]) -> dict[tuple, list[Record]]:
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r["device"], r["case"], r["shape"], r["dtype"]].append(r)
+    return groups
+
+
+def _row(record: Record, eager: Record | None) -> str:
+    share = f"{record['share_of_floor']:.0%}" if "share_of_floor" in record else ""
+    speed = f"{eager['p50_ms'] / record['p50_ms']:.2f}x" if eager else ""
+    memory = f"{record['peak_bytes'] / eager['peak_bytes']:.2f}x" if eager else ""
+    cells = (
+        record["provider"], record["direction"], f"{record['p50_ms']:.3f}",
+        f"{record['p20_ms']:.3f} .. {record['p80_ms']:.3f}", share,
+        f"{record['peak_bytes'] / 2**20:.1f}", f"{record['saved_bytes'] / 2**20:.1f}",
+        f"{record['error']:.1e}", speed, memory,
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown(records: list[Record]) -> str:
+    head = (
+        "| provider | direction | p50 ms | p20 .. p80 | share of floor | peak MiB | saved MiB "
+        "| error | speed vs eager | peak vs eager |\n|" + "---|" * 10
+    )
+    parts = []
+    for (device, case, shape, dtype), group in _groups(records).items():
+        eager = {r["direction"]: r for r in group if r["provider"] == "eager"}
+        first = group[0]
+        commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
+        parts.append(f"### {case}, {shape}, {dtype}\n")
+        parts.append(
+            f"{device}, torch {first['torch']}, triton {first['triton']}, "
+            f"{first['utc']}, commit {commit}\n"
+        )
+        parts.append(head)
+        parts += [_row(r, eager.get(r["direction"])) for r in group]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Median milliseconds of every provider, one group of bars per case and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widest = {"both": 0, "forward": 1}
+    groups = _groups([r for r in records if r["direction"] in widest])
+    figure, axes = pyplot.subplots(
+        len(groups), 1, figsize=(8, 0.8 + 1.3 * len(groups)), squeeze=False, layout="constrained"
+    )
+    for axis, ((_, case, shape, dtype), group) in zip(axes[:, 0], groups.items(), strict=True):
+        best = min(widest[r["direction"]] for r in group)
+        bars = [r for r in group if widest[r["direction"]] == best]
+        axis.barh([r["provider"] for r in bars], [r["p50_ms"] for r in bars], color="#4c78a8")
+        axis.invert_yaxis()
+        axis.set_title(f"{case}, {shape}, {dtype} ({bars[0]['direction']}, ms)", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--device", default="", help="only devices whose name contains this")
+    parser.add_argument("--plot", type=Path, default=None, help="write a bar chart (matplotlib)")
+    options = parser.parse_args(arguments)
+    records = [r for r in load(options.records) if options.device in r["device"]]
+    if not records:
+        print(f"no records under {options.records.name}/")
+        return 1
+    print(markdown(records))
+    if options.plot is not None:
+        plot(records, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

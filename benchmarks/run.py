@@ -1,0 +1,352 @@
+"""Measure cases and append one JSON line per provider and direction to benchmarks/records/.
+
+    python -m benchmarks.run projector_alignment --device cpu
+    python -m benchmarks.run --device cuda --dtype bf16
+
+Before anything is timed, every provider's outputs and gradients are compared with float64 on the
+same widths at a batch of two: ours may be at most twice as wrong as eager plus one rounding unit,
+a rival four times that; a wrong provider is reported and not timed. Providers take turns, iteration
+by iteration, on the same inputs, so that a disturbance of the machine meets them all. On CUDA
+inputs rotate through enough copies to be cold in L2. Peak memory: the allocator's counters on CUDA;
+on CPU the sum of the profiler's allocation events, which is exact for torch's allocator. Bytes
+saved for backward: the distinct storages that autograd packs, inputs left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from fastrepa_kernels.cost import Ceilings, measure_ceilings
+
+RECORDS = Path(__file__).resolve().parent / "records"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEED = 11
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=RECORDS.parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    on_gpu = device.type == "cuda"
+    return {
+        "git": git("rev-parse", "HEAD") or "none",
+        "dirty": bool(git("status", "--porcelain")),
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0].strip()
+
+
+def _problem(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    torch.manual_seed(SEED)
+    problem = case.build(shape, dtype, device)
+    if case.backward:
+        for leaf in problem.leaves:
+            leaf.requires_grad_()
+    return problem
+
+
+def _once(provider: Provider, problem: Problem) -> list[Tensor]:
+    """Outputs and gradients."""
+    outputs = provider(problem.leaves, problem.fixed)
+    if not problem.upstream:
+        return [t.detach() for t in outputs]
+    upstream = [g.to(y.dtype) for g, y in zip(problem.upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, problem.leaves, upstream)
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+def _wide(problem: Problem) -> Problem:
+    leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in problem.leaves]
+    return Problem(
+        leaves, [t.double() for t in problem.fixed], [g.double() for g in problem.upstream]
+    )
+
+
+def _errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [
+        ((v.double() - e).norm() / e.norm().clamp_min(1e-30)).item()
+        for v, e in zip(values, exact, strict=True)
+    ]
+
+
+def gate(
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, float], list[str]]:
+    """The largest error of every provider at a batch of two, and the providers that are wrong."""
+    small = Shape(shape.model, 2, shape.tokens)
+    wide = _wide(_problem(case, small, dtype, device))
+    exact = _once(case.providers["eager"], wide)
+    eager_values = _once(case.providers["eager"], _problem(case, small, dtype, device))
+    eager = _errors(eager_values, exact)
+    errors, wrong = {"eager": max(eager)}, []
+    for name, provider in case.providers.items():
+        if name == "eager":
+            continue
+        values = _once(provider, _problem(case, small, dtype, device))
+        mine = _errors(values, exact)
+        errors[name] = max(mine)
+        # A scalar may be right to many digits by luck: there a unit of the operands' dtype counts.
+        units = [torch.finfo(dtype if v.numel() == 1 else v.dtype).eps for v in values]
+        # Ours keeps the rule; a rival is only refused when it computes something else.
+        factor = 2 if name == "ours" else 8
+        limits = [factor * (e + unit / 2) for e, unit in zip(eager, units, strict=True)]
+        if not all(m <= limit for m, limit in zip(mine, limits, strict=True)):
+            wrong.append(name)
+    return errors, wrong
+
+
+def saved_bytes(provider: Provider, problem: Problem) -> int:
+    """Bytes of the distinct storages that autograd keeps for backward, inputs left out."""
+    given = {t.untyped_storage().data_ptr() for t in (*problem.leaves, *problem.fixed)}
+    seen: dict[int, int] = {}
+    kept = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(t.detach())  # alive, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        provider(problem.leaves, problem.fixed)
+    return sum(seen.values())
+
+
+def peak_bytes(provider: Provider, problem: Problem, device: torch.device) -> int:
+    """Most bytes alive above the inputs during forward and backward."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _once(provider, problem)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        _once(provider, problem)
+    result = profile.kineto_results
+    assert result is not None
+    events = [e for e in result.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def _copies(problem: Problem, device: torch.device) -> list[Problem]:
+    """Enough input sets that none is still in L2 when its turn comes again (CUDA only)."""
+    if device.type == "cpu":
+        return [problem]
+    size = sum(t.nbytes for t in (*problem.leaves, *problem.fixed, *problem.upstream))
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    count = min(max(math.ceil(2 * l2 / size), 1), 8)
+    copies = [problem]
+    for _ in range(count - 1):
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in problem.leaves]
+        fixed = [t.clone() for t in problem.fixed]
+        copies.append(Problem(leaves, fixed, [g.clone() for g in problem.upstream]))
+    return copies
+
+
+class _Clock:
+    """Marks on the device's time line (CUDA events) or the host's."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def milliseconds(self, a: int, b: int) -> float:
+        if self.on_gpu:
+            self.marks[b].synchronize()
+            return self.marks[a].elapsed_time(self.marks[b])
+        return 1000 * (self.marks[b] - self.marks[a])
+
+
+def times(
+    case: Case, names: list[str], problem: Problem, device: torch.device, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """provider -> direction -> milliseconds, the providers taking turns."""
+    copies = _copies(problem, device)
+    clocks: dict[str, list[_Clock]] = {name: [] for name in names}
+    for i in range(repeats + 1):  # the first round warms up and compiles
+        for name in names:
+            given, clock = copies[i % len(copies)], _Clock(device)
+            clock.mark()
+            outputs = case.providers[name](given.leaves, given.fixed)
+            clock.mark()
+            if given.upstream:
+                upstream = [g.to(y.dtype) for g, y in zip(given.upstream, outputs, strict=True)]
+                torch.autograd.grad(outputs, given.leaves, upstream)
+            clock.mark()
+            del outputs
+            if i:
+                clocks[name].append(clock)
+    spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
+    if not case.backward:
+        spans = {"forward": (0, 1)}
+    return {
+        name: {d: [c.milliseconds(*span) for c in clocks[name]] for d, span in spans.items()}
+        for name in names
+    }
+
+
+def quantile(values: list[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+def measure(
+    case: Case,
+    shape: Shape,
+    dtype_name: str,
+    device: torch.device,
+    ceilings: Ceilings,
+    names: list[str],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Gate, then memory, then time: the records of one case at one shape."""
+    dtype = DTYPES[dtype_name]
+    errors, wrong = gate(case, shape, dtype, device)
+    for name in wrong:
+        print(f"{case.name} {shape}: {name} is WRONG (error {errors[name]:.2e}); not timed")
+    names = [n for n in names if n in case.providers and n not in wrong]
+    problem = _problem(case, shape, dtype, device)
+    timed = times(case, names, problem, device, repeats)  # first, so that compile has compiled
+    costs = case.cost(shape, torch.finfo(dtype).bits // 8)
+    if "forward" in costs and "backward" in costs:
+        costs["both"] = costs["forward"] + costs["backward"]
+    records = []
+    for name in names:
+        peak = peak_bytes(case.providers[name], problem, device)
+        saved = saved_bytes(case.providers[name], problem) if case.backward else 0
+        for direction, values in timed[name].items():
+            record: dict[str, Any] = {
+                "case": case.name, "provider": name, "direction": direction, "shape": str(shape),
+                "dtype": dtype_name, "p20_ms": quantile(values, 0.2),
+                "p50_ms": quantile(values, 0.5), "p80_ms": quantile(values, 0.8),
+                "n": len(values), "cache": "cold" if device.type == "cuda" else "as it falls",
+                "peak_bytes": peak, "saved_bytes": saved, "error": errors[name],
+                "eager_error": errors["eager"],
+            }  # fmt: skip
+            if direction in costs:
+                floor = 1000 * ceilings.floor_seconds(costs[direction])
+                record |= {
+                    "flops": costs[direction].flops, "least_bytes": costs[direction].bytes,
+                    "floor_ms": floor, "share_of_floor": floor / record["p50_ms"],
+                }  # fmt: skip
+            records.append(record)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    head = (
+        f"{'case':34} {'shape':18} {'dtype':5} {'provider':9} {'direction':9} {'p50 ms':>10} "
+        f"{'p20..p80':>19} {'floor':>6} {'peak MiB':>9} {'saved MiB':>9} {'error':>9}"
+    )
+    lines = [head]
+    for r in records:
+        spread = f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"
+        share = f"{r['share_of_floor']:.0%}" if "share_of_floor" in r else "-"
+        lines.append(
+            f"{r['case']:34} {r['shape']:18} {r['dtype']:5} {r['provider']:9} "
+            f"{r['direction']:9} {r['p50_ms']:10.3f} {spread:>19} {share:>6} "
+            f"{r['peak_bytes'] / 2**20:9.1f} {r['saved_bytes'] / 2**20:9.1f} {r['error']:9.1e}"
+        )
+    return "\n".join(lines)
+
+
+def append(path: Path, records: list[dict[str, Any]], context: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for record in records:
+            file.write(json.dumps(record | context) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="cuda: bf16, cpu: fp32")
+    parser.add_argument("--providers", nargs="+", default=["ours", "eager", "compile", "loop"])
+    parser.add_argument("--repeats", type=int, default=None, help="cuda: 20, cpu: 5")
+    parser.add_argument("--batch", type=int, default=None, help="only shapes of this batch")
+    parser.add_argument("--record", type=Path, default=None, help="JSONL to append to; - for none")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error(f"unknown case {', '.join(unknown)}; known: {', '.join(CASES)}")
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    repeats = options.repeats or (20 if device.type == "cuda" else 5)
+    context = environment(device)
+    ceilings = measure_ceilings(device, DTYPES[dtype])
+    context |= {
+        "ceiling_bytes_per_s": ceilings.bytes_per_second,
+        "ceiling_flops_per_s": ceilings.flops_per_second,
+    }
+    everything = []
+    for name in options.cases or CASES:
+        case = CASES[name]
+        for shape in case.shapes(device):
+            if options.batch not in (None, shape.batch):
+                continue
+            records = measure(case, shape, dtype, device, ceilings, options.providers, repeats)
+            path = options.record or RECORDS / f"{name}_{device.type}.jsonl"
+            if str(path) != "-":
+                append(path, records, context)
+            everything += records
+    print(table(everything))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The interpolants between data and noise (SiT: Ma et al. 2024, eq. 2-6).
+
+x_t = alpha(t) z + sigma(t) eps, with t = 0 the data z and t = 1 the noise eps; the velocity is
+d x_t / dt = alpha'(t) z + sigma'(t) eps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Below this time a data prediction's velocity divides by sigma(DATA_T_MIN) instead of sigma(t).
+DATA_T_MIN = 0.05
+
+
+def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha, sigma and their time derivatives at t (any shape, any float dtype)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        angle = t * (math.pi / 2)
+        alpha, sigma = torch.cos(angle), torch.sin(angle)
+        return alpha, sigma, -(math.pi / 2) * sigma, (math.pi / 2) * alpha
+    raise ValueError(f"path must be 'linear' or 'cosine', got {path!r}")
+
+
+def velocity_from_data(path: str, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x [B,C,h,w] and t [B] if the clean latent were z [B,C,h,w].
+
+    alpha' z + sigma' eps, with eps = (x - alpha z) / sigma. A network that predicts z, not the
+    velocity, need not carry the noise of every pixel through its width; the loss stays on the
+    velocity, its 1 / sigma^2 weight bounded at t = 0.05 (Li and He 2025, "Back to Basics: Let
+    Denoising Generative Models Denoise").
+    """
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    alpha, _, d_alpha, d_sigma = path_coefficients(path, t)
+    _, sigma, _, _ = path_coefficients(path, t.clamp(min=DATA_T_MIN))
+    return d_alpha * z + d_sigma * (x - alpha * z) / sigma

@@ -1,0 +1,141 @@
+"""SiLU and tanh-GELU as single passes; the backward also sums columns, for bias gradients.
+
+    forward:   h = f(a)        backward:  da = dh f'(a),  sums = sum over rows of da
+
+    SiLU(a) = a s(a)           SiLU'(a) = s (1 + a (1 - s))
+    GELU(a) = a s(2u)          GELU'(a) = s + a s (1 - s) 2u',   u = k (a + 0.044715 a^3)
+with s the logistic function and k = sqrt(2/pi): 0.5 (1 + tanh u) = s(2u).
+
+Shapes: N rows, C columns; a, h, dh, da [N,C] contiguous, sums [C] fp32. Nothing is saved here:
+these are the pointwise halves of projector_alignment and linear_gelu, which own the autograd.
+`out` may be one of the inputs. Column sums are two-stage, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrepa_kernels import launch
+from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.cost import Cost
+
+
+@triton.jit
+def _gelu_parts(a):
+    """(s(2u), 2u') of the tanh-GELU."""
+    s = tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))  # 2 sqrt(2/pi)
+    return s, 1.5957691216057308 * (1.0 + 0.134145 * a * a)
+
+
+@triton.jit
+def _activation_fwd_kernel(a_ptr, h_ptr, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    a = tl.load(a_ptr + at, mask=at < size, other=0.0).to(tl.float32)  # [BLOCK]
+    if GELU:
+        s, _ = _gelu_parts(a)
+    else:
+        s = tl.sigmoid(a)
+    tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    dh_ptr, a_ptr, da_ptr, sums_ptr, N, C,
+    GELU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    first = tl.program_id(1) * ROWS
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, ROWS, BLOCK_N):
+        n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        at = n.to(tl.int64)[:, None] * C + c[None, :]  # [BLOCK_N, BLOCK_C] int64
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        if GELU:
+            s, slope = _gelu_parts(a)
+            da = dh * (s + a * s * (1.0 - s) * slope)
+        else:
+            s = tl.sigmoid(a)
+            da = dh * s * (1.0 + a * (1.0 - s))
+        tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
+        if SUMS:
+            total += tl.sum(da, 0)  # rows outside loaded dh = 0 and add nothing
+    if SUMS:
+        tl.store(sums_ptr + (tl.program_id(1).to(tl.int64) * C + c), total, mask=c < C)
+
+
+def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
+    """out = f(a), both contiguous and of one dtype."""
+    if not launch.use_triton(a):
+        if gelu:
+            torch.ops.aten.gelu.out(a, approximate="tanh", out=out)
+        else:
+            torch.ops.aten.silu.out(a, out=out)
+    elif a.numel():
+        flat = launch.FLAT["activation"][launch.generation(a.device)]
+        _activation_fwd_kernel[(triton.cdiv(a.numel(), flat.block),)](
+            a, out, a.numel(), GELU=gelu, BLOCK=flat.block, num_warps=flat.num_warps
+        )
+
+
+def activate_backward(
+    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool
+) -> Tensor | None:
+    """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`."""
+    if not launch.use_triton(a):
+        if gelu:
+            torch.ops.aten.gelu_backward.grad_input(dh, a, approximate="tanh", grad_input=out)
+        else:
+            torch.ops.aten.silu_backward.grad_input(dh, a, grad_input=out)
+        return out.sum(0, dtype=launch.arithmetic_dtype(a)) if sums else None
+    n, c = a.shape
+    if not a.numel():
+        return torch.zeros(c, device=a.device) if sums else None
+    table = launch.COLUMNS[launch.generation(a.device)]
+    splits = triton.cdiv(n, table.rows)
+    parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
+    _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
+        dh, a, out, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
+        BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
+    )  # fmt: skip
+    return parts.sum(0) if sums else None
+
+
+def activation_cost(n: int, c: int, itemsize: int, *, backward: bool = False) -> Cost:
+    """Forward reads a and writes h; backward reads dh and a and writes da."""
+    return Cost(
+        flops=(12 if backward else 6) * n * c, bytes=(3 if backward else 2) * n * c * itemsize
+    )
+
+
+def _aot_cases() -> list[AotCase]:
+    bf = "*bf16"
+    cases = []
+    for generation in launch.GENERATIONS:
+        flat, table = launch.FLAT["activation"][generation], launch.COLUMNS[generation]
+        for gelu in (False, True):
+            label = "gelu" if gelu else "silu"
+            cases.append(AotCase(
+                _activation_fwd_kernel, label, generation, {"a_ptr": bf, "h_ptr": bf},
+                {"GELU": gelu, "BLOCK": flat.block}, flat.num_warps, registers=64, shared=0,
+                wide_loads=2, long_offsets=("a_ptr", "h_ptr"),
+            ))  # fmt: skip
+            cases.append(AotCase(
+                _activation_bwd_kernel, label, generation,
+                {"dh_ptr": bf, "a_ptr": bf, "da_ptr": bf, "sums_ptr": "*fp32"},
+                {
+                    "GELU": gelu, "SUMS": True, "ROWS": table.rows,
+                    "BLOCK_N": table.block_n, "BLOCK_C": table.block_c,
+                },
+                table.num_warps, registers=96, shared=8192, wide_loads=2,
+                long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
+            ))  # fmt: skip
+    return cases
+
+
+AOT_CASES = _aot_cases()

@@ -1,0 +1,339 @@
+"""AdamW, the exponential moving average and the low-precision weight copy in one pass.
+
+    g = grad grad_scale;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
+    p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+    e <- e + (1 - ema_decay) (p - e);   low <- p in the low precision
+
+Shapes: any; every list entry (a ZeRO partition, or one parameter) is walked flat, and p, m, v, e
+of an entry are fp32 (float64 in tests) of one size. grad may be a half dtype. Nothing is saved:
+this op has no gradient. Every tensor is read once and written once.
+
+A step told to be bad (`skip`, a device flag) changes nothing at all, EMA included, and the host
+never reads the flag: the kernel does. `step`, `lr`, `grad_scale` may be device scalars as well.
+
+No result depends on where in a tensor an element lies: ZeRO cuts the flat parameters anywhere, and
+any number of ranks must agree bit for bit. On CPU that rules out ATen's fused pointwise ops (lerp,
+addcmul, addcdiv): their vector loop and their tail may contract a multiply-add differently. The
+torch path uses only single-rounding operations (add, subtract, multiply, divide, square root), in
+place, on blocks that stay in cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrepa_kernels import launch
+from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.cost import Cost
+
+# Elements the torch path handles at once. Seven fp32 streams of 512 Ki elements (14.7 MB) fit a
+# last-level cache, and a call is long enough that waking the other threads does not count.
+CPU_BLOCK = 1 << 19
+
+
+def adamw_ema_reference(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification, out of place: (param, exp_avg, exp_avg_sq, ema), in any dtype."""
+    g = grad.to(param.dtype) * grad_scale
+    m = betas[0] * exp_avg + (1 - betas[0]) * g
+    v = betas[1] * exp_avg_sq + (1 - betas[1]) * g * g
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    param = param * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
+    return param, m, v, ema_decay * ema + (1 - ema_decay) * param
+
+
+class _Rates(NamedTuple):
+    """What changes from step to step. `control` on the device holds the same four and a flag."""
+
+    grad_scale: float
+    decay: float  # 1 - lr * weight_decay
+    step_size: float  # lr / (1 - b1^t)
+    root: float  # 1 / sqrt(1 - b2^t)
+
+
+@triton.jit
+def _adamw_ema_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, low_ptr, control_ptr,
+    size, grad_scale, decay, step_size, root, beta1, rest1, beta2, rest2, eps, ema_rest,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if control_ptr is not None:
+        size = tl.where(tl.load(control_ptr) != 0.0, size, 0)  # a bad step has no elements
+        grad_scale = tl.load(control_ptr + 1)
+        decay = tl.load(control_ptr + 2)
+        step_size = tl.load(control_ptr + 3)
+        root = tl.load(control_ptr + 4)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    inside = at < size
+    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * grad_scale  # [BLOCK]
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    p = tl.load(p_ptr + at, mask=inside, other=0.0)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
+    p = decay * p - step_size * (m / (tl.sqrt(v) * root + eps))
+    tl.store(m_ptr + at, m, mask=inside)
+    tl.store(v_ptr + at, v, mask=inside)
+    tl.store(p_ptr + at, p, mask=inside)
+    if e_ptr is not None:
+        e = tl.load(e_ptr + at, mask=inside, other=0.0)
+        tl.store(e_ptr + at, e + ema_rest * (p - e), mask=inside)
+    if low_ptr is not None:
+        tl.store(low_ptr + at, p.to(low_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op(
+    "fastrepa::adamw_ema_",
+    mutates_args=("params", "exp_avg", "exp_avg_sq", "ema", "low_precision"),
+)
+def _adamw_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    ema: list[Tensor],
+    low_precision: list[Tensor],
+    control: Tensor | None,
+    rates: list[float],
+    betas: list[float],
+    eps: float,
+    ema_decay: float,
+) -> None:
+    empty = [None] * len(params)
+    lists = (params, grads, exp_avg, exp_avg_sq, ema or empty, low_precision or empty)
+    for entry in zip(*lists, strict=True):
+        if not entry[0].numel():
+            continue
+        if launch.use_triton(entry[0]):
+            _step_triton(entry, control, _Rates(*rates), betas, eps, ema_decay)
+        else:
+            _step_torch(entry, control, _Rates(*rates), betas, eps, ema_decay)
+
+
+@_adamw_ema_.register_fake
+def _(
+    params, grads, exp_avg, exp_avg_sq, ema, low_precision, control, rates, betas, eps, ema_decay
+):
+    return None
+
+
+def _step_triton(entry, control, rates, betas, eps, ema_decay) -> None:
+    size = entry[0].numel()
+    flat = launch.FLAT["optimiser"][launch.generation(entry[0].device)]
+    _adamw_ema_kernel[(triton.cdiv(size, flat.block),)](
+        *entry, control, size, *rates, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
+        1 - ema_decay, BLOCK=flat.block, num_warps=flat.num_warps,
+    )  # fmt: skip
+
+
+def _step_torch(entry, control, rates, betas, eps, ema_decay) -> None:
+    if control is not None:
+        # On CPU the flag is host memory already: reading it waits for nothing.
+        keep, *values = control.tolist()
+        if keep == 0.0:
+            return
+        rates = _Rates(*values)
+    p, g, m, v = (t.view(-1) for t in entry[:4])
+    e, low = (None if t is None else t.view(-1) for t in entry[4:])
+    room = min(CPU_BLOCK, p.numel())
+    s, u = (torch.empty(room, dtype=p.dtype, device=p.device) for _ in range(2))
+    for start in range(0, p.numel(), CPU_BLOCK):
+        part = slice(start, start + CPU_BLOCK)
+        block = [None if t is None else t[part] for t in (p, g, m, v, e, low)]
+        size = min(CPU_BLOCK, p.numel() - start)
+        _step_block(block, s[:size], u[:size], rates, betas, eps, ema_decay)
+
+
+def _step_block(block, s, u, rates, betas, eps, ema_decay) -> None:
+    """One block in single-rounding operations; s and u are scratch."""
+    p, g, m, v, e, low = block
+    torch.mul(s.copy_(g), rates.grad_scale, out=s)
+    torch.mul(s, 1 - betas[0], out=u)
+    m.mul_(betas[0]).add_(u)
+    torch.mul(s, s, out=u)
+    v.mul_(betas[1]).add_(u.mul_(1 - betas[1]))
+    torch.sqrt(v, out=u)
+    torch.div(m, u.mul_(rates.root).add_(eps), out=s)
+    if rates.decay != 1.0:
+        p.mul_(rates.decay)
+    p.sub_(s.mul_(rates.step_size))
+    if e is not None:
+        torch.sub(p, e, out=s)
+        e.add_(s.mul_(1 - ema_decay))
+    if low is not None:
+        low.copy_(p)
+
+
+def _rates(step, lr, betas, weight_decay, grad_scale) -> _Rates:
+    return _Rates(
+        grad_scale=grad_scale,
+        decay=1 - lr * weight_decay,
+        step_size=lr / (1 - betas[0] ** step),
+        root=1 / math.sqrt(1 - betas[1] ** step),
+    )
+
+
+def _control(device, step, lr, betas, weight_decay, grad_scale, skip) -> Tensor:
+    """[keep, grad_scale, decay, step_size, root] in fp32, from device scalars, without a sync.
+
+    Computed in float64: 1 - b2^t cancels to a thousandth at t = 1.
+    """
+
+    def scalar(value) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().reshape(()).to(device, torch.float64)
+        return torch.full((), float(value), dtype=torch.float64, device=device)
+
+    t, rate = scalar(step), scalar(lr)
+    return torch.stack(
+        [
+            scalar(0.0 if skip is None else skip) == 0,
+            scalar(grad_scale),
+            1 - rate * weight_decay,
+            rate / (1 - scalar(betas[0]) ** t),
+            (1 - scalar(betas[1]) ** t).rsqrt(),
+        ]
+    ).to(torch.float32)
+
+
+def _tensors(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _check(lists: dict[str, list[Tensor]]) -> None:
+    params = lists["params"]
+    for argument, tensors in lists.items():
+        if len(tensors) != len(params) and (tensors or argument not in ("ema", "low_precision")):
+            raise ValueError(
+                f"adamw_ema_: {argument} must have {len(params)} tensors, as params; "
+                f"got {len(tensors)}"
+            )
+        for i, (t, p) in enumerate(zip(tensors, params, strict=False)):
+            if t.shape != p.shape or t.device != p.device:
+                raise ValueError(
+                    f"adamw_ema_: {argument}[{i}] must be {tuple(p.shape)} on {p.device}; "
+                    f"got {tuple(t.shape)} on {t.device}"
+                )
+            if not t.is_contiguous():
+                raise ValueError(f"adamw_ema_: {argument}[{i}] must be contiguous")
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"adamw_ema_: params[{i}] must be float32; got {p.dtype}")
+            if argument in ("grads", "low_precision"):
+                if not t.is_floating_point():
+                    raise ValueError(
+                        f"adamw_ema_: {argument}[{i}] must be floating point; got {t.dtype}"
+                    )
+            elif t.dtype != p.dtype:
+                raise ValueError(
+                    f"adamw_ema_: {argument}[{i}] must be {p.dtype}, as params; got {t.dtype}"
+                )
+
+
+@torch.no_grad()
+def adamw_ema_(
+    params: Tensor | Sequence[Tensor],
+    grads: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    ema: Tensor | Sequence[Tensor] | None,
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    ema_decay: float = 0.9999,
+    grad_scale: float | Tensor | None = None,
+    skip: Tensor | None = None,
+    low_precision: Tensor | Sequence[Tensor] | None = None,
+) -> None:
+    """One AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMA, in place.
+
+    params, exp_avg, exp_avg_sq, ema: a flat tensor or a list, fp32, contiguous; ema may be None.
+    grads: the same shapes, any floating dtype, multiplied by `grad_scale` (the clip factor, the
+    inverse loss scale). step: the number of this step, from 1. skip: a one-element tensor; nonzero
+    leaves everything as it is (the caller then also keeps its step counter: with skip, give step
+    as a device tensor). low_precision: written with the new params, cast.
+    On CUDA a list costs one launch per tensor: hand over flat tensors where there are many.
+    Raises ValueError where shapes, dtypes, devices or the step do not fit.
+    """
+    lists = {
+        "params": _tensors(params), "grads": _tensors(grads), "exp_avg": _tensors(exp_avg),
+        "exp_avg_sq": _tensors(exp_avg_sq), "ema": _tensors(ema),
+        "low_precision": _tensors(low_precision),
+    }  # fmt: skip
+    _check(lists)
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(f"adamw_ema_: step counts from 1; got {step}")
+    if skip is not None and skip.numel() != 1:
+        raise ValueError(f"adamw_ema_: skip must have one element; got {tuple(skip.shape)}")
+    if not lists["params"]:
+        return
+    scale = 1.0 if grad_scale is None else grad_scale
+    control, rates = None, _Rates(1.0, 1.0, 0.0, 1.0)
+    if skip is not None or any(isinstance(v, Tensor) for v in (step, lr, scale)):
+        device = lists["params"][0].device
+        control = _control(device, step, lr, betas, weight_decay, scale, skip)
+    else:
+        rates = _rates(step, lr, betas, weight_decay, scale)
+    _adamw_ema_(
+        lists["params"], lists["grads"], lists["exp_avg"], lists["exp_avg_sq"], lists["ema"],
+        lists["low_precision"], control, list(rates), list(betas), eps, ema_decay,
+    )  # fmt: skip
+
+
+def adamw_ema_cost(
+    n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, ema: bool = True
+) -> Cost:
+    """p, m, v (and ema) are read and written, grad is read, the low-precision copy is written."""
+    return Cost(
+        flops=(16 if ema else 13) * n,
+        bytes=n * ((32 if ema else 24) + grad_itemsize + low_itemsize),
+    )
+
+
+def _aot_cases() -> list[AotCase]:
+    fp, bf, f = "*fp32", "*bf16", "fp32"
+    floats = (
+        "grad_scale", "decay", "step_size", "root", "beta1", "rest1", "beta2", "rest2", "eps",
+        "ema_rest",
+    )  # fmt: skip
+    types = {
+        "p_ptr": fp, "g_ptr": bf, "m_ptr": fp, "v_ptr": fp, "e_ptr": fp, "low_ptr": bf,
+        "control_ptr": fp, **dict.fromkeys(floats, f),
+    }  # fmt: skip
+    cases = []
+    for generation in launch.GENERATIONS:
+        flat = launch.FLAT["optimiser"][generation]
+        for label, absent in {"device flag": {}, "host": {"control_ptr": None}}.items():
+            cases.append(AotCase(
+                _adamw_ema_kernel, f"{label} block {flat.block}", generation, types,
+                {"BLOCK": flat.block, **absent}, flat.num_warps, registers=80, shared=8192,
+                wide_loads=4, long_offsets=("p_ptr", "g_ptr", "m_ptr", "v_ptr", "e_ptr", "low_ptr"),
+            ))  # fmt: skip
+    return cases
+
+
+AOT_CASES = _aot_cases()

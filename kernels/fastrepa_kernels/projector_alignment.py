@@ -1,0 +1,552 @@
+"""Projector MLP + normalised cosine loss of REPA, forward and backward in one go, chunk by chunk.
+
+    a1 = x w1^T + b1;  h1 = SiLU(a1);  a2 = h1 w2^T + b2;  h2 = SiLU(a2);  z = h2 w3^T + b3
+    c = <n(z), n(y)>,  n(u) = u / max(|u|, eps);      loss = - sum_n v_n c_n / sum_n v_n
+
+Shapes: N rows (all leading dimensions of x flattened), D width, P projector width, Z feature width.
+x [..., D]; w1 [P,D], b1 [P], w2 [P,P], b2 [P], w3 [Z,P], b3 [Z] as nn.Linear stores them; target y
+[..., Z]; v_n an optional weight or mask per row (absent: 1).
+
+The loss is a mean, so its gradient is known up to the scalar that autograd hands back later: every
+chunk of rows runs its forward AND backward at once, and the real backward only multiplies. With
+rz = 1/max(|z|, eps), ry likewise:
+    d(sum c)/dz = v rz (y ry - c z rz)          (for |z| < eps the clamp removes the second term)
+Saved for backward: dx [N,D] in the weights' dtype, the weight gradients in fp32, and one scalar.
+They hold the gradients of sum v c; the factor -g / sum v comes in backward, in fp32, so that fp16
+does not underflow at large N. Nothing of width P or Z outlives its chunk; nothing is recomputed.
+What nobody needs (frozen projector, frozen input, no_grad) is not computed. Without any gradient,
+z itself is never written: the last product's epilogue reduces |z|^2, <z,y> and |y|^2.
+
+Under ZeRO-3 the weights are whole only inside the owning module's forward: they are read there and
+nowhere else, because no weight is saved for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrepa_kernels import launch
+from fastrepa_kernels.activation import activate, activate_backward
+from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.registration import differentiable, first_order
+
+EPS = 1e-12
+NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
+
+# Rows summed by one program of the cosine kernel before its partial sum of db3 is written.
+COSINE_ROWS = 16
+
+
+def projector_alignment_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    target: Tensor,
+    *,
+    eps: float = EPS,
+    row_weight: Tensor | None = None,
+    target_scale: Tensor | None = None,
+) -> Tensor:
+    """The specification, vectorised eager, in whatever dtype it is given (float64 in tests)."""
+    w1, b1, w2, b2, w3, b3 = weights
+    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
+    z = F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
+    wide = launch.arithmetic_dtype(x, *weights)
+    y = target.to(wide)
+    if target_scale is not None:
+        y = y * target_scale.to(wide).unsqueeze(-1)
+    c = (F.normalize(z.to(wide), dim=-1, eps=eps) * F.normalize(y, dim=-1, eps=eps)).sum(-1)
+    if row_weight is None:
+        return -c.mean()
+    return -(c * row_weight.to(wide)).sum() / row_weight.to(wide).sum()
+
+
+@triton.jit
+def _cosine_kernel(
+    z_ptr, y_ptr, y_scale_ptr, weight_ptr, cos_ptr, sums_ptr, N, Z, eps,
+    GRAD: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Per row: cos = v c, and dz written over z."""
+    first = tl.program_id(0) * ROWS
+    k = tl.arange(0, BLOCK_D)
+    inside = k < Z
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for n in range(first, tl.minimum(first + ROWS, N)):
+        row = tl.full((), 0, tl.int64) + n
+        z = tl.load(z_ptr + (row * Z + k), mask=inside, other=0.0).to(tl.float32)  # [BLOCK_D]
+        y = tl.load(y_ptr + (row * Z + k), mask=inside, other=0).to(tl.float32)  # [BLOCK_D]
+        if y_scale_ptr is not None:
+            y *= tl.load(y_scale_ptr + row)
+        weight = 1.0
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + row)
+        length = tl.sqrt(tl.sum(z * z, 0))
+        rz = 1.0 / tl.maximum(length, eps)
+        ry = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), eps)
+        c = tl.sum(z * y, 0) * rz * ry
+        tl.store(cos_ptr + row, weight * c)
+        if GRAD:
+            along = tl.where(length < eps, 0.0, c * rz)  # below eps the norm is a constant
+            dz = weight * rz * (y * ry - along * z)
+            tl.store(z_ptr + (row * Z + k), dz.to(z_ptr.dtype.element_ty), mask=inside)
+            if SUMS:
+                total += dz
+    if SUMS:
+        tl.store(sums_ptr + (tl.program_id(0).to(tl.int64) * Z + k), total, mask=inside)
+
+
+@triton.jit
+def _cosine_sums_gemm_kernel(
+    h_ptr, w_ptr, b_ptr, y_ptr, y_scale_ptr, sums_ptr, N, P, Z, tiles_n, tiles_z, sum_stride,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of z = h w^T + b, never written: its row sums of z^2, z y and y^2 are."""
+    pid = tl.program_id(0)
+    in_group = GROUP_M * tiles_z  # neighbours share weight tiles in L2
+    first = pid // in_group * GROUP_M
+    height = tl.minimum(tiles_n - first, GROUP_M)
+    tile_n = first + pid % in_group % height
+    tile_z = pid % in_group // height
+    n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = n.to(tl.int64)  # [BLOCK_M]
+    col = tile_z * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # Rows and columns past the end read others again, unmasked, and are not stored.
+    row_in, col_in = (n % N).to(tl.int64), (col % Z).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(tl.cdiv(P, BLOCK_K)):
+        at = start * BLOCK_K + k
+        h = tl.load(
+            h_ptr + (row_in[:, None] * P + at[None, :]), mask=(at < P)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + (col_in[None, :] * P + at[:, None]), mask=(at < P)[:, None], other=0.0
+        )  # [BLOCK_K, BLOCK_N]
+        z = tl.dot(h, w, z)
+    z += tl.load(b_ptr + col, mask=col < Z, other=0.0).to(tl.float32)[None, :]
+    inside = (n < N)[:, None] & (col < Z)[None, :]
+    z = tl.where(inside, z, 0.0)  # wrapped columns hold other columns' projections
+    y = tl.load(y_ptr + (row[:, None] * Z + col[None, :]), mask=inside, other=0).to(tl.float32)
+    if y_scale_ptr is not None:
+        y *= tl.load(y_scale_ptr + row, mask=n < N, other=0.0)[:, None]
+    out = sums_ptr + (tile_z.to(tl.int64) * N + row)  # sums is [3, tiles_z, N]
+    tl.store(out, tl.sum(z * z, 1), mask=n < N)
+    tl.store(out + sum_stride, tl.sum(z * y, 1), mask=n < N)
+    tl.store(out + 2 * sum_stride, tl.sum(y * y, 1), mask=n < N)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)  # [BLOCK]
+    y = x * tl.load(factor_ptr)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What belongs to one chunk of rows: target, its scale and the weight of each row."""
+
+    target: Tensor
+    scale: Tensor | None
+    weight: Tensor | None
+
+    def part(self, rows: slice) -> _Rows:
+        return _Rows(
+            self.target[rows],
+            None if self.scale is None else self.scale[rows],
+            None if self.weight is None else self.weight[rows],
+        )
+
+
+def _cosine_(
+    z: Tensor, rows: _Rows, cos: Tensor, eps: float, grad: bool, sums: bool
+) -> Tensor | None:
+    """cos = v c; with `grad`, z becomes dz. Returns the column sums of dz if `sums`."""
+    n, width = z.shape
+    if not launch.use_triton(z, width):
+        return _cosine_torch_(z, rows, cos, eps, grad, sums)
+    row = launch.rows("cosine", width, z.device)
+    programs = triton.cdiv(n, COSINE_ROWS)
+    parts = torch.empty((programs, width) if sums else (0,), dtype=torch.float32, device=z.device)
+    _cosine_kernel[(programs,)](
+        z, rows.target, rows.scale, rows.weight, cos, parts, n, width, eps,
+        GRAD=grad, SUMS=sums, ROWS=COSINE_ROWS, BLOCK_D=row.block_d, num_warps=row.num_warps,
+    )  # fmt: skip
+    return parts.sum(0) if sums else None
+
+
+def _cosine_torch_(z, rows, cos, eps, grad, sums):
+    wide = cos.dtype
+    zw, y = z.to(wide), rows.target.to(wide)
+    if rows.scale is not None:
+        y = y * rows.scale[:, None]
+    length = torch.linalg.vector_norm(zw, dim=-1)
+    rz = length.clamp_min(eps).reciprocal_()
+    ry = torch.linalg.vector_norm(y, dim=-1).clamp_min_(eps).reciprocal_()
+    c = torch.linalg.vecdot(zw, y).mul_(rz).mul_(ry)
+    weight = torch.ones_like(c) if rows.weight is None else rows.weight
+    torch.mul(weight, c, out=cos)
+    if not grad:
+        return None
+    along = torch.where(length < eps, 0, -cos * rz * rz)  # below eps the norm is a constant
+    dz = torch.mul(y, (weight * rz * ry)[:, None]).addcmul_(zw, along[:, None])
+    z.copy_(dz)
+    return dz.sum(0) if sums else None
+
+
+def _cosine_of_last_product(
+    h2: Tensor, w3: Tensor, b3: Tensor, rows: _Rows, cos: Tensor, eps: float
+):
+    """cos = v c without writing z (no gradient wanted)."""
+    (n, p), width = h2.shape, w3.shape[0]
+    table = launch.GEMM["cosine_sums"][launch.generation(h2.device)]
+    tiles_n, tiles_z = triton.cdiv(n, table.block_m), triton.cdiv(width, table.block_n)
+    sums = torch.empty((3, tiles_z, n), dtype=torch.float32, device=h2.device)
+    _cosine_sums_gemm_kernel[(tiles_n * tiles_z,)](
+        h2, w3, b3, rows.target, rows.scale, sums, n, p, width, tiles_n, tiles_z, tiles_z * n,
+        GROUP_M=table.group_m, BLOCK_M=table.block_m, BLOCK_N=table.block_n,
+        BLOCK_K=table.block_k, num_warps=table.num_warps, num_stages=table.num_stages,
+    )  # fmt: skip
+    zz, zy, yy = sums.sum(1)
+    c = zy / (zz.sqrt_().clamp_min_(eps) * yy.sqrt_().clamp_min_(eps))
+    cos.copy_(c if rows.weight is None else c.mul_(rows.weight))
+
+
+def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, in total's dtype: fp32 for half operands."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    elif left.is_cuda:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left.t() @ right)
+
+
+class _Chunks:
+    """The buffers of one chunk and the gradients that all chunks add up to."""
+
+    def __init__(self, x: Tensor, weights: Sequence[Tensor], chunk: int, needs: Sequence[bool]):
+        w1, _, _, _, w3, _ = weights
+        n, p, z, dtype = min(chunk, x.shape[0]), w1.shape[0], w3.shape[0], w1.dtype
+        self.weights, self.needs = weights, needs
+        self.wide = launch.arithmetic_dtype(x, w1)
+        self.grad = any(needs)
+        self.reach2 = any(needs[:5])  # something at or below the second Linear
+        self.reach1 = any(needs[:3])  # something at or below the first
+        self.h1, self.h2 = (torch.empty((n, p), dtype=dtype, device=x.device) for _ in range(2))
+        # Pre-activations are needed only by the backward; without one, SiLU runs in place.
+        self.a1 = torch.empty_like(self.h1) if self.reach1 else self.h1
+        self.a2 = torch.empty_like(self.h2) if self.reach2 else self.h2
+        self.z = torch.empty((n, z), dtype=dtype, device=x.device)
+        self.dx = torch.empty(x.shape if needs[0] else (0,), dtype=dtype, device=x.device)
+        self.totals = [
+            torch.zeros(w.shape if need else (0,), dtype=self.wide, device=x.device)
+            for w, need in zip(weights, needs[1:], strict=True)
+        ]
+
+    def run(self, x: Tensor, dx: Tensor, rows: _Rows, cos: Tensor, eps: float) -> None:
+        """Forward of one chunk, then (where a gradient is wanted) its backward."""
+        w1, b1, w2, b2, w3, b3 = self.weights
+        m = x.shape[0]
+        x = x.to(w1.dtype)
+        a1, h1, a2, h2, z = (t[:m] for t in (self.a1, self.h1, self.a2, self.h2, self.z))
+        torch.addmm(b1, x, w1.t(), out=a1)
+        activate(a1, h1, gelu=False)
+        torch.addmm(b2, h1, w2.t(), out=a2)
+        activate(a2, h2, gelu=False)
+        if not self.grad and launch.use_triton(h2) and h2.dtype != torch.float32:
+            _cosine_of_last_product(h2, w3, b3, rows, cos, eps)
+            return
+        torch.addmm(b3, h2, w3.t(), out=z)
+        sums3 = _cosine_(z, rows, cos, eps, self.grad, self.needs[6])
+        if self.grad:
+            self._backward(x, dx, a1, h1, a2, h2, z, sums3)
+
+    def _backward(self, x, dx, a1, h1, a2, h2, dz, sums3) -> None:
+        w1, _, w2, _, w3, _ = self.weights
+        need_x, need_w1, need_b1, need_w2, need_b2, need_w3, _ = self.needs
+        dw1, db1, dw2, db2, dw3, db3 = self.totals
+        if sums3 is not None:
+            db3 += sums3
+        if need_w3:
+            _accumulate_(dw3, dz, h2)
+        if not self.reach2:
+            return
+        torch.mm(dz, w3, out=h2)  # h2 has done its work: the buffer becomes dh2, a2 becomes da2
+        sums2 = activate_backward(h2, a2, a2, gelu=False, sums=need_b2)
+        if sums2 is not None:
+            db2 += sums2
+        if need_w2:
+            _accumulate_(dw2, a2, h1)
+        if not self.reach1:
+            return
+        torch.mm(a2, w2, out=h1)
+        sums1 = activate_backward(h1, a1, a1, gelu=False, sums=need_b1)
+        if sums1 is not None:
+            db1 += sums1
+        if need_w1:
+            _accumulate_(dw1, a1, x)
+        if need_x:
+            torch.mm(a1, w1, out=dx)
+
+
+@torch.library.custom_op("fastrepa::projector_alignment", mutates_args=())
+def _projector_alignment(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    target: Tensor,
+    target_scale: Tensor | None,
+    row_weight: Tensor | None,
+    eps: float,
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, factor, dx, dw1, db1, dw2, db2, dw3, db3); what `needs` leaves out is empty."""
+    n = x.shape[0]
+    with launch.without_autocast(x):
+        chunks = _Chunks(x, (w1, b1, w2, b2, w3, b3), chunk, needs)
+        rows = _Rows(target, target_scale, row_weight)
+        cos = torch.empty(n, dtype=chunks.wide, device=x.device)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            dx = chunks.dx[part] if needs[0] else chunks.dx
+            chunks.run(x[part], dx, rows.part(part), cos[part], eps)
+        if row_weight is None:
+            factor = torch.full((), -1 / max(n, 1), dtype=chunks.wide, device=x.device)
+        else:
+            mass = row_weight.sum()
+            factor = torch.where(mass == 0, 0, -1 / mass)  # nothing to align: loss 0, gradients 0
+        dw1, db1, dw2, db2, dw3, db3 = chunks.totals
+        return cos.sum() * factor, factor, chunks.dx, dw1, db1, dw2, db2, dw3, db3
+
+
+@_projector_alignment.register_fake
+def _(x, w1, b1, w2, b2, w3, b3, target, target_scale, row_weight, eps, chunk, needs):
+    wide = launch.arithmetic_dtype(x, w1)
+    grads = [
+        x.new_empty(w.shape if need else (0,), dtype=wide)
+        for w, need in zip((w1, b1, w2, b2, w3, b3), needs[1:], strict=True)
+    ]
+    dx = x.new_empty(x.shape if needs[0] else (0,), dtype=w1.dtype)
+    return x.new_empty((), dtype=wide), x.new_empty((), dtype=wide), dx, *grads
+
+
+@torch.library.custom_op("fastrepa::scaled", mutates_args=())
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor in `dtype`: the product in factor's precision, without a copy of x in it."""
+    if x.dtype == factor.dtype or dtype == factor.dtype:
+        return x.to(dtype).mul(factor) if x.dtype == dtype else x.to(dtype).mul_(factor)
+    out = torch.empty_like(x, dtype=dtype)
+    if launch.use_triton(x):
+        if x.numel():
+            flat = launch.FLAT["activation"][launch.generation(x.device)]
+            _scale_kernel[(triton.cdiv(x.numel(), flat.block),)](
+                x, factor, out, x.numel(), BLOCK=flat.block, num_warps=flat.num_warps
+            )
+        return out
+    for part, result in zip(x.split(1 << 16), out.split(1 << 16), strict=True):
+        result.copy_(part.to(factor.dtype).mul_(factor))
+    return out
+
+
+@_scaled.register_fake
+def _(x, factor, dtype):
+    return torch.empty_like(x, dtype=dtype)
+
+
+_scaled_call = first_order(_scaled)
+
+
+def _setup(ctx, inputs, output):
+    _, factor, *grads = output
+    ctx.dtypes = [t.dtype for t in inputs[:7]]
+    ctx.save_for_backward(factor, *grads)
+    ctx.mark_non_differentiable(factor, *grads)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    factor, *grads = ctx.saved_tensors
+    results: list[Tensor | None] = [None] * 13
+    if dloss is None:
+        return tuple(results)
+    scale = factor * dloss.to(factor.dtype)
+    for i, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True)):
+        if ctx.needs_input_grad[i]:
+            results[i] = _scaled_call(grad, scale, dtype)
+    return tuple(results)
+
+
+_projector_alignment_call = differentiable(
+    _projector_alignment, setup_context=_setup, backward=_backward
+)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> None:
+    name = "projector_alignment"
+    if len(weights) != 6:
+        raise ValueError(f"{name}: weights must be (w1, b1, w2, b2, w3, b3); got {len(weights)}")
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: x must be a floating-point [..., D]; got {tuple(x.shape)} {x.dtype}"
+        )
+    w1, _, _, _, w3, _ = weights
+    if w1.ndim != 2 or w3.ndim != 2:
+        raise ValueError(
+            f"{name}: w1 and w3 must be matrices; got {tuple(w1.shape)} and {tuple(w3.shape)} "
+            "(under ZeRO-3, call this inside the owning module's forward)"
+        )
+    d, p, z = x.shape[-1], w1.shape[0], w3.shape[0]
+    shapes = ((p, d), (p,), (p, p), (p,), (z, p), (z,))
+    for argument, weight, shape in zip(NAMES, weights, shapes, strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"{name}: {argument} must be {shape}; got {tuple(weight.shape)}")
+        if weight.dtype != w1.dtype or not weight.is_floating_point():
+            raise ValueError(
+                f"{name}: {argument} must have w1's floating dtype {w1.dtype}; got {weight.dtype}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"{name}: {argument} must be on {x.device}; got {weight.device}")
+    if target.shape != (*x.shape[:-1], z) or target.device != x.device:
+        raise ValueError(
+            f"{name}: target must be {(*x.shape[:-1], z)} on {x.device}; "
+            f"got {tuple(target.shape)} on {target.device}"
+        )
+    if not target.is_floating_point() and target.dtype != torch.int8:
+        raise ValueError(f"{name}: target must be floating point or int8; got {target.dtype}")
+    if target.requires_grad:
+        raise ValueError(f"{name}: target must not require a gradient; detach it")
+
+
+def _per_row(argument: str, value: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if value.shape != x.shape[:-1] or value.device != x.device:
+        raise ValueError(
+            f"projector_alignment: {argument} must be {tuple(x.shape[:-1])} on {x.device}; "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+    return value.detach().reshape(-1).to(dtype).contiguous()
+
+
+def projector_alignment(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    target: Tensor,
+    *,
+    eps: float = EPS,
+    chunk_rows: int | None = None,
+    row_weight: Tensor | None = None,
+    target_scale: Tensor | None = None,
+) -> Tensor:
+    """REPA's alignment loss: the mean over rows of -cos(projector(x), target), in [-1, 1].
+
+    x: [..., D], any floating dtype; it is cast to the weights' dtype chunk by chunk. weights:
+    (w1, b1, w2, b2, w3, b3) of Linear(D,P) SiLU Linear(P,P) SiLU Linear(P,Z). target: [..., Z],
+    any floating dtype or int8; `target_scale` [...] multiplies its rows (only the eps clamp can
+    tell). `row_weight` [...]: weights or a mask; the mean is weighted, and 0 if they sum to 0.
+    `chunk_rows`: rows per chunk, by default launch.py's. Under torch.autocast the weights are cast
+    as nn.Linear's would be. Returns a scalar in fp32 (float64 for float64); no rows give 0.
+    Gradients reach x and the weights, not target, row_weight or target_scale.
+    Raises ValueError where shapes, dtypes or devices do not fit.
+    """
+    _check(x, weights, target)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"projector_alignment: chunk_rows must be positive; got {chunk_rows}")
+    cast = launch.autocast_dtype(x)
+    if cast is not None:
+        weights = [w.to(cast) for w in weights]
+    d, z = x.shape[-1], target.shape[-1]
+    wide = launch.arithmetic_dtype(x, weights[0])
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, *weights)]
+    loss, *_ = _projector_alignment_call(
+        x.reshape(-1, d).contiguous(),
+        *[w.contiguous() for w in weights],
+        target.reshape(-1, z).contiguous(),
+        _per_row("target_scale", target_scale, x, wide),
+        _per_row("row_weight", row_weight, x, wide),
+        eps,
+        launch.chunk_rows(x.device, chunk_rows),
+        needs,
+    )
+    return loss
+
+
+def projector_alignment_cost(
+    n: int, d: int, p: int, z: int, itemsize: int, *, x_itemsize: int | None = None,
+    x_grad: bool = True, weight_grad: bool = True,
+) -> Cost:  # fmt: skip
+    """Three products forward; each again for the gradient of its input and of its weight.
+
+    Bytes: x, target and the weights read once; dx and the weight gradients (fp32) written once.
+    """
+    x_itemsize = x_itemsize or itemsize
+    products = (d * p, p * p, p * z)
+    through = (products[0] if x_grad else 0) + products[1] + products[2]
+    backward = (through if x_grad or weight_grad else 0) + (sum(products) if weight_grad else 0)
+    weights = sum(products) + 2 * p + z
+    return Cost(
+        flops=2 * n * (sum(products) + backward),
+        bytes=n * (d * x_itemsize + z * itemsize)
+        + weights * itemsize
+        + (n * d * x_itemsize if x_grad else 0)
+        + (weights * 4 if weight_grad else 0),
+    )
+
+
+def _aot_cases() -> list[AotCase]:
+    bf, fp = "*bf16", "*fp32"
+    cases = []
+    for generation in launch.GENERATIONS:
+        for width, row in launch.ROWS["cosine"][generation].items():
+            for target in ("bf16", "int8"):
+                absent = {} if target == "int8" else {"y_scale_ptr": None, "weight_ptr": None}
+                cases.append(AotCase(
+                    _cosine_kernel, f"{target} target width {width}", generation,
+                    {
+                        "z_ptr": bf, "y_ptr": "*i8" if target == "int8" else bf, "y_scale_ptr": fp,
+                        "weight_ptr": fp, "cos_ptr": fp, "sums_ptr": fp, "eps": "fp32",
+                    },
+                    {
+                        "GRAD": True, "SUMS": True, "ROWS": COSINE_ROWS, "BLOCK_D": row.block_d,
+                        **absent,
+                    },
+                    row.num_warps, registers=96, shared=32768,
+                    wide_loads=1 if target == "int8" else 2, long_offsets=("z_ptr", "y_ptr"),
+                ))  # fmt: skip
+        table = launch.GEMM["cosine_sums"][generation]
+        cases.append(AotCase(
+            _cosine_sums_gemm_kernel, f"{table.block_m}x{table.block_n}x{table.block_k}",
+            generation,
+            {"h_ptr": bf, "w_ptr": bf, "b_ptr": bf, "y_ptr": bf, "sums_ptr": fp},
+            {
+                "y_scale_ptr": None, "GROUP_M": table.group_m, "BLOCK_M": table.block_m,
+                "BLOCK_N": table.block_n, "BLOCK_K": table.block_k,
+            },
+            table.num_warps, num_stages=table.num_stages, registers=255,
+            shared=99 * 1024 if generation == 80 else 227 * 1024, wide_loads=4, wgmma=True,
+            long_offsets=("h_ptr", "w_ptr", "y_ptr"),
+        ))  # fmt: skip
+        flat = launch.FLAT["activation"][generation]
+        cases.append(AotCase(
+            _scale_kernel, f"block {flat.block}", generation,
+            {"x_ptr": bf, "factor_ptr": fp, "y_ptr": bf}, {"BLOCK": flat.block}, flat.num_warps,
+            registers=64, shared=0, wide_loads=2, long_offsets=("x_ptr", "y_ptr"),
+        ))  # fmt: skip
+    return cases
+
+
+AOT_CASES = _aot_cases()

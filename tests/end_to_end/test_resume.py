@@ -1,0 +1,78 @@
+"""A killed run, started again, ends bit for bit where an undisturbed one ends."""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.engine.training.runs import environment, metrics, tensors, train, train_command
+
+STEPS = 8
+
+
+def killed_run(run, *overrides, ranks, after):
+    """Start the run and SIGKILL all of it once step `after` is in its metrics."""
+    process = subprocess.Popen(
+        train_command(run, *overrides, ranks=ranks), env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    path = run / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= after:
+            break
+        time.sleep(0.01)
+    import os
+
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert path.exists(), process.stderr.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision"), [(1, 1, "bf16"), (2, 2, "fp32"), (2, 3, "bf16")]
+)
+def test_killed_and_continued_equals_undisturbed(tmp_path, ranks, stage, precision):
+    settings = (f"training.steps={STEPS}", f"zero.stage={stage}", f"training.precision={precision}")
+    train(tmp_path / "whole", *settings, ranks=ranks)
+    after = random.Random(f"{ranks}{stage}{time.time_ns()}").randint(2, STEPS - 2)
+    killed_run(tmp_path / "killed", *settings, ranks=ranks, after=after)
+    train(tmp_path / "killed", *settings, ranks=ranks)
+    whole, killed = (tensors(tmp_path / n, STEPS) for n in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    different = [n for n in whole if not torch.equal(whole[n], killed[n])]
+    assert not different, f"killed after step {after}: {different}"
+    a, b = (metrics(tmp_path / n) for n in ("whole", "killed"))
+    assert [m["step"] for m in b] == [m["step"] for m in a] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in b] == [m["loss"] for m in a]
+    first, last = tensors(tmp_path / "whole", 2), whole
+    assert not torch.equal(
+        first["ema/blocks.0.mlp.fc1.weight"], last["ema/blocks.0.mlp.fc1.weight"]
+    )
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_path, number, ranks):
+    run, settings = tmp_path / "run", ("training.steps=60", "training.checkpoint_every=0")
+    process = subprocess.Popen(
+        train_command(run, *settings, ranks=ranks), env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "saved; the same command continues" in out, out + err
+    if ranks == 1:
+        assert process.returncode == 128 + number
+        assert "Traceback" not in err
+    stopped = metrics(run)[-1]["step"]
+    assert 0 < stopped < 60
+    assert (run / "checkpoints" / f"step_{stopped:07d}" / "manifest.json").is_file()
+    more = train(run, f"training.steps={stopped + 1}", "training.checkpoint_every=0", ranks=ranks)
+    assert f"from step {stopped}" in more.stdout.replace("\n", " ")
+    assert metrics(run)[-1]["step"] == stopped + 1

@@ -1,0 +1,42 @@
+"""A real photo, and the one rule of accuracy, for the encoder tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def load_photo(side: int) -> Tensor:
+    """matplotlib's sample portrait (public domain: Grace Hopper in uniform) as [1,3,side,side]."""
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    image = Image.open(path).convert("RGB").crop((0, 0, 512, 512))
+    pixels = np.array(image.resize((side, side), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+@pytest.fixture(scope="session")
+def photo():
+    return load_photo
+
+
+def distance(a: Tensor, exact: Tensor) -> float:
+    return ((a.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.fixture(scope="session")
+def as_good_as():
+    """error(ours, float64) <= 2 x error(eager, float64) + one rounding unit."""
+
+    def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+        assert ours.shape == eager.shape == exact.shape
+        assert ours.dtype == eager.dtype
+        allowed = 2 * distance(eager, exact) + torch.finfo(ours.dtype).eps
+        assert distance(ours, exact) <= allowed, (distance(ours, exact), allowed)
+
+    return check

@@ -1,0 +1,205 @@
+"""adamw_ema_: against float64, against torch.optim.AdamW, T1 in the interpreter, T3 on a GPU.
+
+Mutations tried, each caught by the tests below: sqrt(1 - b2^t) left out; eps added before that
+correction (kernel and torch path); weight decay applied after the update; the EMA fed with the
+first moment (both); grad_scale missing once in v; the skip flag ignored (both); the size mask one
+element late.
+"""
+
+import pytest
+import torch
+
+from fastrepa_kernels.adamw_ema import CPU_BLOCK, adamw_ema_, adamw_ema_cost, adamw_ema_reference
+from tests.kernels.accuracy import assert_as_good_as_eager
+
+NAMES = ("param", "exp_avg", "exp_avg_sq", "ema")
+RATES = {
+    "lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.99,
+}  # fmt: skip
+
+
+def state(place, size, dtype=torch.float32):
+    p, m, e = (place.randn(size, dtype=dtype) for _ in range(3))
+    v = place.randn(size, dtype=dtype).square()
+    g = place.randn(size)
+    if size > 3:
+        g[0], m[0], v[0] = 0, 0, 0  # eps alone keeps this one finite
+        g[1], m[1], v[1] = 1e-8, 2e-8, 1e-16  # and counts as much as the root in this one
+    return p, g, m, v, e
+
+
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+@pytest.mark.parametrize("size", [1, 5, 1023, 3000])
+def test_as_good_as_eager(place, size, step):
+    p, g, m, v, e = state(place, size)
+    options = {**RATES, "step": step, "grad_scale": 0.37}
+    exact = adamw_ema_reference(*(t.double() for t in (p, g, m, v, e)), **options)
+    eager = adamw_ema_reference(p, g, m, v, e, **options)
+    low = torch.full_like(p, float("nan"), dtype=torch.float16)
+    adamw_ema_(p, g, m, v, e, **options, low_precision=low)
+    for name, *values in zip(NAMES, (p, m, v, e), eager, exact, strict=True):
+        assert_as_good_as_eager(name, *values)
+    # The interpreter truncates where hardware rounds: within one unit either way.
+    assert torch.allclose(low.float(), p, rtol=torch.finfo(torch.float16).eps, atol=1e-7)
+
+
+def test_many_steps_against_torch_adamw(place_fp32):
+    """The update is torch.optim.AdamW's, in float64 on its side, over ten steps."""
+    p = place_fp32.randn(300)
+    theirs = p.double().clone().requires_grad_()
+    rates = {k: RATES[k] for k in ("lr", "betas", "eps", "weight_decay")}
+    optimiser = torch.optim.AdamW([theirs], **rates)
+    m, v, e = torch.zeros_like(p), torch.zeros_like(p), p.clone()
+    average = p.double().clone()
+    for step in range(1, 11):
+        g = place_fp32.randn(300)
+        theirs.grad = g.double()
+        optimiser.step()
+        average.lerp_(theirs.detach(), 1 - RATES["ema_decay"])
+        adamw_ema_(p, g, m, v, e, step=step, **RATES)
+    assert torch.allclose(p.double(), theirs.detach(), rtol=0, atol=1e-6)
+    assert torch.allclose(e.double(), average, rtol=0, atol=1e-6)
+
+
+def test_float64_is_the_formula():
+    p, g, m, v, e = (torch.rand(50, dtype=torch.float64) for _ in range(5))
+    expected = adamw_ema_reference(p, g, m, v, e, step=3, **RATES)
+    adamw_ema_(p, g, m, v, e, step=3, **RATES)
+    for ours, theirs in zip((p, m, v, e), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_scalars_on_the_device(place_fp32, flag):
+    """step, lr, grad_scale and skip as tensors give what numbers give; a bad step, nothing."""
+    before = state(place_fp32, 700)
+    device = before[0].device
+    p, g, m, v, e = (t.clone() for t in before)
+    low = torch.zeros_like(p)
+    options = {**RATES, "lr": torch.tensor(RATES["lr"], dtype=torch.float64, device=device)}
+    adamw_ema_(
+        p, g, m, v, e, **options, step=torch.tensor(5, device=device),
+        grad_scale=torch.tensor(0.5, device=device), skip=torch.tensor(flag, device=device),
+        low_precision=low,
+    )  # fmt: skip
+    if flag:
+        assert all(map(torch.equal, (p, g, m, v, e), before))
+        assert not low.any()
+        return
+    exact = adamw_ema_reference(*(t.double() for t in before), step=5, grad_scale=0.5, **RATES)
+    eager = adamw_ema_reference(*before, step=5, grad_scale=0.5, **RATES)
+    for name, *values in zip(NAMES, (p, m, v, e), eager, exact, strict=True):
+        assert_as_good_as_eager(name, *values)
+
+
+def test_a_bad_step_with_nan_gradients_changes_nothing(place_fp32):
+    p, g, m, v, e = state(place_fp32, 100)
+    before = [t.clone() for t in (p, m, v, e)]
+    g[:] = float("nan")
+    skip = torch.ones(1, device=p.device)
+    scale = torch.full((), float("nan"), device=p.device)
+    adamw_ema_(p, g, m, v, e, step=1, **RATES, skip=skip, grad_scale=scale)
+    assert all(map(torch.equal, (p, m, v, e), before))
+
+
+@pytest.mark.parametrize("cuts", [(1,), (7, 500), (333, 334, 1000), (64, 128)])
+def test_the_result_does_not_depend_on_how_the_tensor_is_cut(place_fp32, cuts):
+    whole = state(place_fp32, 2000)
+    parts = [
+        [t[a:b].clone() for a, b in zip((0, *cuts), (*cuts, 2000), strict=True)] for t in whole
+    ]
+    adamw_ema_(*whole, step=3, **RATES)
+    adamw_ema_(*parts, step=3, **RATES)
+    for t, pieces in zip(whole, parts, strict=True):
+        assert torch.equal(t, torch.cat(pieces))
+
+
+def test_cutting_across_blocks_of_the_torch_path():
+    size = 2 * CPU_BLOCK + 77
+    whole = [torch.rand(size) for _ in range(5)]
+    parts = [[t[:1001].clone(), t[1001:].clone()] for t in whole]
+    adamw_ema_(*whole, step=3, **RATES)
+    adamw_ema_(*parts, step=3, **RATES)
+    assert all(torch.equal(t, torch.cat(pieces)) for t, pieces in zip(whole, parts, strict=True))
+
+
+def test_lists_of_shaped_tensors_and_no_ema(place_fp32):
+    shapes = [(3, 5), (7,), (0,), ()]
+    params, grads, m, v = ([place_fp32.randn(*s).abs() for s in shapes] for _ in range(4))
+    expected = [
+        adamw_ema_reference(*entry, entry[0], step=2, **RATES)
+        for entry in zip(params, grads, m, v, strict=True)
+    ]
+    adamw_ema_(params, grads, m, v, None, step=2, **RATES)
+    for p, truth in zip(params, expected, strict=True):
+        assert torch.allclose(p, truth[0], rtol=1e-6)
+    adamw_ema_([], [], [], [], [], step=1, **RATES)
+
+
+def test_parameters_that_require_gradients(place_fp32):
+    p = torch.nn.Parameter(place_fp32.randn(9))
+    version = p._version
+    g, m, v, e = (place_fp32.randn(9).abs() for _ in range(4))
+    adamw_ema_([p], [g], [m], [v], [e], step=1, **RATES)
+    assert p._version > version  # autograd notices the change
+    assert p.requires_grad
+    assert p.grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grads": [torch.zeros(3)] * 2}, "grads must have 1 tensors"),
+        ({"ema": [torch.zeros(3)] * 2}, "ema must have 1 tensors"),
+        ({"exp_avg": torch.zeros(4)}, r"exp_avg\[0\] must be \(3,\)"),
+        ({"exp_avg_sq": torch.zeros(3, device="meta")}, r"exp_avg_sq\[0\] must be"),
+        ({"grads": torch.zeros(6)[::2]}, r"grads\[0\] must be contiguous"),
+        ({"params": torch.zeros(3, dtype=torch.bfloat16)}, r"params\[0\] must be float32"),
+        ({"ema": torch.zeros(3, dtype=torch.bfloat16)}, r"ema\[0\] must be torch.float32"),
+        ({"grads": torch.zeros(3, dtype=torch.int32)}, r"grads\[0\] must be floating"),
+        ({"step": 0}, "step counts from 1"),
+        ({"skip": torch.zeros(2)}, "skip must have one element"),
+    ],
+)
+def test_errors_name_the_argument(change, words):
+    names = ("params", "grads", "exp_avg", "exp_avg_sq", "ema")
+    given = {name: torch.zeros(3) for name in names} | {"step": 1, "lr": 1e-3} | change
+    with pytest.raises(ValueError, match=f"adamw_ema_: {words}"):
+        adamw_ema_(**given)
+
+
+def test_registration():
+    lists = [[torch.rand(4), torch.rand(2, 3)] for _ in range(6)]
+    for control in (None, torch.tensor([1.0, 1.0, 0.9, 0.1, 1.1])):
+        torch.library.opcheck(
+            torch.ops.fastrepa.adamw_ema_,
+            (*lists, control, [1.0, 0.9, 0.1, 1.1], [0.9, 0.99], 1e-8, 0.99),
+        )
+
+
+def test_compiled_graph_is_whole_and_agrees(place_fp32):
+    backend = "inductor" if place_fp32.device == "cuda" else "aot_eager"
+
+    def step(p, g, m, v, e, skip):
+        adamw_ema_(p, g * 2, m, v, e, step=3, skip=skip, **RATES)
+
+    plain = state(place_fp32, 200)
+    compiled = [t.clone() for t in plain]
+    skip = torch.zeros((), device=plain[0].device)
+    step(*plain, skip)
+    torch.compile(step, fullgraph=True, backend=backend)(*compiled, skip)
+    assert all(map(torch.equal, plain, compiled))
+
+
+def test_two_runs_agree_bitwise(place):
+    first = state(place, 500)
+    second = [t.clone() for t in first]
+    adamw_ema_(*first, step=3, **RATES)
+    adamw_ema_(*second, step=3, **RATES)
+    assert all(map(torch.equal, first, second))
+
+
+def test_cost():
+    """675M parameters with bf16 gradients and weights: 36 bytes each."""
+    assert adamw_ema_cost(10, grad_itemsize=2, low_itemsize=2).bytes == 360
+    assert adamw_ema_cost(10, ema=False).bytes == 280

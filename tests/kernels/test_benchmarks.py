@@ -1,0 +1,117 @@
+"""The benchmarks themselves: a wrong rival is not timed, memory is counted, records come back."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import cases, gpu_suite, report, run, tune
+from fastrepa_kernels.cost import Ceilings, Cost
+
+CPU = torch.device("cpu")
+SHAPE = cases.Shape("SiT-S/2", 2, 4)
+
+
+def tiny(providers, backward=True):
+    """y = 2x on four rows, with whatever providers are given."""
+
+    def build(shape, dtype, device):
+        x = torch.randn(shape.rows, 8, device=device).to(dtype)
+        return cases.Problem([x], [], [torch.ones_like(x)] if backward else [])
+
+    costs = {"forward": Cost(64, 512), "backward": Cost(64, 512)}
+    return cases.Case("tiny", build, providers, lambda shape, size: costs, backward)
+
+
+def double(leaves, fixed):
+    return (leaves[0] * 2,)
+
+
+def wrong_gradient(leaves, fixed):
+    return (leaves[0].detach() * 3 - leaves[0],)
+
+
+def test_a_wrong_provider_is_reported_and_not_timed(capsys):
+    case = tiny({"ours": wrong_gradient, "eager": double})
+    records = run.measure(case, SHAPE, "fp32", CPU, Ceilings(1e9, 1e9), ["ours", "eager"], 2)
+    assert {r["provider"] for r in records} == {"eager"}
+    assert "ours is WRONG" in capsys.readouterr().out
+
+
+def test_records_hold_times_floors_and_errors():
+    case = tiny({"ours": double, "eager": double})
+    records = run.measure(case, SHAPE, "fp32", CPU, Ceilings(1e9, 1e9), ["ours", "eager"], 3)
+    assert [(r["provider"], r["direction"]) for r in records] == [
+        (p, d) for p in ("ours", "eager") for d in ("forward", "backward", "both")
+    ]
+    for r in records:
+        assert r["n"] == 3
+        assert 0 < r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"]
+        assert r["floor_ms"] == pytest.approx(1000 * r["least_bytes"] / 1e9)
+        assert r["error"] < 1e-6
+
+
+def test_memory_is_counted_exactly_on_the_cpu():
+    def two_at_a_time(leaves, fixed):
+        a = leaves[0].exp()
+        b = a.sin()
+        del a
+        return (b * 1.0,)
+
+    x = torch.randn(256, 1024)
+    assert run.peak_bytes(two_at_a_time, cases.Problem([x], [], []), CPU) == 2 * x.nbytes
+    x.requires_grad_()
+    # exp saves its result, sin its input: the same tensor, counted once.
+    assert run.saved_bytes(two_at_a_time, cases.Problem([x], [], [])) == x.nbytes
+
+
+@pytest.mark.parametrize("name", sorted(cases.CASES))
+def test_every_case_passes_its_gate_on_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(cases, "PROJECTOR", 64)
+    case = cases.CASES[name]
+    eager_only = {k: v for k, v in case.providers.items() if k != "compile"}
+    case = cases.Case(case.name, case.build, eager_only, case.cost, case.backward)
+    errors, wrong = run.gate(case, cases.Shape("SiT-S/2", 2, 16), torch.float32, CPU)
+    assert not wrong
+    assert set(errors) == set(eager_only)
+    costs = case.cost(SHAPE, 2)
+    assert all(c.flops > 0 and c.bytes > 0 for c in costs.values())
+
+
+def test_records_make_a_report(tmp_path):
+    case = tiny({"ours": double, "eager": double})
+    context = run.environment(CPU) | {"device": "a device"}
+    ceilings = Ceilings(1e9, 1e9)
+    for _ in range(2):  # the later record replaces the earlier in the report
+        records = run.measure(case, SHAPE, "fp32", CPU, ceilings, ["ours", "eager"], 2)
+        run.append(tmp_path / "tiny_cpu.jsonl", records, context)
+    lines = (tmp_path / "tiny_cpu.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    needed = {"git", "dirty", "utc", "device", "driver", "cuda", "torch", "triton", "p50_ms"}
+    assert needed <= set(json.loads(lines[0]))
+    loaded = report.load(tmp_path)
+    assert len(loaded) == 6
+    text = report.markdown(loaded)
+    assert text.count("| ours |") == text.count("| eager |") == 3
+    assert "1.00x" in text
+    assert run.table(records).count("tiny") == 6
+
+
+def test_without_a_gpu_suite_and_sweep_say_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main([]) == 2
+    assert tune.main([]) == 2
+    assert capsys.readouterr().out.count("no CUDA device") == 2
+
+
+def test_the_suite_starts_with_the_main_shape_and_resumes(tmp_path):
+    planned = list(gpu_suite.plan())
+    assert [c.name for c, _, _ in planned[: len(cases.CASES)]] == list(cases.CASES)
+    assert {str(s) for _, s, _ in planned[: len(cases.CASES)]} == {"SiT-XL/2 b256 t256"}
+    assert len({(c.name, str(s)) for c, s, _ in planned}) == len(planned) == 18 * len(cases.CASES)
+    path = tmp_path / "suite.jsonl"
+    done = {"case": "a", "shape": "b", "dtype": "bf16", "git": "x", "device": "d"}
+    path.write_text(json.dumps(done) + "\n")
+    assert gpu_suite.already_measured(path, "x", "d") == {("a", "b", "bf16")}
+    assert gpu_suite.already_measured(path, "y", "d") == set()
+    assert gpu_suite.already_measured(tmp_path / "none", "x", "d") == set()
