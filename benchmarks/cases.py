@@ -63,7 +63,7 @@ class Case:
     providers: dict[str, Provider]
     cost: Callable[[Shape, int], dict[str, cost.Cost]]
     backward: bool = True
-    cpu_shapes: list[Shape] = field(default_factory=lambda: [Shape("SiT-S/2", 16, 256)])
+    cpu_shapes: list[Shape] = field(default_factory=lambda: [Shape("SiT-S/2", 24, 256)])
 
     def shapes(self, device: torch.device) -> list[Shape]:
         return self.cpu_shapes if device.type == "cpu" else GPU_SHAPES

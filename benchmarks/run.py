@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="cuda: bf16, cpu: fp32")
     parser.add_argument("--providers", nargs="+", default=["ours", "eager", "compile", "loop"])
-    parser.add_argument("--repeats", type=int, default=None, help="cuda: 20, cpu: 5")
+    parser.add_argument("--repeats", type=int, default=None, help="cuda: 20, cpu: 3")
     parser.add_argument("--batch", type=int, default=None, help="only shapes of this batch")
     parser.add_argument("--record", type=Path, default=None, help="JSONL to append to; - for none")
     options = parser.parse_args(arguments)
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown case {', '.join(unknown)}; known: {', '.join(CASES)}")
     device = torch.device(options.device)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    repeats = options.repeats or (20 if device.type == "cuda" else 5)
+    repeats = options.repeats or (20 if device.type == "cuda" else 3)
     context = environment(device)
     ceilings = measure_ceilings(device, DTYPES[dtype])
     context |= {

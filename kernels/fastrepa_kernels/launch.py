@@ -46,6 +46,12 @@ def use_triton(x: Tensor, width: int = 1) -> bool:
     """Whether an operation on x, whose row kernels span `width`, runs Triton kernels."""
     if _forced == "torch" or x.dtype == torch.float64 or width > WIDEST_ROW:
         return False
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches on the current device; there, x's memory is another device's.
+        raise ValueError(
+            f"fastrepa_kernels: tensors are on {x.device} but the current device is "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
+        )
     return x.is_cuda or _forced == "triton"
 
 
@@ -148,8 +154,8 @@ FLAT: dict[str, dict[int, Flat]] = {
 GEMM: dict[str, dict[int, Gemm]] = {
     "linear_gelu": {
         80: Gemm(128, 128, 32, 8, 4),
-        90: Gemm(256, 128, 64, 8, 3),  # 128 x 256 spills 8 bytes in its epilogue
-        100: Gemm(128, 256, 64, 8, 3),
+        90: Gemm(256, 128, 64, 8, 3),  # 128 x 256 spills in its epilogue on both
+        100: Gemm(256, 128, 64, 8, 3),
     },
     "cosine_sums": {
         80: Gemm(128, 128, 32, 8, 4),
@@ -163,8 +169,10 @@ GEMM: dict[str, dict[int, Gemm]] = {
 GELU_EPILOGUE: dict[int, bool] = dict.fromkeys(GENERATIONS, False)
 
 # Rows handled in one go by projector_alignment. CUDA: 4,096 rows keep the chunk buffers at
-# 71 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
-CHUNK_ROWS = {"cuda": 4096, "cpu": 512}
+# 70 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
+# CPU: every chunk starts about 35 parallel regions, and each costs milliseconds where the cores are
+# shared with other work: few large chunks, 35 MiB of buffers in fp32.
+CHUNK_ROWS = {"cuda": 4096, "cpu": 1024}
 
 
 def rows(family: str, width: int, device: torch.device) -> Rows:
@@ -185,4 +193,4 @@ def rows_per_split(batch: int, tokens: int) -> int:
 
 
 def chunk_rows(device: torch.device, requested: int | None) -> int:
-    return CHUNK_ROWS.get(device.type, 512) if requested is None else requested
+    return CHUNK_ROWS.get(device.type, 1024) if requested is None else requested

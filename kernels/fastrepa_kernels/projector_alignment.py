@@ -347,8 +347,11 @@ def _(x, w1, b1, w2, b2, w3, b3, target, target_scale, row_weight, eps, chunk, n
 @torch.library.custom_op("fastrepa::scaled", mutates_args=())
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * factor in `dtype`: the product in factor's precision, without a copy of x in it."""
-    if x.dtype == factor.dtype or dtype == factor.dtype:
-        return x.to(dtype).mul(factor) if x.dtype == dtype else x.to(dtype).mul_(factor)
+    # A 0-dim factor would be rounded to a half operand's dtype first, where 1/N may be nothing.
+    if x.dtype == factor.dtype:
+        return x.mul(factor).to(dtype)
+    if dtype == factor.dtype:
+        return x.to(dtype).mul_(factor)
     out = torch.empty_like(x, dtype=dtype)
     if launch.use_triton(x):
         if x.numel():
@@ -384,9 +387,9 @@ def _backward(ctx, dloss, *_):
     if dloss is None:
         return tuple(results)
     scale = factor * dloss.to(factor.dtype)
-    for i, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True)):
+    for i in reversed(range(7)):  # dx, the largest, last: the peak is lower
         if ctx.needs_input_grad[i]:
-            results[i] = _scaled_call(grad, scale, dtype)
+            results[i] = _scaled_call(grads[i], scale, ctx.dtypes[i])
     return tuple(results)
 
 

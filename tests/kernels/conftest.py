@@ -1,5 +1,8 @@
 """Where the kernel tests run, and buffers that show what was never written.
 
+`pytest -m gpu` runs the same tests on a CUDA device (T3). They are written and have never been run:
+no GPU was at hand.
+
 Without a GPU the kernels run in Triton's interpreter. TRITON_INTERPRET must be set before triton
 is imported by anything in the process; outside these tests it changes nothing, because launch.py
 gives CPU tensors the torch path.

@@ -54,6 +54,15 @@ def test_generation_of_a_device(monkeypatch, capability, generation):
     assert launch.generation(torch.device("cuda")) == generation
 
 
+def test_tensors_on_another_device_than_the_current_one_are_refused(monkeypatch):
+    class Elsewhere:
+        dtype, is_cuda, device = torch.float32, True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="tensors are on cuda:1 but the current device is cuda:0"):
+        launch.use_triton(Elsewhere())
+
+
 def test_splits_of_a_reduction_fill_the_device_without_writing_much():
     assert launch.rows_per_split(256, 256) == 64
     assert launch.rows_per_split(32, 256) == 16

@@ -209,18 +209,18 @@ def test_two_runs_agree_bitwise(place):
     assert all(map(torch.equal, first, second))
 
 
-def test_small_gradients_survive_half_precision(place):
-    """1/N is applied in backward, in fp32: nothing underflows that the caller's scale keeps."""
-    x, weights, target = operands(place, SIZES[1])
-    small = run(projector_alignment, x, weights, target, upstream=2.0**-12, chunk_rows=16)
-    exact = run(
-        projector_alignment_reference, x.double(), [w.double() for w in weights], target.double(),
-        upstream=2.0**-12,
-    )  # fmt: skip
-    eps = torch.finfo(place.dtype).eps
-    for ours, truth in zip(small[2:], exact[2:], strict=True):
-        if place.dtype != torch.float16:  # there the stored gradient itself is subnormal
-            assert distance(ours, truth) < 8 * eps
+@pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_scale_of_backward_is_never_rounded_to_half(place, kinds):
+    """1/N of 65,536 rows and more is nothing in fp16: the product is taken in fp32."""
+    source, result = ((place.dtype, torch.float32)[k] for k in kinds)
+    x = (place.randn(70, 33) * 1000).to(source)
+    factor = torch.tensor(1.2345e-6, device=place.device)
+    exact = x.double() * factor.double()
+    ours = torch.ops.fastrepa.scaled(x, factor, result)
+    assert ours.dtype == result
+    # fp16 results near 1e-3 have their unit, those near 1e-6 are subnormal: 2^-25 at most.
+    unit = torch.finfo(result).eps
+    assert ((ours.double() - exact).abs() <= unit * exact.abs() + 2.0**-24).all()
 
 
 def test_views_and_leading_dimensions(place_fp32):

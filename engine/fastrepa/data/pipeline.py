@@ -47,7 +47,9 @@ class DataPipeline(Iterator[Batch]):
 
     Batch k of a rank is forward pass k % A of step start_step + k // A, with
     A = global_batch / (world * micro_batch). The samples of a step depend on seed and step alone,
-    never on ranks, workers or restarts (reader.py). A batch is never overwritten by a later one.
+    never on ranks, workers or restarts (reader.py). A batch is never overwritten by a later one. On
+    a GPU its memory is DALI's, bound to the stream that was current at `next`: work on it from
+    another stream must be waited for there before the batch is dropped.
 
     Args:
         shards: an opened set.
@@ -162,7 +164,7 @@ def _build(
     pipe = Pipeline(
         batch_size=batch,
         num_threads=_decode_threads(),
-        device_id=(device.index or 0) if on_gpu else None,
+        device_id=_gpu_index(device) if on_gpu else None,
         prefetch_queue_depth=config.prefetch,
         exec_dynamic=True,
         py_num_workers=max(config.workers, 1),
@@ -186,6 +188,10 @@ def _build(
     with clean_start() if parallel else nullcontext():
         pipe.build()
     return pipe
+
+
+def _gpu_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _decode_threads() -> int:

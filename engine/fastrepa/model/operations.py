@@ -70,7 +70,7 @@ EAGER = Operations(
 FUSED = Operations(
     fastrepa_kernels.layernorm_modulate,
     fastrepa_kernels.gated_residual_layernorm_modulate,
-    getattr(fastrepa_kernels, "linear_gelu", _linear_gelu),
+    fastrepa_kernels.linear_gelu,
     fastrepa_kernels.projector_alignment,
 )
 OPERATIONS = {"eager": EAGER, "fused": FUSED}
