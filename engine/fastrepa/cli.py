@@ -195,7 +195,7 @@ def _print_dry_run(result: object, global_batch: int) -> None:
     table.add_row("loss", f"{result.loss:.4f}")
     table.add_row("parameters", f"{result.parameters:,}")
     table.add_row("  of them trained", f"{result.trained:,}")
-    table.add_row("FLOPs per image (forward, backward, encoders)", _si(result.flops_per_image))
+    table.add_row("FLOPs per image (with encoders and codec)", _si(result.flops_per_image))
     table.add_row(f"FLOPs per step of {global_batch} images", _si(result.flops_per_step))
     table.add_section()
     for part, size in result.memory.items():

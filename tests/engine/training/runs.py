@@ -15,7 +15,7 @@ SMALL = [
     "training.global_batch=8", "training.precision=fp32", "training.log_every=1",
     "training.sample_every=0", "training.schedule.warmup=2", "training.tensorboard=false",
     "sample.num=4", "sample.sampler=ode", "sample.steps=2", "training.checkpoint_every=2",
-    "training.clip=0.5", "training.keep_checkpoints=0",
+    "training.clip=0.5", "training.optimizer.lr=1e-3", "training.keep_checkpoints=0",
 ]  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""The commands of README, run as a stranger would, on small settings."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.engine.training.runs import ROOT, command, environment, metrics, train
+
+
+def run(*args):
+    done = subprocess.run(
+        command(*args), env=environment(), capture_output=True, text=True, timeout=400, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short quickstart, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    settings = ("training.steps=4", "training.sample_every=2", "training.tensorboard=true")
+    return folder, train(folder, *settings, "training.micro_batch=4").stdout
+
+
+def test_train_says_what_runs_and_leaves_everything(trained):
+    folder, out = trained
+    first = out.splitlines()[0]
+    for word in ("device cpu", "attention sdpa", "kernels fused", "tf_efficientnet_lite0 8x8x112",
+                 "codec pixel 3x32x32", "batch 8 = 1 x 2 x 4", "ZeRO 1"):  # fmt: skip
+        assert word in first
+    assert f"fastrepa sample {folder}" in out
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "curves.png", "samples",
+                     "checkpoints", "tensorboard"}  # fmt: skip
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == [
+        "step_0000002.png", "step_0000004.png",
+    ]  # fmt: skip
+    assert np.asarray(Image.open(folder / "curves.png")).std() > 0
+    environment_json = json.loads((folder / "environment.json").read_text())
+    assert environment_json["versions"]["torch"]
+    assert environment_json["git"]["sha"]
+    line = metrics(folder)[-1]
+    assert {"step", "seconds", "loss", "velocity_loss", "alignment_loss", "grad_norm", "lr",
+            "images_per_s", "data_wait"} <= line.keys()  # fmt: skip
+    assert -1 <= line["alignment_loss"] <= 1
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    folder, _ = trained
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = train(folder, "training.steps=4", "training.sample_every=2")
+    assert "is finished already" in again.stdout
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("sampler", ["ode", "heun", "sde"])
+def test_sample(trained, tmp_path, sampler):
+    folder, _ = trained
+    out = tmp_path / "out"
+    run("sample", folder, "--num", 5, "--sampler", sampler, "--steps", 3, "--cfg", 1.8,
+        "--guidance-high", 0.7, "--classes", "Animals & Nature,5", "--out", out, "--npz",
+        "--seed", 3)  # fmt: skip
+    images = np.load(next(out.glob("*.npz")))["arr_0"]
+    assert images.shape == (5, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert np.array_equal(np.asarray(Image.open(out / "000003.png")), images[3])
+
+
+def test_prepare_then_train_on_it(tmp_path):
+    for i in range(12):
+        folder = tmp_path / "photos" / ("cat", "dog", "owl")[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 90), (20 * i, 100, 200 - 10 * i)).save(folder / f"{i}.jpg")
+    out = run("prepare", tmp_path / "photos", tmp_path / "shards", "--resolution", 64)
+    assert "12 images of 3 classes in 1 shards" in out
+    train(tmp_path / "run", f"data.path={tmp_path / 'shards'}", "training.steps=2")
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_dry_run_of_a_paper_recipe():
+    out = run("train", ROOT / "configs/imagenet256_sit_b2_dinov2b.yaml", "--dry-run")
+    assert "137,845,008" in out
+    assert "dinov2-vit-b 16x16x768 at 224 px" in out
+    flops = float(next(x for x in out.splitlines() if "FLOPs per image" in x).split()[-3])
+    # The published multiply-adds: 23.0 G and the projector's 2.1 G, forward and twice backward, and
+    # the encoder's 23.2 G; what remains is the VAE's encoder, which has no published figure.
+    assert 6 * (23.0 + 2.1) + 2 * 23.2 < flops < 600
+
+
+def test_doctor():
+    findings = json.loads(run("doctor", "--json"))
+    text = json.dumps(findings)
+    for word in ("torch", "deepspeed", "DALI", "Triton"):
+        assert word.lower() in text.lower()
