@@ -37,7 +37,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
+    # The deepspeed launcher passes --local_rank beside LOCAL_RANK, which is the one that counts.
     pass
 
 
