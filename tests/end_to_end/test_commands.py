@@ -32,7 +32,7 @@ def test_train_says_what_runs_and_leaves_everything(trained):
     for word in ("device cpu", "attention sdpa", "kernels fused", "tf_efficientnet_lite0 8x8x112",
                  "codec pixel 3x32x32", "batch 8 = 1 x 2 x 4", "ZeRO 1"):  # fmt: skip
         assert word in first
-    assert f"fastrepa sample {folder}" in out
+    assert f"sample {folder} --num 64" in out
     names = {p.name for p in folder.iterdir()}
     assert names == {"config.yaml", "environment.json", "metrics.jsonl", "curves.png", "samples",
                      "checkpoints", "tensorboard"}  # fmt: skip

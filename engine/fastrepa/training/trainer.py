@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -256,9 +259,9 @@ class Trainer:
             f"  metrics      {run}/metrics.jsonl, {run}/tensorboard/\n"
             f"  checkpoint   {checkpoint_path(run, self.step)}/\n"
             f"next:\n"
-            f"  fastrepa sample {run} --num 64 --cfg 3 --seed 1\n"
-            f"  fastrepa train {run}/config.yaml training.steps={2 * self.step}\n"
-            f"  tensorboard --logdir {run}"
+            f"  {_program('fastrepa')} sample {run} --num 64 --cfg 3 --seed 1\n"
+            f"  {_program('fastrepa')} train {run}/config.yaml training.steps={2 * self.step}\n"
+            f"  {_program('tensorboard')} --logdir {run}"
         )
 
     def _loop(self, batches: Batches, telemetry: Telemetry) -> None:
@@ -520,6 +523,14 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any
             yield from _differences(a.get(name), b.get(name), f"{key}.{name}".lstrip("."))
     elif a != b:
         yield key, (a, b)
+
+
+def _program(name: str) -> str:
+    """A command of this environment, as it can be typed here: by name where the shell finds it."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _shape(p: Tensor) -> tuple[int, ...]:
