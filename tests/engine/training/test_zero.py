@@ -30,7 +30,7 @@ def test_losses_are_those_of_one_unsharded_process(tmp_path, one_process, ranks,
     assert ours[0]["loss"] != ours[-1]["loss"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fused_and_eager_kernels_train_alike(tmp_path, stage):
     common = ("training.steps=20", f"zero.stage={stage}", "training.checkpoint_every=0")
     for kernels in ("fused", "eager"):
