@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test lint types bench clean help
 
 help:
-	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 5 min)"
+	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
 	@echo "make lint types   ruff and mypy"
 

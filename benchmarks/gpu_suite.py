@@ -5,7 +5,7 @@
 Needs torch, triton and pytest. Every case is saved as it ends; run again, the suite goes on where
 it stopped (a case already recorded for this commit, device, shape and dtype is not repeated). A
 case is not started when the time left is less than the slowest case so far took. If the tests
-fail, nothing is measured. Engine cases need deepspeed and pydantic and are skipped without them.
+fail, nothing is measured. The training steps need pydantic and pyyaml and are skipped without them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.cases import CASES, GPU_SHAPES, Case, Shape
 from benchmarks.run import RECORDS, append, environment, measure, table
+from benchmarks.training_step import measure_steps
 from fastrepa_kernels.cost import measure_ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING_STEPS = [("SiT-B/2", 128), ("SiT-XL/2", 64)]
 PROVIDERS = ["ours", "eager", "compile", "loop"]
 
 
@@ -57,12 +60,10 @@ def already_measured(path: Path, commit: str, device: str) -> set[tuple[str, str
     }
 
 
-def engine_cases() -> str:
-    """Why the engine's cases do not run here."""
-    missing = [m for m in ("deepspeed", "pydantic") if importlib.util.find_spec(m) is None]
-    if missing:
-        return f"engine cases skipped: {', '.join(missing)} not installed"
-    return "engine cases skipped: none is registered in benchmarks/cases.py"
+def engine_missing() -> str:
+    """What the training steps need and is not here, '' where all is."""
+    needed = ("pydantic", "yaml")
+    return ", ".join(m for m in needed if importlib.util.find_spec(m) is None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +92,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     path = options.out / "gpu_suite.jsonl"
     done = already_measured(path, context["git"], context["device"])
-    everything, left_out = [], 0
+    everything: list[dict[str, Any]] = []
+    left_out = 0
+    for model, batch in () if engine_missing() else TRAINING_STEPS:
+        if ("training_step", f"{model} b{batch} t256", "bf16") in done:
+            continue
+        began = time.monotonic()
+        if began - start + slowest > 60 * options.minutes:
+            left_out += 1
+            continue
+        records = measure_steps(model, batch, device, ["eager", "ours", "compile"], repeats=10)
+        append(path, records, context)
+        everything += records
+        slowest = max(slowest, time.monotonic() - began)
+        print(f"training_step {model} b{batch}: {time.monotonic() - began:.0f} s", flush=True)
+        torch.cuda.empty_cache()
     for case, shape, dtype in plan():
         if (case.name, str(shape), dtype) in done:
             continue
@@ -110,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         slowest = max(slowest, time.monotonic() - began)
         print(f"{case.name} {shape}: {time.monotonic() - began:.0f} s", flush=True)
         torch.cuda.empty_cache()
-    print(engine_cases())
+    if engine_missing():
+        print(f"training steps skipped: {engine_missing()} not installed")
     text = table(everything)
     (options.out / "gpu_suite.txt").write_text(text + "\n")
     print(text)
