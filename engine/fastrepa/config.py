@@ -153,8 +153,9 @@ class ZeroConfig(_Section):
 
 
 class AttentionConfig(_Section):
+    """Which of torch's scaled-dot-product kernels; auto leaves the choice to torch."""
+
     backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    require: Literal["flash"] | None = None
 
 
 class Config(_Section):

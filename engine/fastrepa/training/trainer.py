@@ -83,6 +83,11 @@ class Trainer:
         self._host_group: Any = dist.new_group(backend="gloo")
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
+        if world.device.type != "cuda" and config.attention.backend in ("cudnn", "efficient"):
+            raise ConfigError(
+                f"attention.backend: {config.attention.backend!r} needs a GPU; "
+                f"on {world.device.type} use 'auto', 'flash' or 'math'"
+            )
         if not random_weights:  # what fails cheaply comes first
             self._check_run_folder()
             self.shards = self._open_shards()
