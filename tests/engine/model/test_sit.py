@@ -1,8 +1,8 @@
 """The generator against an independent float64 oracle, the reference's names, and its settings.
 
 Mutations tried, each caught here: channel first in unpatchify; sin before cos in the time
-embedding; row before column in pos_embed; eps 1e-5 in the norms; erf-GELU; gate1 used twice; block
-number off by one; 1 - cosine; cosine path without pi/2.
+embedding; row before column in pos_embed; eps 1e-3 and erf-GELU in the eager twins; gate1 used
+twice; block number off by one; 1 - cosine; cosine path without pi/2.
 """
 
 import math
