@@ -123,9 +123,8 @@ class Mlp(nn.Module):
         return self.fc2(self.operations.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
-Pending = tuple[
-    Tensor, Tensor
-]  # a branch [B,T,D] and its gate [B,D], not yet added to the residual
+# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
+Pending = tuple[Tensor, Tensor]
 
 
 class SiTBlock(nn.Module):
@@ -306,19 +305,20 @@ class SiT(nn.Module):
         h = self.x_embedder(x)
         h = h.to(torch.promote_types(h.dtype, torch.float32)) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(labels, label_drop)
-        pending, outputs = None, []
-        for block in self.blocks:
+        pending = None
+        for done, block in enumerate(self.blocks):
+            # What a block gave is complete once the next one has added its pending branch.
             before, h, pending = block(h, c, pending)
-            outputs.append(before)
+            if done == self.alignment_block:
+                hidden = before
         before, patches = self.final_layer(h, c, pending)
-        outputs.append(before)
+        if len(self.blocks) == self.alignment_block:
+            hidden = before
         velocity = self.unpatchify(patches.to(h.dtype))
         if self.prediction == "data":
             velocity = velocity_from_data(self.path, x.to(h.dtype), velocity, t.to(h.dtype))
         if targets is None:
             return velocity
-        # outputs[k] is what block number k gave, complete once the block after it has run.
-        hidden = outputs[self.alignment_block]
         return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:

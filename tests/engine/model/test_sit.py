@@ -103,7 +103,11 @@ def scale_of(name, exact):
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("shape", [SMALL, ODD], ids=["S", "odd, two encoders, qk-norm"])
+@pytest.mark.parametrize(
+    "shape",
+    [SMALL, ODD, {**ODD, "alignment_block": ODD["depth"]}],
+    ids=["S", "odd, two encoders, qk-norm", "last block aligned"],
+)
 def test_velocity_losses_and_every_gradient_match_the_oracle(shape, path):
     e, state = example(shape), seeded(shape).state_dict()
     exact = by_kind(run_oracle(state, e, path, shape, torch.float64))
