@@ -3,6 +3,7 @@
 A set is a folder of
     shard-00000.tar        WebDataset: `{key}.jpg` (or .png, .webp) and `{key}.cls` (decimal text)
     shard-00000.idx.npy    its index (index.py): offset, size, CRC-32 and label of every sample
+    shard-00000.NAME.npy   columns (columns.py): latents and features, a row for every sample
     sources.jsonl          line `int(key)`: the source file the sample was made of, or null
     manifest.json          counts, classes, resolution, and size and SHA-256 of every file above
 Class index = rank of the class's folder name in sorted order (REPA_SPEC.md, "Reference data
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastrepa.data.columns import features_dtype, first_damaged, moments_dtype, open_rows
 from fastrepa.data.index import load_index
 from fastrepa.errors import DataError
 
@@ -77,6 +80,57 @@ class SkippedRecord(_Record):
     reason: str
 
 
+class _Column(_Record):
+    """What every column has: its views (2 with mirrored images), and a file for every shard."""
+
+    views: Annotated[int, Field(ge=1, le=2)]
+    precision: Literal["fp32", "bf16"]  # what the network computed in
+    weights: str  # as configured
+    digest: _Sha256 | None  # of the network's fp32 weights; None: made elsewhere
+    files: tuple[FileRecord, ...] = Field(strict=False)
+
+
+class MomentsColumn(_Column):
+    """Latent moments of Stable Diffusion's autoencoder, fp16 [2 * channels, side, side]."""
+
+    channels: Annotated[int, Field(gt=0)]
+    side: Annotated[int, Field(gt=0)]
+
+    @property
+    def name(self) -> str:
+        return "moments"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return moments_dtype(self.channels, self.side)
+
+
+class FeaturesColumn(_Column):
+    """A frozen encoder's patch tokens on its own grid, int8 with a scale per token.
+
+    The fields are what the tokens depend on; `min_cosine`: of any stored token to the encoder's.
+    """
+
+    encoder: _FileName
+    timm_name: str
+    input_side: Annotated[int, Field(gt=0)]
+    grid: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)]
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[float, float, float] = Field(strict=False)
+    order: Literal["normalise-resize", "resize-normalise"]
+    norm: bool
+    min_cosine: float
+
+    @property
+    def name(self) -> str:
+        return f"features.{self.encoder}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return features_dtype(self.grid**2, self.width)
+
+
 class Manifest(_Record):
     """`manifest.json`, typed."""
 
@@ -91,6 +145,13 @@ class Manifest(_Record):
     shards: tuple[ShardRecord, ...] = Field(strict=False)
     sources: FileRecord
     skipped: tuple[SkippedRecord, ...] = Field((), strict=False)
+    moments: MomentsColumn | None = None
+    features: tuple[FeaturesColumn, ...] = Field((), strict=False)
+
+    @property
+    def columns(self) -> tuple[MomentsColumn | FeaturesColumn, ...]:
+        """Every column of the set."""
+        return (*([self.moments] if self.moments else []), *self.features)
 
 
 def sha256_of(path: Path) -> str:
@@ -142,8 +203,9 @@ class ShardSet:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all shards together."""
-        return sum(shard.bytes for shard in self.manifest.shards)
+        """Bytes of all shards together, their columns included."""
+        columns = (record for column in self.manifest.columns for record in column.files)
+        return sum(record.bytes for record in (*self.manifest.shards, *columns))
 
     @property
     def resolution(self) -> int:
@@ -185,6 +247,15 @@ class ShardSet:
             if index["image_offset"].min() < 0 or ends.max() > shard.bytes:
                 raise DataError(f"{path}: a sample beyond the end of {shard.file}")
             counts += np.bincount(labels, minlength=len(counts))
+        for column in self.manifest.columns:
+            if len(column.files) != len(self.manifest.shards):
+                raise DataError(
+                    f"{self.path / MANIFEST}: {column.name} has {len(column.files)} files for "
+                    f"{len(self.manifest.shards)} shards"
+                )
+            for shard, record in zip(self.manifest.shards, column.files, strict=True):
+                _check_size(self.path, record)
+                open_rows(self.path / record.file, column.dtype, shard.samples, column.views)
         recorded = [record.samples for record in self.manifest.classes]
         if counts.tolist() != recorded or counts.sum() != self.num_samples:
             raise DataError(f"{self.path / MANIFEST}: its counts are not those of the shards")
@@ -195,6 +266,14 @@ class ShardSet:
             if sha256_of(path) != shard.sha256:
                 index = load_index(self.path / shard.index.file)
                 raise DataError(f"{path}: damaged{_first_damaged(path, index)}")
+        for column in self.manifest.columns:
+            for shard, record in zip(self.manifest.shards, column.files, strict=True):
+                path = self.path / record.file
+                if sha256_of(path) != record.sha256:
+                    rows = open_rows(path, column.dtype, shard.samples, column.views)
+                    number = first_damaged(rows)
+                    which = "" if number is None else f" (sample {number}: its CRC-32 is wrong)"
+                    raise DataError(f"{path}: damaged{which}")
         _check_size(self.path, self.manifest.sources)
         path = self.path / self.manifest.sources.file
         if sha256_of(path) != self.manifest.sources.sha256:
@@ -202,16 +281,36 @@ class ShardSet:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`: one record per line, so that a change is readable as a diff."""
-    fields: dict[str, Any] = manifest.model_dump()
-    lines = []
-    for name, value in fields.items():
-        if isinstance(value, (list, tuple)) and value:
-            rows = ",\n    ".join(json.dumps(row) for row in value)
-            lines.append(f'  "{name}": [\n    {rows}\n  ]')
-        else:
-            lines.append(f'  "{name}": {json.dumps(value)}')
-    (folder / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    """Write `manifest.json` whole or not at all: one record per line, readable as a diff."""
+    text = _json_lines(manifest.model_dump(mode="json"), "")
+    write_whole(folder / MANIFEST, (text + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        file.write(data)
+        settle(file)
+    os.replace(partial, path)
+
+
+def settle(file: IO[Any]) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _json_lines(value: Any, indent: str) -> str:
+    """JSON with a line for every entry of an outer object or list of records."""
+    deeper = indent + "  "
+    if isinstance(value, dict) and (not indent or "files" in value):
+        rows = [f"{json.dumps(name)}: {_json_lines(item, deeper)}" for name, item in value.items()]
+        return "{\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        rows = [_json_lines(item, deeper) for item in value]
+        return "[\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 def _load_manifest(folder: Path) -> Manifest:
