@@ -49,6 +49,9 @@ class DataConfig(_Section):
     path: str
     resolution: Positive = 256
     codec: CodecConfig = CodecConfig()
+    latents: Literal["auto", "online", "cached"] = Field(
+        "auto", description="sd-vae: from the set's moments, or encoded in training; auto: if there"
+    )
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     workers: NonNegative = Field(2, description="reader processes per rank; 0 reads in-process")
     prefetch: Positive = Field(2, description="batches DALI keeps ready")
@@ -70,7 +73,9 @@ class EncoderConfig(_Section):
 
 class VisionConfig(_Section):
     encoders: tuple[EncoderConfig, ...] = Field((), strict=False)
-    targets: Literal["online"] = "online"
+    targets: Literal["online", "cached"] = Field(
+        "online", description="cached: from the data set's feature columns, no encoder in training"
+    )
 
 
 class ModelConfig(_Section):
@@ -190,6 +195,10 @@ class Config(_Section):
             raise ValueError(
                 f"training.micro_batch: {t.micro_batch} does not divide "
                 f"training.global_batch {t.global_batch}"
+            )
+        if self.data.latents == "cached" and self.data.codec.name == "pixel":
+            raise ValueError(
+                "data.latents: 'cached' needs data.codec.name sd-vae; pixels are not stored apart"
             )
         depth = self.model.depth
         if a.block and depth and self.vision.encoders and a.block > depth:

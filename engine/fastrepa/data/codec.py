@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastrepa.config import CodecConfig
 from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.vision.digest import digest
 
 SD_VAE_SCALE = 0.18215
 SD_VAE_DOWN = 8
@@ -95,8 +96,14 @@ def build_codec(
     if config.name == "pixel":
         return PixelCodec(resolution, side)
     vae = _random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
+    identity = encoder_digest(vae)  # of the fp32 weights, before they are cast
     # nn.Module's own `to`: diffusers' warns about every cast.
-    return SdVaeCodec(nn.Module.to(vae, device, dtype), channels, side)
+    return SdVaeCodec(nn.Module.to(vae, device, dtype), channels, side, identity)
+
+
+def encoder_digest(vae: Any) -> str:
+    """SHA-256 of the half that makes moments; ft-mse and ft-ema differ in their decoders alone."""
+    return digest(nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv}))
 
 
 def image_to_unit(image_u8: Tensor) -> Tensor:
@@ -143,14 +150,17 @@ class PixelCodec:
 
 
 class SdVaeCodec:
-    """Stable Diffusion's autoencoder (diffusers' AutoencoderKL), frozen: 8x down, 4 channels."""
+    """Stable Diffusion's autoencoder (diffusers' AutoencoderKL), frozen: 8x down, 4 channels.
+
+    digest: SHA-256 of its encoding half in fp32, the identity of the moments it makes.
+    """
 
     name = "sd-vae"
     stochastic = True
     scale = SD_VAE_SCALE
 
-    def __init__(self, vae: nn.Module, channels: int, side: int) -> None:
-        self.channels, self.side = channels, side
+    def __init__(self, vae: nn.Module, channels: int, side: int, digest: str = "") -> None:
+        self.channels, self.side, self.digest = channels, side, digest
         self.vae: Any = vae.requires_grad_(False).eval()
 
     @torch.no_grad()

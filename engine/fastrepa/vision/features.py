@@ -1,4 +1,4 @@
-"""Frozen encoders as modules: image_u8 in, patch tokens on the generator's grid out.
+"""Targets on the generator's grid: a frozen encoder's patch tokens, online or from a cache.
 
     tokens = to_grid(network(preprocess(image_u8)))           [B,3,R,R] uint8 -> [B,T,Z]
 
@@ -8,6 +8,9 @@ encoder's own grid becomes the generator's (`EncoderConfig.grid`):
 - exact: they are equal, or building is an error that says which `input` would make them equal;
 - area: adaptive average pooling, for an encoder grid at least as large as the generator's;
 - bilinear: torch's bilinear interpolation (align_corners=False, antialias=False), either way.
+
+A data set's feature column holds the tokens on the encoder's own grid (quantise.py), so that one
+cache serves generators of any patch; `CachedFeatures` brings them to the generator's.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
+from fastrepa.data.shards import FeaturesColumn
 from fastrepa.errors import ConfigError
 from fastrepa.vision import weights as weights_of
+from fastrepa.vision.digest import digest
 from fastrepa.vision.preprocess import Preprocess
+from fastrepa.vision.quantise import dequantise
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
 
 RANDOM_SEED = 0
@@ -172,13 +178,89 @@ def build_encoder(
         network,
         plan,
         name=config.name,
-        digest=weights_of.digest(network),
+        digest=digest(network),
         grid=grid,
         rule=config.grid,
         resolution=resolution,
         dtype=dtype,
         device=device,
     )
+
+
+class CachedFeatures(nn.Module):
+    """Stands in for a `FrozenEncoder` whose tokens were stored with the data set.
+
+    `forward(scale [B,t] fp16, tokens [B,t,Z] int8) -> [B,T,Z]` in `dtype`, on the generator's grid,
+    where t are the encoder's own tokens. Attributes as those of `FrozenEncoder`.
+    """
+
+    def __init__(
+        self, plan: EncoderPlan, *, name: str, grid: int, rule: str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.name, self.plan, self.rule, self.dtype = name, plan, rule, dtype
+        self.width, self.grid, self.input_side = plan.width, (grid, grid), plan.input_side
+
+    @torch.no_grad()
+    def forward(self, scale: Tensor, tokens: Tensor) -> Tensor:
+        x = dequantise(scale, tokens, self.dtype)
+        if self.plan.own_grid == self.grid:
+            return x
+        maps = x.transpose(1, 2).unflatten(2, self.plan.own_grid)
+        return _regrid(maps, self.grid, self.rule).flatten(2).transpose(1, 2).contiguous()
+
+
+def cached_features(
+    config: EncoderConfig, *, resolution: int, grid: int, dtype: torch.dtype = torch.float32
+) -> CachedFeatures:
+    """`build_encoder` without the encoder: nothing of its weights is read or downloaded.
+
+    ConfigError as there: an unknown name, or grids that `config.grid` cannot reconcile.
+    """
+    plan = plan_encoder(config, resolution=resolution)
+    _check_grids(config, plan, grid)
+    return CachedFeatures(plan, name=config.name, grid=grid, rule=config.grid, dtype=dtype)
+
+
+def column_fields(config: EncoderConfig, plan: EncoderPlan) -> dict[str, Any]:
+    """The fields of a `FeaturesColumn` that say what its tokens depend on, weights apart."""
+    recipe = plan.recipe
+    return {
+        "encoder": config.name,
+        "timm_name": recipe.timm_name,
+        "input_side": plan.input_side,
+        "grid": plan.own_grid[0],
+        "width": plan.width,
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "order": recipe.order,
+        "norm": plan.norm,
+    }
+
+
+def check_column(
+    column: FeaturesColumn, config: EncoderConfig, plan: EncoderPlan, *, weights: bool
+) -> None:
+    """ConfigError unless the column holds what the encoder of `config` would give.
+
+    With `weights` the encoder's weights are read and their SHA-256 compared, except where column
+    and configuration both take the hub's, which its name settles (no download for a comparison).
+    """
+    where = f"vision.encoders ({config.name}): the cached features"
+    again = f"cache them again: fastrepa data encode PATH --cache-features {config.name}"
+    for name, wanted in column_fields(config, plan).items():
+        if (stored := getattr(column, name)) != wanted:
+            raise ConfigError(
+                f"{where} were made with {name} {stored!r}, this configuration gives {wanted!r}; "
+                f"{again}"
+            )
+    if not weights or config.weights == column.weights == "hub":
+        return
+    if digest(_load_network(config, plan)) != column.digest:
+        raise ConfigError(
+            f"{where} were made with other weights ({column.weights!r}) than {config.weights!r}; "
+            f"{again}"
+        )
 
 
 def _blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:

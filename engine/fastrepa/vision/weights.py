@@ -26,7 +26,6 @@ Position tables of another grid are resampled by timm's filter: bicubic, antiali
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import pickle
 import re
@@ -179,16 +178,6 @@ def load(state: StateDict, network: nn.Module, path: Path) -> None:
                 f"{list(tensor.shape)} was expected"
             )
     network.load_state_dict({name: state[name] for name in needed})
-
-
-def digest(network: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor: the encoder's identity."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        sha.update(memoryview(flat.view(torch.uint8).numpy()))
-    return sha.hexdigest()
 
 
 def _by_order(state: StateDict, whole: Mapping[str, Tensor], path: Path) -> StateDict:
