@@ -1,4 +1,4 @@
-"""The command line: `fastrepa train | prepare | sample | doctor`.
+"""The command line: `fastrepa train | prepare | data | sample | doctor`.
 
 Imports of torch and its friends stay inside the commands, so that `--help` answers at once.
 """
@@ -24,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train representation-aligned diffusion transformers.",
 )
+
+data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, or look at it.")
+app.add_typer(data_app, name="data")
 
 
 def _version(wanted: bool) -> None:
@@ -120,6 +123,27 @@ def prepare(
         f"shards, {report.num_bytes / 1e6:.1f} MB, {report.resolution} px, in "
         f"{report.seconds:.1f} s: {report.path}"
     )
+
+
+@data_app.command("verify")
+def data_verify(
+    path: Annotated[Path, typer.Argument(help="A prepared set, or one of REPA's layout.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Files, sizes, indices and pairing; no contents.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs, and complete.")] = False,
+) -> None:
+    """List everything that is wrong with a data set; exit code 1 when anything is."""
+    from fastrepa.data.verify import print_report, verify
+
+    report = verify(path, workers=workers, quick=quick)
+    if json:
+        print(report.to_json())
+    else:
+        print_report(report, Console(highlight=False))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
