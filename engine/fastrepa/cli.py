@@ -146,6 +146,29 @@ def data_verify(
         raise typer.Exit(1)
 
 
+@data_app.command("show")
+def data_show(
+    path: Annotated[Path, typer.Argument(help="A prepared set, or one of REPA's layout.")],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG or folder; default: NAME_show.png, here.")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", help="Images on the sheet.")] = 48,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names or numbers, separated by commas.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    features: Annotated[
+        int, typer.Option(help="Images shown beside their latents and features; 0: no picture.")
+    ] = 6,
+) -> None:
+    """Draw a contact sheet of a data set, and its latents and features as pictures."""
+    from fastrepa.data.show import print_shown, show
+
+    wanted = [c for c in classes.split(",") if c.strip()] if classes else None
+    report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
+    print_shown(report, Console(highlight=False))
+
+
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -353,7 +353,7 @@ class RowsCheck:
 
 def _of_moments(rows: np.ndarray, column: MomentsColumn) -> dict[str, np.ndarray]:
     """Where [n, V] each problem is found."""
-    moments = rows["moments"].astype(np.float32).reshape(*rows.shape, 2 * column.channels, -1)
+    moments: Any = rows["moments"].astype(np.float32).reshape(*rows.shape, 2 * column.channels, -1)
     deviation = moments[:, :, column.channels :]
     return {
         "moments that are not finite": ~np.isfinite(moments).all((2, 3)),
