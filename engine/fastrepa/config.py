@@ -44,7 +44,7 @@ class CodecConfig(_Section):
 
 
 class DataConfig(_Section):
-    """A data set made by `fastrepa prepare` and how it is read."""
+    """A data set (made by `fastrepa prepare`, or in the reference's layout) and how it is read."""
 
     path: str
     resolution: Positive = 256
@@ -53,9 +53,16 @@ class DataConfig(_Section):
         "auto", description="sd-vae: from the set's moments, or encoded in training; auto: if there"
     )
     decode: Literal["auto", "cpu", "mixed"] = "auto"
-    workers: NonNegative = Field(2, description="reader processes per rank; 0 reads in-process")
+    readers: Positive = Field(8, description="threads that read per rank")
+    read_ahead: Positive = Field(4, description="batches being read")
     prefetch: Positive = Field(2, description="batches DALI keeps ready")
     window: Positive = Field(8, description="shards whose samples are shuffled together")
+    flip: bool = Field(False, description="mirror half of the samples, one draw per step and sample")
+    remainder: Literal["include", "drop"] = Field(
+        "include",
+        description="what an epoch's samples beyond the last whole batch do: join the next epoch's "
+        "first, or are left out",
+    )
 
 
 class EncoderConfig(_Section):

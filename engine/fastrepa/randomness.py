@@ -60,6 +60,8 @@ class Stream(IntEnum):
     """What a generated image starts from."""
     SAMPLE_STEP = 5
     """The noise of a stochastic sampler's steps."""
+    FLIP = 6
+    """Whether a training sample is mirrored."""
 
 
 def philox4x32(

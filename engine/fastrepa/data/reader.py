@@ -1,27 +1,32 @@
-"""The reader: a pure function (seed, epoch, position) -> sample, and the bytes of that sample.
+"""The order of samples: a pure function (seed, epoch, position) -> sample.
 
-The stream of a run is endless. Global position g means epoch, index = divmod(g, samples); within
-an epoch, `SampleOrder` visits every sample exactly once, in an order computed from (seed, epoch).
-Which rank reads which position is arithmetic (`ShardReader.position`), so the order is the same for
-any number of ranks, and resuming means starting at another step.
+The stream of a run is endless. Global position g means epoch, index = divmod(g, samples of an
+epoch); within an epoch, `SampleOrder` visits every sample exactly once, in an order computed from
+(seed, epoch). Which rank reads which position is arithmetic (`RankBatches`), so the order is the
+same for any number of ranks, and resuming means starting at another step.
 
-numpy only, no torch: DALI's worker processes import this module.
+This module imports numpy only.
 """
 
 from __future__ import annotations
 
-import os
-import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from fastrepa.data.index import load_index
-from fastrepa.data.spawn import end_with_parent
-from fastrepa.errors import DataError
+from fastrepa.errors import ConfigError
+
+
+class Order(Protocol):
+    """Which sample stands at a position of an endless stream. Asked from one thread."""
+
+    @property
+    def num_samples(self) -> int: ...
+    def locate(self, position: int) -> tuple[int, int]: ...
 
 
 class SampleOrder:
@@ -34,32 +39,44 @@ class SampleOrder:
         shard_sizes: samples of each shard.
         seed: of the order; one seed, one order, on every machine and numpy version.
         window: shards whose samples are shuffled together.
+        multiple_of: every epoch is cut to a multiple of this, which leaves out the last samples
+            of its order, other ones in every epoch; 1 leaves out none.
+
+    Raises ConfigError when an epoch cut so would be empty.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, window: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], *, seed: int, window: int, multiple_of: int = 1
+    ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
+        self.epoch_samples = self.num_samples // multiple_of * multiple_of
+        if not self.epoch_samples:
+            raise ConfigError(
+                f"data.remainder: 'drop' leaves nothing of {self.num_samples} samples in batches of"
+                f" {multiple_of}; use 'include' or a smaller training.global_batch"
+            )
         self.seed = seed
         self.window = window
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[np.ndarray, list[int]]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, sample within the shard) at a global position >= 0 of the endless stream."""
-        epoch, index = divmod(position, self.num_samples)
+        epoch, index = divmod(position, self.epoch_samples)
         _, starts = self._epoch(epoch)
-        window = int(np.searchsorted(starts, index, side="right")) - 1
+        window = bisect_right(starts, index) - 1
         shard, sample = self._window(epoch, window)[index - starts[window]]
         return int(shard), int(sample)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The epoch's shard order [shards] and the first index of each of its windows."""
         if epoch not in self._epochs:
             shards = self._permutation(len(self.shard_sizes), epoch, 0)
             sizes = np.add.reduceat(
                 self.shard_sizes[shards], np.arange(0, len(shards), self.window)
             )
-            starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+            starts = [0, *np.cumsum(sizes)[:-1].tolist()]
             _keep_last(self._epochs, epoch, (shards, starts), 2)
         return self._epochs[epoch]
 
@@ -85,108 +102,47 @@ class SampleOrder:
         return np.argsort(philox.random_raw(n), kind="stable")
 
 
-class SampleInfo(Protocol):
-    """What DALI tells a per-sample source (nvidia.dali.types.SampleInfo)."""
-
-    @property
-    def iteration(self) -> int: ...
-    @property
-    def idx_in_batch(self) -> int: ...
-
-
-class _OpenShard(NamedTuple):
-    descriptor: int
-    records: np.ndarray
-
-
-class ShardReader:
-    """Reads the encoded samples of one rank, in order: the source of DALI's `external_source`.
+@dataclass(frozen=True)
+class RankBatches:
+    """Which positions of the stream are whose.
 
     With A = global_batch / (world * micro_batch) forward passes per step, batch k of rank r belongs
-    to step start_step + k // A and is its pass m = k % A; its i-th sample is global position
-    step * global_batch + (r * A + m) * micro_batch + i.
-
-    Picklable; files are opened when first needed, in the process that reads them.
+    to step start_step + k // A and is its pass m = k % A; its i-th sample is number
+    (r * A + m) * micro_batch + i of that step.
     """
 
-    def __init__(
-        self,
-        shard_paths: Sequence[Path],
-        index_paths: Sequence[Path],
-        order: SampleOrder,
-        *,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        start_step: int = 0,
-    ) -> None:
-        if global_batch % (world * micro_batch):
-            raise ValueError(f"{global_batch=} is no multiple of {world=} times {micro_batch=}")
-        self.shard_paths = [Path(path) for path in shard_paths]
-        self.index_paths = [Path(path) for path in index_paths]
-        self.order = order
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.rank = rank
-        self.passes = global_batch // (world * micro_batch)
-        self.start_step = start_step
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+    start_step: int = 0
 
-    def position(self, batch: int, i: int) -> int:
-        """Global position of sample i of this rank's batch number `batch` (from 0)."""
-        step, forward = divmod(batch, self.passes)
-        first = (self.start_step + step) * self.global_batch
-        return first + (self.rank * self.passes + forward) * self.micro_batch + i
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.world * self.micro_batch):
+            raise ConfigError(
+                f"training.global_batch: {self.global_batch} is no multiple of {self.world} ranks"
+                f" times a micro batch of {self.micro_batch}"
+            )
 
-    def read(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """(encoded image uint8 [bytes], label int64 []) at a global position.
+    @property
+    def passes(self) -> int:
+        """A, forward passes per step."""
+        return self.global_batch // (self.world * self.micro_batch)
 
-        Raises DataError, naming shard and sample, when the bytes are not the prepared ones.
+    def step_and_numbers(self, batch: int) -> tuple[int, range]:
+        """The step of this rank's batch number `batch` (from 0), and its samples' numbers in it.
+
+        Number n of a step stands at global position step * global_batch + n.
         """
-        shard, sample = self.order.locate(position)
-        descriptor, records = self._shard(shard)
-        record = records[sample]
-        size = int(record["image_size"])
-        where = f"{self.shard_paths[shard]}: sample {record['key'].decode()}"
-        try:
-            data = os.pread(descriptor, size, int(record["image_offset"]))
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror})") from None
-        if len(data) != size:
-            raise DataError(f"{where}: the shard ends inside it (truncated)")
-        if zlib.crc32(data) != record["image_crc32"]:
-            raise DataError(f"{where}: damaged (its CRC-32 is not the index's)")
-        return np.frombuffer(data, dtype=np.uint8), np.array(record["label"], dtype=np.int64)
+        step, forward = divmod(batch, self.passes)
+        first = (self.rank * self.passes + forward) * self.micro_batch
+        return self.start_step + step, range(first, first + self.micro_batch)
 
-    def __call__(self, info: SampleInfo) -> tuple[np.ndarray, np.ndarray]:
-        return self.read(self.position(info.iteration, info.idx_in_batch))
-
-    def close(self) -> None:
-        """Close every open shard; reading again opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # Unpickled, it is in one of DALI's workers, which by themselves outlive a killed parent.
-        end_with_parent()
-
-    def _shard(self, shard: int) -> _OpenShard:
-        if shard not in self._open:
-            records = load_index(self.index_paths[shard])
-            try:
-                descriptor = os.open(self.shard_paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"{self.shard_paths[shard]}: {error.strerror}") from None
-            # The window being read and the one before it, which a batch may straddle.
-            if len(self._open) >= 2 * self.order.window:
-                os.close(self._open.popitem(last=False)[1].descriptor)
-            self._open[shard] = _OpenShard(descriptor, records)
-        return self._open[shard]
+    def positions(self, batch: int) -> range:
+        """Global positions of this rank's batch number `batch`."""
+        step, numbers = self.step_and_numbers(batch)
+        first = step * self.global_batch + numbers.start
+        return range(first, first + self.micro_batch)
 
 
 def _keep_last(cache: OrderedDict[Any, Any], key: Any, value: Any, limit: int) -> None:

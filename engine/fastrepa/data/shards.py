@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastrepa.data.columns import features_dtype, first_damaged, moments_dtype, open_rows
 from fastrepa.data.index import load_index
+from fastrepa.data.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
 
 FORMAT = "fastrepa-shards"
@@ -229,6 +231,38 @@ class ShardSet:
     @property
     def index_paths(self) -> list[Path]:
         return [self.path / shard.index.file for shard in self.manifest.shards]
+
+    @property
+    def moments(self) -> MomentsColumn | None:
+        """What is known of the stored latents; None: the set holds none."""
+        return self.manifest.moments
+
+    @property
+    def features(self) -> tuple[FeaturesColumn, ...]:
+        """What is known of every encoder's stored features."""
+        return self.manifest.features
+
+    def store(
+        self, *, image: bool, moments: bool, features: Sequence[str], open_shards: int
+    ) -> ShardStore:
+        """A reader of the wanted fields (store.py); `features` by the encoders' names.
+
+        `open_shards`: shards whose files are held open. KeyError for a column that is not there.
+        """
+        columns = {column.name: column for column in self.manifest.columns}
+        wanted = [columns[f"features.{encoder}"] for encoder in features]
+        return ShardStore(
+            self.shard_paths,
+            self.index_paths,
+            image=image,
+            moments=self._column_files(columns["moments"]) if moments else None,
+            features=[self._column_files(column) for column in wanted],
+            open_shards=open_shards,
+        )
+
+    def _column_files(self, column: MomentsColumn | FeaturesColumn) -> ColumnFiles:
+        paths = [self.path / record.file for record in column.files]
+        return ColumnFiles(paths, column.dtype, column.views)
 
     def _check_indices(self) -> None:
         counts = np.zeros(len(self.manifest.classes), dtype=np.int64)

@@ -1,8 +1,7 @@
 """How worker processes of the data room start and end.
 
 They start fresh ("spawn": no inherited CUDA context, locks or threads), without importing the
-program that started them; they leave Ctrl-C to it; they end when it does, however it ends; and
-when one of them dies, the program hears of it.
+program that started them; they leave Ctrl-C to it; and they end when it does, however it ends.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
-from multiprocessing.process import BaseProcess
 from types import ModuleType
 
 
@@ -55,34 +53,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
-
-
-class DeathWatch:
-    """Ends this process when a worker of DALI dies and DALI does not notice in `grace` seconds.
-
-    A worker killed at a bad moment (for want of memory, say) holds a lock that `Pipeline.run`, and
-    the pool's own clean-up, then wait for without end, where no exception can reach them.
-    """
-
-    def __init__(self, workers: Sequence[BaseProcess], grace: float = 10.0) -> None:
-        self._closing, self._closed = threading.Event(), threading.Event()
-        self._sentinels = [worker.sentinel for worker in workers]
-        self._grace = grace
-        if workers:
-            threading.Thread(target=self._watch, name="death-watch", daemon=True).start()
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Around the end of the workers that is meant."""
-        self._closing.set()
-        yield
-        self._closed.set()
-
-    def _watch(self) -> None:
-        connection.wait(self._sentinels)
-        if not self._closing.is_set() and not self._closed.wait(self._grace):
-            print(f"error: {WORKER_DIED}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-WORKER_DIED = "a data reader process was killed, perhaps for want of memory; try fewer data.workers"

@@ -1,0 +1,77 @@
+"""What the pipeline reads, whatever its layout on disk, and how a folder is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from fastrepa.data.reference import LABELS, LATENTS, ReferenceSet
+from fastrepa.data.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
+from fastrepa.data.store import SampleStore
+from fastrepa.errors import DataError
+
+
+class DataSet(Protocol):
+    """An opened and checked set: `ShardSet` or `ReferenceSet`.
+
+    A column of two views holds the mirrored images' rows too.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def resolution(self) -> int:
+        """Side of every image in pixels."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; the place in the list is the label."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+
+    @property
+    def moments(self) -> MomentsColumn | None:
+        """What is known of the stored latents; None: the set holds none."""
+
+    @property
+    def features(self) -> tuple[FeaturesColumn, ...]:
+        """What is known of every encoder's stored features."""
+
+    def store(
+        self, *, image: bool, moments: bool, features: Sequence[str], open_shards: int
+    ) -> SampleStore:
+        """A reader of the wanted fields; `features` by the encoders' names.
+
+        `open_shards`: shards whose files are held open. KeyError for a column that is not there.
+        """
+
+
+def open_data(
+    path: str | Path,
+    *,
+    resolution: int | None = None,
+    verify: Literal["sizes", "full", "auto"] = "auto",
+) -> DataSet:
+    """Open a folder of shards (shards.py) or one in the reference's layout (reference.py).
+
+    Raises DataError, naming the file, for what is missing, truncated or foreign, and when the
+    images are not of the `resolution` (pixels a side) asked for. `verify`: see `ShardSet.open`;
+    the reference's layout has no checksums, and nothing but names and sizes to check.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).exists():
+        return ShardSet.open(folder, resolution=resolution, verify=verify)
+    if (folder / LATENTS / LABELS).exists():
+        return ReferenceSet.open(folder, resolution=resolution)
+    found = "is no data set" if folder.is_dir() else "no such folder"
+    raise DataError(
+        f"{folder}: {found}: neither {MANIFEST} (shards made by `fastrepa prepare`) nor "
+        f"{LATENTS}/{LABELS} (the reference's layout) is there"
+    )
