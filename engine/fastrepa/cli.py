@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa import __version__
-from fastrepa.errors import FastrepaError
+from fastrepa.errors import ConfigError, FastrepaError
 
 app = typer.Typer(
     name="fastrepa",
@@ -167,6 +167,55 @@ def data_show(
     wanted = [c for c in classes.split(",") if c.strip()] if classes else None
     report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
     print_shown(report, Console(highlight=False))
+
+
+CodecOption = Annotated[
+    str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
+]
+CodecWeightsOption = Annotated[
+    str | None, typer.Option(help="Of the codec: hub id or local folder; default: sd-vae-ft-mse.")
+]
+CacheFeaturesOption = Annotated[
+    str | None,
+    typer.Option(help="Encoders whose tokens to store: NAME[=WEIGHTS][@INPUT], with commas."),
+]
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Store those of the mirrored images too, for data.flip.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="bf16 or fp32: what codec and encoders compute in.")
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Images per forward of codec and encoders.")]
+
+
+@data_app.command("encode")
+def data_encode(
+    path: Annotated[Path, typer.Argument(help="A prepared set.")],
+    codec: CodecOption = None,
+    codec_weights: CodecWeightsOption = None,
+    cache_features: CacheFeaturesOption = None,
+    flip: FlipOption = False,
+    precision: PrecisionOption = "bf16",
+    batch_size: BatchSizeOption = 64,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make a column anew that has other settings.")
+    ] = False,
+) -> None:
+    """Add latents and an encoder's features to a prepared set; under torchrun, on every GPU.
+
+    A run that was killed goes on where it stopped. Training then needs neither the autoencoder's
+    encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
+    """
+    from fastrepa.data.encode import encode_columns, encode_settings, print_encoded
+    from fastrepa.data.ranks import join_ranks
+
+    settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
+    if settings is None:
+        raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
+    with join_ranks() as ranks:
+        report = encode_columns(path, **settings, replace=replace, ranks=ranks)
+    if ranks.rank == 0:
+        print_encoded(report, Console(highlight=False))
 
 
 @app.command()

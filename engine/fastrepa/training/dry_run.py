@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
-from fastrepa.data.pipeline import Batch
+from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, Operations
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
@@ -38,15 +38,38 @@ class DryRun:
 
 
 class _RandomBatches:
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    """Batches of noise, with what the trainer would read from a prepared set."""
+
+    def __init__(self, config: Config, trainer: Trainer, device: torch.device) -> None:
+        self.config, self.trainer, self.device = config, trainer, device
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __next__(self) -> Batch:
-        r = self.config.data.resolution
-        image = torch.randint(0, 256, (BATCH, 3, r, r), dtype=torch.uint8, generator=self.generator)
-        label = torch.randint(0, self.config.model.num_classes, (BATCH,), generator=self.generator)
-        return Batch(image_u8=image.to(self.device), moments=None, label=label.to(self.device))
+        r, codec = self.config.data.resolution, self.trainer.codec
+        moments = None
+        if self.trainer.cached_latents:
+            moments = torch.rand(BATCH, 2 * codec.channels, codec.side, codec.side)
+        return Batch(
+            image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
+            moments=None if moments is None else moments.to(self.device),
+            label=self._integers(0, self.config.model.num_classes, (), torch.int64),
+            features=tuple(
+                self._stored(encoder.plan.own_grid[0] ** 2, encoder.width)
+                for encoder in self.trainer.targets.encoders
+                if self.trainer.targets.cached
+            ),
+        )
+
+    def _stored(self, tokens: int, width: int) -> StoredFeatures:
+        scale = torch.ones(BATCH, tokens, dtype=torch.float16, device=self.device)
+        return StoredFeatures(scale, self._integers(-127, 128, (tokens, width), torch.int8))
+
+    def _integers(
+        self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        size = (BATCH, *shape)
+        values = torch.randint(low, high, size, dtype=dtype, generator=self.generator)
+        return values.to(self.device)
 
     def close(self) -> None:
         return
@@ -57,7 +80,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
     trainer = Trainer(config_from_dict(tree), world, random_weights=True)
-    batches = _RandomBatches(config, world.device)
+    batches = _RandomBatches(config, trainer, world.device)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
     # torch's counter cannot look into fused operations: the same products, counted unfused.
@@ -113,7 +136,7 @@ def _memory(
         return world.size if stage >= since else 1
 
     frozen = sum(
-        p.numel() * p.element_size() for e in trainer.encoders for p in e.network.parameters()
+        p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
     )
     vae = getattr(trainer.codec, "vae", None)
     return {

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastrepa.config import Config, load_config, save_config
 from fastrepa.data.codec import build_codec
+from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.pipeline import Batch, DataPipeline
-from fastrepa.data.shards import ShardSet
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
@@ -38,15 +38,15 @@ from fastrepa.training.checkpoint import (
     save_checkpoint,
 )
 from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, start_engine
-from fastrepa.vision.features import build_encoder
 
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_checkpoints", "training.tensorboard",
-             "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.workers",
-             "data.prefetch", "sample", "zero", "attention", "kernels")  # fmt: skip
+             "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.readers",
+             "data.read_ahead", "data.prefetch", "sample", "zero", "attention", "kernels")  # fmt: skip
 
 
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
@@ -109,20 +109,17 @@ class Trainer:
                 f"model.patch: {patch} does not divide the latent side {self.codec.side} "
                 f"(data.resolution {config.data.resolution}, codec {self.codec.name})"
             )
-        if random_weights:
-            encoders = [e.model_copy(update={"weights": "random"}) for e in config.vision.encoders]
-        else:
-            encoders = list(config.vision.encoders)
-        self.encoders = [
-            build_encoder(
-                e,
-                resolution=config.data.resolution,
-                grid=self.codec.side // patch,
-                dtype=dtype,
-                device=world.device,
-            )
-            for e in encoders
-        ]
+        self.targets = Targets(
+            config,
+            grid=self.codec.side // patch,
+            dtype=dtype,
+            device=world.device,
+            random_weights=random_weights,
+        )
+        self.cached_latents = config.data.latents == "cached"
+        if not random_weights:
+            self.cached_latents = latents_are_cached(config.data, self.shards, self.codec)
+            self.targets.check(self.shards, weights=world.is_first)
 
         checkpoint = None if random_weights else _shared_checkpoint(self.run, world)
         self.step = read_state(checkpoint).step if checkpoint else 0
@@ -132,7 +129,7 @@ class Trainer:
             config,
             side=self.codec.side,
             channels=self.codec.channels,
-            encoder_widths=[e.width for e in self.encoders],
+            encoder_widths=self.targets.widths,
         )
         if checkpoint:
             load_model_weights(checkpoint, model)
@@ -175,7 +172,7 @@ class Trainer:
         noise, time and label dropout.
         """
         draw, step = self.random, self.step
-        targets = [encoder(batch.image_u8) for encoder in self.encoders]
+        targets = self.targets(batch)
         shape = (self.codec.channels, self.codec.side, self.codec.side)
         with torch.no_grad():
             latent_noise = (
@@ -237,6 +234,9 @@ class Trainer:
                 seed=config.seed,
                 start_step=self.step,
                 device=world.device,
+                image=not self.cached_latents or self.targets.need_images,
+                moments=self.cached_latents,
+                features=self.targets.columns,
             )
             with pipeline as batches, _Signals(self):
                 self._loop(batches, telemetry)
@@ -309,7 +309,7 @@ class Trainer:
             samples_seen=self.step * self.config.training.global_batch,
             side=self.codec.side,
             channels=self.codec.channels,
-            encoder_widths=[e.width for e in self.encoders],
+            encoder_widths=self.targets.widths,
             classes=self.shards.classes,
             world_size=self.world.size,
             versions=versions(),
@@ -323,10 +323,6 @@ class Trainer:
             if w.device.type == "cuda"
             else f"cpu ({torch.get_num_threads()} threads)"
         )
-        encoders = ", ".join(
-            f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px"
-            for e in self.encoders
-        )
         model = (
             c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
         )
@@ -338,16 +334,15 @@ class Trainer:
             "ZeRO": str(c.zero.stage),
             "attention": f"sdpa ({c.attention.backend})",
             "kernels": c.kernels,
-            "encoder": encoders or "none",
-            "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}",
+            "encoder": self.targets.describe(),
+            "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}"
+            + (" (cached)" if self.cached_latents else ""),
             "batch": f"{c.training.global_batch} = {w.size} x {self.forwards} x {self.micro}",
         }
         return " · ".join(f"{k} {v}" for k, v in parts.items())
 
-    def _open_shards(self) -> ShardSet:
-        shards = ShardSet.open(
-            self.config.data.path, resolution=self.config.data.resolution, verify="auto"
-        )
+    def _open_shards(self) -> DataSet:
+        shards = open_data(self.config.data.path, resolution=self.config.data.resolution)
         if len(shards.classes) > self.config.model.num_classes:
             raise DataError(
                 f"{self.config.data.path}: holds {len(shards.classes)} classes, "

@@ -1,0 +1,545 @@
+"""Columns for a prepared set: latents and features, made in large batches on every rank.
+
+The images are read back through the training's own pipeline, so what is stored is what training
+would have computed from them. Rank r of W takes the shards r, r + W, ...; a shard's batches are cut
+inside it and always full (the last one repeats its last image), so a row depends on neither ranks
+nor restarts. A column file appears whole, with its record beside it; a run that was killed goes on
+after the last one. The manifest names the new columns when all of them are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastrepa.config import CodecConfig, DataConfig, EncoderConfig
+from fastrepa.data.codec import build_codec
+from fastrepa.data.column_files import Column, ColumnFile, difference, finished, identity, paths
+from fastrepa.data.columns import moments_dtype
+from fastrepa.data.index import load_index
+from fastrepa.data.pipeline import DataPipeline
+from fastrepa.data.ranks import Ranks
+from fastrepa.data.shards import (
+    FeaturesColumn,
+    FileRecord,
+    Manifest,
+    MomentsColumn,
+    ShardSet,
+    write_manifest,
+)
+from fastrepa.errors import ConfigError, DataError
+from fastrepa.vision.features import build_encoder, column_fields, plan_encoder
+from fastrepa.vision.quantise import cosines, dequantise, quantise
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIN_COSINE = 0.999  # of a stored token to the encoder's, below which print_encoded warns
+PENDING_WRITES = 4  # batches that wait for the disk, at most
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What `encode_columns` left: every column asked for, and those of them that were there."""
+
+    columns: tuple[Column, ...]
+    kept: tuple[str, ...]
+
+
+class Maker(Protocol):
+    """Makes the rows of one column. `column` has no files yet."""
+
+    column: Column
+    reads_images: bool
+
+    def rows(self, images: Tensor | None, shard: int, samples: range) -> Any:
+        """Structured rows [len(samples), views] without their CRC; and the lowest cosine."""
+
+
+def encode_columns(
+    folder: Path,
+    *,
+    codec: CodecConfig | None = None,
+    encoders: Sequence[EncoderConfig] = (),
+    reference: Path | None = None,
+    flip: bool = False,
+    precision: Precision = "bf16",
+    batch_size: int = 64,
+    replace: bool = False,
+    device: torch.device | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> EncodeReport:
+    """Add columns to the prepared set in `folder` (collective over `ranks`).
+
+    Args:
+        codec: sd-vae: store the moments (mean, std; fp16).
+        encoders: store each one's patch tokens on its own grid, int8 with a scale per token.
+        reference: REPA's reference layout that the set was made of: copy its moments.
+        flip: also those of the mirrored images, for `data.flip`.
+        precision: what the networks compute in; the training's own, to store what it would see.
+        batch_size: images per forward.
+        replace: make a column anew where the set holds one of that name with other settings;
+            without it that is an error. The old files stay until the new ones are complete.
+        device: where the networks run; by default this rank's GPU, or the CPU.
+
+    Raises ConfigError for settings, WeightsError for weights, DataError for the set and the disk.
+    """
+    ranks = ranks or Ranks()
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size}: must be at least 1")
+    device = device or _own_device()
+    data = ShardSet.open(folder, verify="sizes")
+    makers = _makers(data, codec, encoders, reference, flip, precision, device)
+    wanted = tuple(maker.column for maker in makers)
+    present = {column.name: column for column in data.manifest.columns}
+    kept = []
+    for column in wanted:
+        old = present.get(column.name)
+        if old is not None and identity(old) == identity(column):
+            kept.append(column.name)
+        elif old is not None and not replace:
+            raise ConfigError(
+                f"{folder}: holds {column.name} already, made with {difference(old, column)}; "
+                f"--replace makes it anew"
+            )
+    makers = [maker for maker in makers if maker.column.name not in kept]
+    try:
+        _check_space(folder, data, makers)
+        if makers:
+            _encode(data, makers, batch_size, device, ranks, progress)
+        ranks.wait()
+        if ranks.rank == 0 and makers:
+            _finish(data, [maker.column for maker in makers])
+        ranks.wait()
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be written ({error.strerror}); what is finished is kept, the same "
+            f"command goes on"
+        ) from None
+    columns = ShardSet.open(folder, verify="sizes").manifest.columns
+    names = [column.name for column in wanted]
+    return EncodeReport(tuple(c for c in columns if c.name in names), tuple(kept))
+
+
+def parse_encoders(text: str) -> tuple[EncoderConfig, ...]:
+    """Encoders from `NAME[=WEIGHTS][@INPUT]`, separated by commas; WEIGHTS as in `vision.encoders`.
+
+    "dinov2-vit-b", "dinov2-vit-b=dinov2_vitb14_pretrain.pth,clip-vit-l", "resnet50.a1_in1k@224".
+    ConfigError for an input that is no number of pixels, or an empty name.
+    """
+    encoders = []
+    for part in text.split(","):
+        rest, at, side = part.strip().rpartition("@") if "@" in part else (part.strip(), "", "")
+        name, equals, weights = rest.partition("=")
+        if not name or (equals and not weights) or (at and not (side.isdecimal() and int(side))):
+            raise ConfigError(
+                f"--cache-features: {part.strip()!r} is not NAME[=WEIGHTS][@INPUT], such as "
+                f"dinov2-vit-b or dinov2-vit-b=weights.pth@224"
+            )
+        encoders.append(
+            EncoderConfig(name=name, weights=weights or "hub", input=int(side) if at else None)
+        )
+    return tuple(encoders)
+
+
+def encode_settings(
+    codec: str | None,
+    codec_weights: str | None,
+    cache_features: str | None,
+    flip: bool,
+    precision: str,
+    batch_size: int,
+) -> dict[str, Any] | None:
+    """Keywords of `encode_columns` from a command's options; None where nothing is asked for.
+
+    ConfigError naming the option for a value that is not allowed.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(f"--precision: {precision!r} is not one of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: {batch_size} is not at least 1")
+    if codec not in (None, "sd-vae"):
+        raise ConfigError(f"--codec: {codec!r} is not sd-vae, the codec with latents to store")
+    if codec_weights and not codec:
+        raise ConfigError("--codec-weights: give --codec sd-vae too")
+    if not codec and not cache_features:
+        if flip:
+            raise ConfigError("--flip: give --codec sd-vae or --cache-features, which it mirrors")
+        return None
+    weights = {"weights": codec_weights} if codec_weights else {}
+    return {
+        "codec": CodecConfig(name="sd-vae", **weights) if codec else None,
+        "encoders": parse_encoders(cache_features) if cache_features else (),
+        "flip": flip,
+        "precision": precision,
+        "batch_size": batch_size,
+    }
+
+
+def print_encoded(report: EncodeReport, console: Console) -> None:
+    """A line for every column asked for: its size, what it holds, and what it costs in accuracy."""
+    for column in report.columns:
+        size = sum(file.bytes for file in column.files) / 1e6
+        views = ", mirrored too" if column.views == 2 else ""
+        if isinstance(column, MomentsColumn):
+            what = f"{2 * column.channels}x{column.side}x{column.side} fp16"
+        else:
+            what = (
+                f"{column.grid}x{column.grid}x{column.width} int8, lowest cosine of a token "
+                f"{column.min_cosine:.5f}"
+            )
+        there = " (was there)" if column.name in report.kept else ""
+        console.print(f"{column.name}: {size:.1f} MB, {what}{views}{there}", markup=False)
+        if isinstance(column, FeaturesColumn) and column.min_cosine < MIN_COSINE:
+            console.print(
+                f"warning: {column.name}: below {MIN_COSINE}: this encoder has tokens of a few huge"
+                f" values, which int8 stores coarsely; train with vision.targets=online",
+                markup=False,
+            )
+
+
+# What makes the rows ------------------------------------------------------------------------------
+
+
+class _Moments:
+    reads_images = True
+
+    def __init__(
+        self, config: CodecConfig, resolution: int, views: int, precision: Precision, device: Any
+    ) -> None:
+        self.codec: Any = build_codec(
+            config, resolution=resolution, device=device, dtype=DTYPES[precision]
+        )
+        if not hasattr(self.codec, "digest"):
+            raise ConfigError(f"codec {config.name}: has no latents to store; sd-vae has")
+        self.column = MomentsColumn(
+            views=views,
+            precision=precision,
+            weights=config.weights,
+            digest=self.codec.digest,
+            files=(),
+            channels=self.codec.channels,
+            side=self.codec.side,
+        )
+
+    def rows(self, images: Tensor, shard: int, samples: range) -> tuple[np.ndarray, float]:
+        moments = _by_view(self.codec.encode, images, self.column.views, len(samples))
+        return moment_rows(moments.cpu().numpy(), self.column), 1.0
+
+
+class _Features:
+    reads_images = True
+
+    def __init__(
+        self, config: EncoderConfig, resolution: int, views: int, precision: Precision, device: Any
+    ) -> None:
+        plan = plan_encoder(config, resolution=resolution)
+        self.encoder = build_encoder(
+            config.model_copy(update={"grid": "exact"}),
+            resolution=resolution,
+            grid=plan.own_grid[0],
+            dtype=DTYPES[precision],
+            device=device,
+        )
+        self.column = FeaturesColumn(
+            views=views,
+            precision=precision,
+            weights=config.weights,
+            digest=self.encoder.digest,
+            files=(),
+            min_cosine=1.0,
+            **column_fields(config, plan),
+        )
+
+    def rows(self, images: Tensor, shard: int, samples: range) -> tuple[np.ndarray, float]:
+        x = _by_view(self.encoder, images, self.column.views, len(samples)).flatten(0, 1)
+        try:
+            scale, tokens = quantise(x)
+        except ValueError as error:
+            raise DataError(f"{self.column.name}: the encoder gave {error}") from None
+        rows = np.zeros((len(samples), self.column.views), self.column.dtype)
+        rows["scale"] = scale.cpu().numpy().reshape(rows["scale"].shape)
+        rows["tokens"] = tokens.cpu().numpy().reshape(rows["tokens"].shape)
+        return rows, float(cosines(x, dequantise(scale, tokens)).min())
+
+
+class _ReferenceMoments:
+    """The moments that a set's source, in REPA's reference layout, holds beside its images."""
+
+    reads_images = False
+
+    def __init__(self, data: ShardSet, root: Path) -> None:
+        from fastrepa.data.reference import moments_of, read_moments
+
+        self._paths, self._read, self._root = data.index_paths, read_moments, root
+        with (data.path / data.manifest.sources.file).open(encoding="utf-8") as file:
+            self._sources = [json.loads(line) for line in file]
+        self._moments_of = moments_of
+        first = next(name for name in self._sources if name)
+        channels2, side, _ = read_moments(root / moments_of(first)).shape
+        if data.resolution != 8 * side:
+            raise ConfigError(
+                f"{root}: its latents are those of {8 * side} px images, not of "
+                f"{data.resolution} px; prepare with --resolution {8 * side}"
+            )
+        self.column = MomentsColumn(
+            views=1,
+            precision="fp32",
+            weights="reference layout",
+            digest=None,
+            files=(),
+            channels=channels2 // 2,
+            side=side,
+        )
+
+    def rows(self, images: None, shard: int, samples: range) -> tuple[np.ndarray, float]:
+        keys = load_index(self._paths[shard])["key"][samples.start : samples.stop]
+        arrays = [self._read(self._root / self._moments_of(self._sources[int(k)])) for k in keys]
+        return moment_rows(np.stack(arrays)[:, None], self.column), 1.0
+
+
+def moment_rows(moments: np.ndarray, column: MomentsColumn) -> np.ndarray:
+    """Rows of a moments column from cat[mean, std] [n, views, 2C, h, w]; no CRC yet.
+
+    DataError for values that are not finite in fp16, or a negative standard deviation.
+    """
+    rows = np.zeros(moments.shape[:2], moments_dtype(column.channels, column.side))
+    with np.errstate(over="ignore"):
+        rows["moments"] = moments
+    if not np.isfinite(rows["moments"]).all():
+        raise DataError("moments: not finite in fp16")
+    if (rows["moments"][:, :, column.channels :] < 0).any():
+        raise DataError("moments: a negative standard deviation")
+    return rows
+
+
+def _by_view(network: Any, images: Tensor, views: int, count: int) -> Tensor:
+    """The network's output for the first `count` of full batches of images: [count, views, ...]."""
+    seen = [images, images.flip(-1)][:views]
+    return torch.stack([network(view)[:count] for view in seen], dim=1)
+
+
+def _makers(
+    data: ShardSet,
+    codec: CodecConfig | None,
+    encoders: Sequence[EncoderConfig],
+    reference: Path | None,
+    flip: bool,
+    precision: Precision,
+    device: torch.device,
+) -> list[Maker]:
+    views = 2 if flip else 1
+    makers: list[Any] = []
+    if reference is not None and codec is None:
+        if flip:
+            raise ConfigError(
+                "--flip: the reference layout holds no latents of mirrored images; encode them "
+                "with --codec sd-vae"
+            )
+        makers.append(_ReferenceMoments(data, reference))
+    if codec is not None:
+        makers.append(_Moments(codec, data.resolution, views, precision, device))
+    names = [encoder.name for encoder in encoders]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--cache-features: {name} is named twice")
+    makers += [_Features(e, data.resolution, views, precision, device) for e in encoders]
+    return makers
+
+
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+# The set ------------------------------------------------------------------------------------------
+
+
+def _stem(data: ShardSet, shard: int) -> str:
+    return Path(data.manifest.shards[shard].file).stem
+
+
+def _check_space(folder: Path, data: ShardSet, makers: Sequence[Maker]) -> None:
+    needed = sum(
+        data.shard_sizes[shard] * maker.column.views * maker.column.dtype.itemsize
+        for maker in makers
+        for shard in range(len(data.shard_sizes))
+        if not finished(folder, maker.column, _stem(data, shard))
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        names = ", ".join(maker.column.name for maker in makers)
+        raise DataError(
+            f"{folder}: {names} take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        )
+
+
+def _finish(data: ShardSet, columns: Sequence[Column]) -> None:
+    """Put the finished columns in the manifest, then remove what they replace."""
+    new: dict[str, Any] = {}
+    records = []
+    for column in columns:
+        files, cosine = [], 1.0
+        for shard in range(len(data.shard_sizes)):
+            done = finished(data.path, column, _stem(data, shard))
+            if done is None:
+                raise DataError(
+                    f"{data.path}: {column.name} of {_stem(data, shard)} was not finished"
+                )
+            files.append(FileRecord.model_validate(done["file"]))
+            cosine = min(cosine, done["min_cosine"])
+            records.append(paths(data.path, column, _stem(data, shard))[1])
+        update: dict[str, Any] = {"files": tuple(files)}
+        if isinstance(column, FeaturesColumn):
+            update["min_cosine"] = cosine
+        new[column.name] = column.model_copy(update=update)
+    before = data.manifest
+    features = {column.name: column for column in before.features}
+    features |= {k: v for k, v in new.items() if isinstance(v, FeaturesColumn)}
+    after = before.model_copy(
+        update={
+            "moments": new.get("moments", before.moments),
+            "features": tuple(features[name] for name in sorted(features)),
+        }
+    )
+    write_manifest(data.path, after)
+    for record in records:
+        record.unlink()
+    for path in _files(before) - _files(after):
+        (data.path / path).unlink(missing_ok=True)
+
+
+def _files(manifest: Manifest) -> set[str]:
+    return {record.file for column in manifest.columns for record in column.files}
+
+
+# The pass over the images -------------------------------------------------------------------------
+
+
+class _ShardByShard:
+    """Positions of some shards in full batches: the last of a shard repeats its last sample."""
+
+    def __init__(self, shards: Sequence[int], sizes: Sequence[int], batch: int) -> None:
+        self._shards, self._sizes = list(shards), [sizes[shard] for shard in shards]
+        self._starts = np.cumsum([0, *(-(-size // batch) * batch for size in self._sizes)])
+        self.num_samples = int(self._starts[-1])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        position %= self.num_samples
+        place = int(np.searchsorted(self._starts, position, side="right")) - 1
+        sample = min(position - int(self._starts[place]), self._sizes[place] - 1)
+        return self._shards[place], sample
+
+
+def _encode(
+    data: ShardSet,
+    makers: Sequence[Maker],
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+    progress: bool,
+) -> None:
+    """Make this rank's unfinished column files."""
+    todo = {
+        shard: missing
+        for shard in range(ranks.rank, len(data.shard_sizes), ranks.size)
+        if (missing := [m for m in makers if not finished(data.path, m.column, _stem(data, shard))])
+    }
+    if not todo:
+        return
+    mine = "" if ranks.size == 1 else f", rank {ranks.rank + 1} of {ranks.size}"
+    columns = (
+        TextColumn(f"encoding{mine}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images, {task.fields[rate]:.0f}/s"),
+        TimeRemainingColumn(),
+    )
+    reads_images = any(maker.reads_images for maker in makers)
+    show = progress and ranks.rank == 0
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not show) as bar,
+        _images(data, list(todo), batch_size, device, reads_images) as images,
+        ThreadPoolExecutor(1, "column-writer") as writer,
+    ):
+        task = bar.add_task("", total=sum(data.shard_sizes[shard] for shard in todo), rate=0.0)
+        started, done = time.monotonic(), 0
+        waiting: list[Future[None]] = []
+        for shard, missing in todo.items():
+            size = data.shard_sizes[shard]
+            files = [
+                ColumnFile(data.path, maker.column, shard, _stem(data, shard), size)
+                for maker in missing
+            ]
+            try:
+                for first in range(0, size, batch_size):
+                    batch = next(images)
+                    samples = range(first, min(first + batch_size, size))
+                    for maker, file in zip(missing, files, strict=True):
+                        rows, cosine = _named(maker, batch, data, shard, samples)
+                        waiting.append(writer.submit(file.append, rows, cosine))
+                    while len(waiting) > PENDING_WRITES:
+                        waiting.pop(0).result()
+                    done += len(samples)
+                    rate = done / max(time.monotonic() - started, 1e-3)
+                    bar.update(task, completed=done, rate=rate)
+                while waiting:
+                    waiting.pop(0).result()
+                for file in files:
+                    file.finish()
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                writer.shutdown()
+                for file in files:
+                    file.drop()
+                raise
+
+
+def _named(
+    maker: Maker, images: Tensor | None, data: ShardSet, shard: int, samples: range
+) -> tuple[np.ndarray, float]:
+    """The maker's rows; its errors name the shard and the samples."""
+    try:
+        rows: tuple[np.ndarray, float] = maker.rows(images, shard, samples)
+        return rows
+    except DataError as error:
+        where = f"{data.path / data.manifest.shards[shard].file}"
+        raise DataError(
+            f"{where}: samples {samples.start} to {samples.stop - 1}: {error}"
+        ) from None
+
+
+@contextmanager
+def _images(
+    data: ShardSet, shards: list[int], batch: int, device: torch.device, reads_images: bool
+) -> Iterator[Iterator[Tensor | None]]:
+    """Full batches uint8 [batch,3,R,R] of the shards, one after the other."""
+    if not reads_images:
+        yield iter(lambda: None, 0)
+        return
+    config = DataConfig(path=str(data.path), resolution=data.resolution)
+    with DataPipeline(
+        data,
+        config,
+        global_batch=batch,
+        micro_batch=batch,
+        device=device,
+        order=_ShardByShard(shards, data.shard_sizes, batch),
+    ) as batches:
+        yield (b.image_u8 for b in batches)

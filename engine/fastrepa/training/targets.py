@@ -1,0 +1,116 @@
+"""What the generator is aligned to, and where its latents come from: computed online, or stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrepa.config import Config, DataConfig
+from fastrepa.data.codec import Codec
+from fastrepa.data.datasets import DataSet
+from fastrepa.data.pipeline import Batch
+from fastrepa.errors import ConfigError, nearest
+from fastrepa.vision.features import (
+    CachedFeatures,
+    FrozenEncoder,
+    build_encoder,
+    cached_features,
+    check_column,
+)
+
+PREPARE = "fastrepa data encode PATH"
+
+
+class Targets:
+    """The alignment's targets of a batch, one tensor [B,T,Z] for each configured encoder.
+
+    encoders: the frozen networks (`vision.targets: online`) or their stand-ins (`cached`).
+    columns: names of the encoders whose stored features a batch must carry.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        grid: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        random_weights: bool,
+    ) -> None:
+        self.config = config.vision
+        self.cached = config.vision.targets == "cached"
+        self.encoders: list[FrozenEncoder | CachedFeatures] = []
+        for encoder in config.vision.encoders:
+            size = {"resolution": config.data.resolution, "grid": grid}
+            if self.cached:
+                self.encoders.append(cached_features(encoder, **size, dtype=dtype))
+                continue
+            if random_weights:
+                encoder = encoder.model_copy(update={"weights": "random"})
+            self.encoders.append(build_encoder(encoder, **size, dtype=dtype, device=device))
+        self.widths = [encoder.width for encoder in self.encoders]
+        self.columns = tuple(e.name for e in self.encoders) if self.cached else ()
+        self.need_images = bool(self.encoders) and not self.cached
+
+    def check(self, data: DataSet, *, weights: bool) -> None:
+        """ConfigError unless the set holds every column that is needed, made as configured.
+
+        With `weights` the encoders' weights are compared too (one rank is enough).
+        """
+        if not self.cached:
+            return
+        stored = {column.encoder: column for column in data.features}
+        for config, encoder in zip(self.config.encoders, self.encoders, strict=True):
+            if config.name not in stored:
+                there = f"it holds {', '.join(stored)}" if stored else "it holds none"
+                raise ConfigError(
+                    f"vision.targets: 'cached', but {data.path} has no features of {config.name} "
+                    f"({there}){nearest(config.name, stored)}; make them with: {PREPARE} "
+                    f"--cache-features {config.name}"
+                )
+            check_column(stored[config.name], config, encoder.plan, weights=weights)
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        if self.cached:
+            pairs = zip(self.encoders, batch.features, strict=True)
+            return [encoder(stored.scale, stored.tokens) for encoder, stored in pairs]
+        return [encoder(batch.image_u8) for encoder in self.encoders]
+
+    def describe(self) -> str:
+        """For a run's first line."""
+        how = " (cached)" if self.cached else ""
+        names = (
+            f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px{how}"
+            for e in self.encoders
+        )
+        return ", ".join(names) or "none"
+
+
+def latents_are_cached(config: DataConfig, data: DataSet, codec: Codec) -> bool:
+    """Whether a run takes its latents from the set's moments.
+
+    ConfigError where `data.latents: cached` asks for what is not there, and where the moments are
+    another autoencoder's, which `auto` must not pass over in silence either.
+    """
+    if config.latents == "online" or config.codec.name == "pixel":
+        return False
+    moments = data.moments
+    if moments is None:
+        if config.latents == "cached":
+            raise ConfigError(
+                f"data.latents: 'cached', but {data.path} holds no latents; make them with: "
+                f"{PREPARE} --codec {config.codec.name}"
+            )
+        return False
+    if (moments.channels, moments.side) != (codec.channels, codec.side):
+        raise ConfigError(
+            f"data.latents: {data.path} holds moments of {moments.channels}x{moments.side}x"
+            f"{moments.side}, the codec gives {codec.channels}x{codec.side}x{codec.side}"
+        )
+    if moments.digest is not None and moments.digest != getattr(codec, "digest", None):
+        raise ConfigError(
+            f"data.latents: the moments in {data.path} are of another autoencoder "
+            f"({moments.weights!r}) than data.codec.weights {config.codec.weights!r}; set "
+            f"data.latents=online or encode them again with --replace"
+        )
+    return True
