@@ -345,10 +345,14 @@ class _Decoder:
             )
             if on_gpu:
                 images = images.gpu()
+            mirror: Any = 0
             if flip:
                 mirror = fn.external_source(name="mirror", dtype=types.DALIDataType.INT32, ndim=0)
-                images = fn.flip(images, horizontal=mirror)
-            self._pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
+            # HWC -> CHW, and the mirroring on the way: half the time of `fn.transpose`.
+            images = fn.crop_mirror_normalize(
+                images, mirror=mirror, dtype=types.DALIDataType.UINT8, output_layout="CHW"
+            )
+            self._pipe.set_outputs(images)
         self._pipe.build()
 
     @property
