@@ -87,22 +87,44 @@ def train(
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Class folders of images, a tar, tar.gz or zip of them, WebDataset tars, parquet "
+            "tables, or a set of REPA's layout."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
     resolution: Annotated[int, typer.Option(help="Side of the square crops in pixels.")],
     shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     image_format: Annotated[str, typer.Option("--format", help="png, jpeg or webp.")] = "png",
-    quality: Annotated[int, typer.Option(help="JPEG and WebP quality, 1 to 100.")] = 95,
+    quality: Annotated[
+        int, typer.Option(help="JPEG and WebP quality, 1 to 100; WebP at 100 is lossless.")
+    ] = 95,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes per rank; default: one per core.")
+    ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave unreadable images out, named and counted.")
+        bool, typer.Option("--skip-bad", help="Leave unusable images out, named and counted.")
     ] = False,
+    inside: Annotated[
+        str | None, typer.Option(help="Folder inside the source that holds the class folders.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="File that names the classes of a source with numbers.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
 ) -> None:
-    """Turn a tree of class folders into shuffled, checksummed shards."""
-    from fastrepa.data.prepare import prepare as make_shards
+    """Turn labelled images into shuffled, checksummed shards; under torchrun, on every rank.
 
-    report = make_shards(
+    A run that was killed goes on where it stopped. The set does not depend on processes or ranks.
+    """
+    from fastrepa.data.prepare import prepare as make_shards
+    from fastrepa.data.prepared_report import print_report
+
+    done = make_shards(
         source,
         out,
         resolution=resolution,
@@ -112,17 +134,14 @@ def prepare(
         seed=seed,
         workers=workers,
         skip_bad=skip_bad,
+        inside=inside,
+        class_names=class_names,
+        image_column=image_column,
+        label_column=label_column,
+        encode=None,
     )
-    console = Console(highlight=False)
-    for name, reason in report.skipped:
-        console.print(f"skipped {name}: {reason}", markup=False)
-    if report.ignored:
-        console.print(f"ignored {len(report.ignored)} files that are no images by their names")
-    console.print(
-        f"{report.num_samples} images of {len(report.counts)} classes in {report.num_shards} "
-        f"shards, {report.num_bytes / 1e6:.1f} MB, {report.resolution} px, in "
-        f"{report.seconds:.1f} s: {report.path}"
-    )
+    if done.is_first:
+        print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
 
 
 @data_app.command("verify")
@@ -207,12 +226,12 @@ def data_encode(
     encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
     """
     from fastrepa.data.encode import encode_columns, encode_settings, print_encoded
-    from fastrepa.data.ranks import join_ranks
+    from fastrepa.data.ranks import joined_ranks
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
     if settings is None:
         raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
-    with join_ranks() as ranks:
+    with joined_ranks() as ranks:
         report = encode_columns(path, **settings, replace=replace, ranks=ranks)
     if ranks.rank == 0:
         print_encoded(report, Console(highlight=False))

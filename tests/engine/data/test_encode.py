@@ -185,7 +185,7 @@ class _NotFirstError(Exception):
     """Ends a rank where it would wait for the first."""
 
 
-def _not_first() -> None:
+def _not_first(_: object) -> None:
     raise _NotFirstError
 
 
@@ -254,9 +254,7 @@ class FailsAfter:
         return quantise(x if self.images < self.limit else x * float("nan"))
 
 
-def test_full_disk_is_known_beforehand(
-    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_known_beforehand(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = make_set()
     before = contents(shards.path)
     usage = shutil.disk_usage(shards.path)
