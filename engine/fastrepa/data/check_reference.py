@@ -4,28 +4,29 @@
     vae-sd/00000/img-mean-std-00000000.npy   float32 [8,h,w], cat[mean, std]
     vae-sd/dataset.json                      {"labels": [["00000/img-mean-std-00000000.npy", 12]]}
 
-An image and its latents are paired by name: the same folder, and the same text after the prefix.
+An image, its latents and its label are paired by name: by folder and number.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fastrepa.data.checks import Check, Findings, Problem, image_problem
+from fastrepa.data.reference import IMAGES, LABELS, LATENTS
 
-IMAGES, LATENTS, LABELS = "images", "vae-sd", "dataset.json"
-IMAGE_PREFIX, LATENTS_PREFIX = "img", "img-mean-std-"
 CHANNELS, DOWN = 8, 8  # of Stable Diffusion's moments; pixels a latent
 PAIRS_PER_CHECK = 128
+_NAMES = {IMAGES: r"img(\d+)\.png", LATENTS: r"img-mean-std-(\d+)\.npy"}
 _LOOKED_AT = 9  # images whose size is looked at to know that of the set
 
 
@@ -36,8 +37,8 @@ def is_reference(folder: Path) -> bool:
 
 def plan_reference(folder: Path, findings: Findings, *, quick: bool) -> list[Check]:
     """Check names, pairs and labels now; what needs the files' contents, later unless `quick`."""
-    images = _by_key(folder, IMAGES, ".png", IMAGE_PREFIX, findings)
-    latents = _by_key(folder, LATENTS, ".npy", LATENTS_PREFIX, findings)
+    images = _by_key(folder, IMAGES, findings)
+    latents = _by_key(folder, LATENTS, findings)
     for key in sorted(images.keys() - latents.keys()):
         findings.wrong(f"{IMAGES}/{images[key]}", "has no latents of its name")
     for key in sorted(latents.keys() - images.keys()):
@@ -99,8 +100,10 @@ def _latents_problems(path: Path, side: int) -> Iterator[str]:
     if not isinstance(moments, np.ndarray):
         yield "an archive of arrays, not one"
         return
-    if moments.dtype != np.float32:
-        yield f"of dtype {moments.dtype}, not float32"
+    if moments.dtype != np.dtype("<f4"):
+        yield f"of dtype {moments.dtype}, not float32 (<f4)"
+    if moments.ndim > 1 and moments.flags.f_contiguous:
+        yield "in Fortran order"
     if moments.shape != (CHANNELS, side, side):
         yield f"of shape {list(moments.shape)}, not {[CHANNELS, side, side]}"
     elif moments.dtype.kind == "f":
@@ -110,24 +113,26 @@ def _latents_problems(path: Path, side: int) -> Iterator[str]:
             yield "a negative standard deviation"
 
 
-def _by_key(
-    folder: Path, part: str, suffix: str, prefix: str, findings: Findings
-) -> dict[str, str]:
-    """Path below `part` of every file of the layout, by what pairs it; notes on all others."""
+def _by_key(folder: Path, part: str, findings: Findings) -> dict[str, str]:
+    """Path below `part` of every file of the layout, by FOLDER/NUMBER."""
     found: dict[str, str] = {}
     if not (folder / part).is_dir():
         findings.wrong(f"{part}/", "missing")
         return found
     for place, _, names in os.walk(folder / part):
+        below = Path(place).relative_to(folder / part)
         for name in sorted(names):
-            path = Path(place, name).relative_to(folder / part).as_posix()
-            if name.startswith(prefix) and name.endswith(suffix):
-                key = name.removeprefix(prefix).removesuffix(suffix)
-                found[(PurePosixPath(path).parent / key).as_posix()] = path
+            path = (below / name).as_posix()
+            match = re.fullmatch(_NAMES[part], name)
+            if match and len(below.parts) == 1:
+                found[f"{below}/{match[1]}"] = path
+            elif len(below.parts) == 1 and not name.startswith("."):
+                # Opening the set refuses it, for it may be a sample with a broken name.
+                findings.wrong(f"{part}/{path}", "its name is not of the reference's layout")
             elif path != LABELS or part != LATENTS:
                 findings.notes.append(f"{part}/{path}: unknown; not of the reference's layout")
     if not found:
-        findings.wrong(f"{part}/", f"holds no {prefix}*{suffix}")
+        findings.wrong(f"{part}/", "holds no file of the reference's layout")
     return found
 
 

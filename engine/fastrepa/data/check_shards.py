@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from fastrepa.data.checks import Check, Findings, Problem, image_problem
 from fastrepa.data.columns import CRC_BYTES, open_rows
 from fastrepa.data.index import KEY_DIGITS, load_index
+from fastrepa.data.partial import CONTACT_SHEET, REPORT
 from fastrepa.data.shards import (
     EXTENSIONS,
     MANIFEST,
@@ -35,6 +36,7 @@ IMAGES_PER_CHECK = 256
 BYTES_PER_CHECK = 32 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _HASH_STEP = 8 << 20
+_BESIDE = (MANIFEST, REPORT, CONTACT_SHEET)  # what belongs to a set and is in no list
 
 _Size = TypeVar("_Size", int, np.ndarray)
 
@@ -116,10 +118,15 @@ def _records(manifest: Manifest) -> Iterator[FileRecord]:
 
 def _note_others(folder: Path, known: set[str], findings: Findings) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name in known or path.name == MANIFEST:
+        if path.name in known or path.name in _BESIDE:
             continue
-        if path.name.startswith(".") and path.name.endswith((".tmp", ".partial")):
+        if path.name.endswith(".tmp"):
             findings.notes.append(f"{path.name}: left by a run that was interrupted")
+        elif ".moments." in path.name or ".features." in path.name:
+            findings.notes.append(
+                f"{path.name}: of a column that the manifest does not list; its encoding is "
+                f"unfinished, the same fastrepa data encode goes on"
+            )
         else:
             findings.notes.append(f"{path.name}: unknown; the manifest does not list it")
 

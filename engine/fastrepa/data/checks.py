@@ -27,6 +27,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from fastrepa.data.partial import partial_folder
 from fastrepa.data.spawn import clean_start, end_with_parent
 from fastrepa.errors import DataError
 
@@ -191,7 +192,7 @@ def _run_one(check: Check) -> list[Problem]:
 
 def leftovers(folder: Path) -> list[str]:
     """Notes on what unfinished runs of `fastrepa prepare` left beside the set in `folder`."""
-    partial = folder.resolve().parent / f".{folder.resolve().name}.partial"
+    partial = partial_folder(folder.resolve())
     if not partial.exists():
         return []
-    return [f"{partial}: left by an unfinished fastrepa prepare (or one at work now)"]
+    return [f"{partial.name}: beside the set: of a fastrepa prepare unfinished, or at work now"]

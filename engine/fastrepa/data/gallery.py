@@ -1,141 +1,134 @@
-"""A data set as something to look at: any sample's image, latents and tokens, by its number.
-
-One sample at a time, each checked by its CRC-32; training reads elsewhere (reader.py).
-"""
+"""A data set as something to look at: any sample's image, latents and tokens, by its number."""
 
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastrepa.data.columns import first_damaged, open_rows
+from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.index import load_index
+from fastrepa.data.reference import ReferenceSet
 from fastrepa.data.shards import FeaturesColumn, MomentsColumn, ShardSet
+from fastrepa.data.store import SampleStore, Slots
 from fastrepa.errors import DataError
 
 
-class Gallery(Protocol):
-    """What is shown of a set of N samples, numbered 0 .. N-1. Reading raises DataError.
+class Gallery:
+    """The N samples of a set of either layout, numbered 0 .. N-1; read as training reads them.
 
-    labels: int64 [N]; classes: names, or numbers where it has none; encoders: its feature columns.
+    labels: int64 [N]; classes: names, or numbers where it has none; encoders: its feature columns;
+    moments: what is known of its latents, or None. Reading raises DataError, naming the sample.
     """
 
-    path: Path
-    resolution: int
-    classes: list[str]
-    labels: np.ndarray
-    has_moments: bool
-    encoders: tuple[FeaturesColumn, ...]
+    def __init__(self, path: Path) -> None:
+        """Open the data set in folder `path`; DataError where it is none or files do not fit."""
+        self._data = data = open_data(path, verify="sizes")
+        self.path, self.resolution, self.classes = path, data.resolution, data.classes
+        self.moments, self.encoders = data.moments, data.features
+        self.labels = _labels(data)
+        self._ends = np.cumsum(data.shard_sizes)
+        self._stores: dict[str, SampleStore] = {}
 
     def key(self, number: int) -> str:
         """What the set calls a sample."""
+        place = self._place(number)
+        if isinstance(self._data, ReferenceSet):
+            image = self._data.pair(*place).image
+            return f"{image.parent.name}/{image.stem}"
+        return self._store("image").name(*place).rpartition(" ")[2]
 
     def image(self, number: int) -> np.ndarray:
         """uint8 [R,R,3]"""
+        encoded: list[Any] = [None]
+        self._fill("image", number, encoded=encoded)
+        try:
+            with Image.open(io.BytesIO(encoded[0].tobytes())) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+            name = self._store("image").name(*self._place(number))
+            raise DataError(f"{name}: cannot be decoded ({error})") from None
 
     def latent_mean(self, number: int) -> np.ndarray:
-        """float32 [C,h,w]; only where has_moments."""
+        """float32 [C,h,w]; only where the set has moments."""
+        column = self.moments
+        assert column is not None
+        kind = np.float16 if column.files else np.float32  # in the reference's layout
+        moments = np.empty((1, 2 * column.channels, column.side, column.side), dtype=kind)
+        self._fill("moments", number, moments=moments)
+        return moments[0, : column.channels].astype(np.float32)
 
     def tokens(self, encoder: FeaturesColumn, number: int) -> np.ndarray:
         """float32 [T,Z]"""
+        scale = np.empty((1, encoder.grid**2), dtype=np.float16)
+        tokens = np.empty((*scale.shape, encoder.width), dtype=np.int8)
+        self._fill(encoder.name, number, features=((scale, tokens),))
+        return tokens[0].astype(np.float32) * scale[0].astype(np.float32)[:, None]
 
     def summary(self) -> list[tuple[str, str]]:
         """Properties of the set, in words."""
-
-
-def open_gallery(path: Path) -> Gallery:
-    """Open the data set in folder `path`; DataError where it is none, or its files do not fit."""
-    return ShardGallery(ShardSet.open(path, verify="sizes"))
-
-
-class ShardGallery:
-    """A prepared set (shards.py)."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards, manifest = shards, shards.manifest
-        self.path, self.resolution, self.classes = shards.path, shards.resolution, shards.classes
-        self._index = np.concatenate([load_index(path) for path in shards.index_paths])
-        self._ends = np.cumsum(shards.shard_sizes)
-        self.labels = self._index["label"].astype(np.int64)
-        self.has_moments, self.encoders = manifest.moments is not None, manifest.features
-
-    def key(self, number: int) -> str:
-        return self._index["key"][number].decode()
-
-    def image(self, number: int) -> np.ndarray:
-        shard, _ = self._place(number)
-        record = self._index[number]
-        path = self._shards.shard_paths[shard]
-        with path.open("rb") as file:
-            file.seek(int(record["image_offset"]))
-            data = file.read(int(record["image_size"]))
-        if zlib.crc32(data) != record["image_crc32"]:
-            raise DataError(
-                f"{path}: sample {self.key(number)} is damaged; see fastrepa data verify"
-            )
-        return decoded(data, f"{path}: sample {self.key(number)}")
-
-    def latent_mean(self, number: int) -> np.ndarray:
-        column = self._shards.manifest.moments
-        assert column is not None
-        return self._row(column, number)["moments"][: column.channels].astype(np.float32)
-
-    def tokens(self, encoder: FeaturesColumn, number: int) -> np.ndarray:
-        row = self._row(encoder, number)
-        return row["tokens"].astype(np.float32) * row["scale"].astype(np.float32)[:, None]
-
-    def summary(self) -> list[tuple[str, str]]:
-        manifest = self._shards.manifest
-        counts = sorted(record.samples for record in manifest.classes)
-        quality = f", quality {manifest.quality}" if manifest.quality is not None else ""
-        num_bytes = sum(shard.bytes for shard in manifest.shards)
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        shards, samples = len(self._data.shard_sizes), len(self.labels)
+        if isinstance(self._data, ShardSet):
+            manifest = self._data.manifest
+            quality = f", quality {manifest.quality}" if manifest.quality is not None else ""
+            where, layout = "shards", f"{manifest.image_format}{quality}, in tar shards"
+            size = [("bytes", _size(sum(shard.bytes for shard in manifest.shards), samples))]
+            if manifest.skipped:
+                size.append(("left out", f"{len(manifest.skipped):,} sources"))
+        else:
+            where, layout = "folders", "png, in the reference's layout"
+            size = [("bytes", _size(_bytes_below(self.path), samples))]
         rows = [
             ("set", str(self.path)),
-            ("images", f"{manifest.num_samples:,} in {len(manifest.shards):,} shards"),
-            ("classes", f"{len(counts):,}, of {counts[0]:,} to {counts[-1]:,} images"),
-            ("resolution", f"{manifest.resolution} px"),
-            ("format", f"{manifest.image_format}{quality}"),
-            ("bytes", size_in_words(num_bytes, manifest.num_samples)),
+            ("images", f"{samples:,} in {shards:,} {where}"),
+            ("classes", f"{len(counts):,}, of {counts.min():,} to {counts.max():,} images"),
+            ("resolution", f"{self.resolution} px"),
+            ("format", layout),
+            *size,
         ]
-        if manifest.skipped:
-            rows.append(("left out", f"{len(manifest.skipped):,} sources"))
-        for column in manifest.columns:
-            rows.append((column.name, _described(column, manifest.num_samples)))
-        return rows
+        columns = (*((self.moments,) if self.moments else ()), *self.encoders)
+        return rows + [(column.name, _described(column, samples)) for column in columns]
+
+    def _fill(self, field: str, number: int, **slots: Any) -> None:
+        place = self._place(number)
+        label = np.empty(1, dtype=np.int64)
+        self._store(field).fill(Slots(places=[place], views=[0], label=label, **slots), 0)
+
+    def _store(self, field: str) -> SampleStore:
+        if field not in self._stores:
+            encoder = field.removeprefix("features.")
+            self._stores[field] = self._data.store(
+                image=field == "image",
+                moments=field == "moments",
+                features=[encoder] if encoder != field else [],
+                open_shards=1,
+            )
+        return self._stores[field]
 
     def _place(self, number: int) -> tuple[int, int]:
         """The shard of a sample, and its place there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, int(number - self._ends[shard] + self._shards.shard_sizes[shard])
-
-    def _row(self, column: MomentsColumn | FeaturesColumn, number: int) -> np.ndarray:
-        """View 0 of a sample's row."""
-        shard, place = self._place(number)
-        path = self.path / column.files[shard].file
-        rows = open_rows(path, column.dtype, self._shards.shard_sizes[shard], column.views)
-        row = np.array(rows[place : place + 1])
-        if first_damaged(row) is not None:
-            raise DataError(
-                f"{path}: sample {self.key(number)} is damaged; see fastrepa data verify"
-            )
-        return row[0, 0]
+        return shard, int(number - self._ends[shard] + self._data.shard_sizes[shard])
 
 
-def decoded(data: bytes, where: str) -> np.ndarray:
-    """uint8 [H,W,3] of an encoded image; DataError naming `where`."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise DataError(f"{where}: cannot be decoded ({error})") from None
+def _labels(data: DataSet) -> np.ndarray:
+    if isinstance(data, ShardSet):
+        parts = [load_index(path)["label"] for path in data.index_paths]
+    else:
+        assert isinstance(data, ReferenceSet)
+        parts = [folder.labels for folder in data._folders]
+    return np.concatenate(parts).astype(np.int64)
 
 
-def size_in_words(num_bytes: int, samples: int) -> str:
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(num_bytes: int, samples: int) -> str:
     """Decimal units, and bytes an image."""
     value, units = float(num_bytes), ["TB", "GB", "MB", "kB", "B"]
     while value >= 1000 and len(units) > 1:
@@ -146,13 +139,16 @@ def size_in_words(num_bytes: int, samples: int) -> str:
 
 
 def _described(column: MomentsColumn | FeaturesColumn, samples: int) -> str:
+    made = f"made in {column.precision} with {column.weights}" if column.files else "fp32"
     views = "1 view" if column.views == 1 else f"{column.views} views (mirrored, too)"
-    size = size_in_words(sum(record.bytes for record in column.files), samples)
+    words = [made, views]
     if isinstance(column, MomentsColumn):
-        what = f"fp16 [{2 * column.channels}, {column.side}, {column.side}]"
-        return f"{what}, made in {column.precision} with {column.weights}, {views}, {size}"
-    what = f"{column.timm_name} at {column.input_side} px, int8 [{column.grid**2}, {column.width}]"
-    return (
-        f"{what}, made in {column.precision} with {column.weights}, min cosine "
-        f"{column.min_cosine:.5f}, {views}, {size}"
-    )
+        kind = "fp16 " if column.files else ""
+        words.insert(0, f"{kind}[{2 * column.channels}, {column.side}, {column.side}]")
+    else:
+        shape = f"int8 [{column.grid**2}, {column.width}]"
+        words.insert(0, f"{column.timm_name} at {column.input_side} px, {shape}")
+        words.insert(2, f"min cosine {column.min_cosine:.5f}")
+    if column.files:
+        words.append(_size(sum(record.bytes for record in column.files), samples))
+    return ", ".join(words)

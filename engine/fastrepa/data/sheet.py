@@ -46,15 +46,15 @@ def contact_sheet(
 ) -> Image.Image:
     """Images uint8 [H,W,3] row by row on white, each over its caption: a name, a paler line.
 
-    `columns` defaults to what makes the sheet a little wider than high. Texts too long for their
-    tile end in an ellipsis. Raises ValueError for no images.
+    `columns` defaults to what leaves few places empty on a sheet a little wider than high. Texts
+    too long for their tile end in an ellipsis. Raises ValueError for no images.
     """
     if not len(images):
         raise ValueError("images: nothing to show")
     tiles = [tile(image) for image in images]
     width = max(max(t.width for t in tiles), 64)
     height = max(t.height for t in tiles)
-    columns = min(len(tiles), columns or max(4, math.ceil(math.sqrt(1.6 * len(tiles)))))
+    columns = min(len(tiles), columns or _columns_for(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     line = _line_height(_TEXT_SIZE)
     step_x, step_y = width + _GUTTER, height + 2 * line + 4 + _GUTTER
@@ -157,6 +157,12 @@ def principal_components(tokens: np.ndarray, count: int = 3) -> np.ndarray:
     largest = np.abs(axes).argmax(axis=1)
     signs = np.sign(axes[np.arange(len(axes)), largest])
     return x @ (axes * np.where(signs == 0, 1.0, signs)[:, None]).T
+
+
+def _columns_for(count: int) -> int:
+    wide = max(4, round(math.sqrt(1.5 * count)))
+    near = range(max(4, wide - 2), wide + 3)
+    return min(near, key=lambda columns: (-count % columns, abs(columns - wide)))
 
 
 def _blank(width: int, height: int, title: str) -> tuple[Image.Image, int]:

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.table import Table
 
-from fastrepa.data.gallery import Gallery, open_gallery
+from fastrepa.data.gallery import Gallery
 from fastrepa.data.shards import write_whole
 from fastrepa.data.sheet import (
     Strip,
@@ -66,11 +66,11 @@ def show(
     for name, value, low in (("num", num, 1), ("features", features, 0), ("seed", seed, 0)):
         if value < low:
             raise DataError(f"{name} must be at least {low}, not {value}")
-    gallery = open_gallery(Path(path))
+    gallery = Gallery(Path(path))
     name = Path(path).resolve().name
     sheet_path = _picture_path(name, out)
     columns_path = sheet_path.with_name(f"{sheet_path.stem}_columns.png")
-    with_columns = features > 0 and (gallery.has_moments or gallery.encoders)
+    with_columns = features > 0 and (gallery.moments or gallery.encoders)
     wanted = [sheet_path, *([columns_path] if with_columns else [])]
     for picture in wanted:
         _check_free(picture)
@@ -125,7 +125,7 @@ def print_shown(report: ShowReport, console: Console) -> None:
 def _columns_picture(gallery: Gallery, chosen: np.ndarray, name: str) -> Image.Image:
     images = [gallery.image(number) for number in chosen]
     strips = [Strip(images, "image", f"{gallery.resolution} px", smooth=True)]
-    if gallery.has_moments:
+    if gallery.moments is not None:
         means = np.stack([gallery.latent_mean(number) for number in chosen])  # [n, C, h, w]
         colours = false_colours(means[:, :_PREVIEWED].transpose(0, 2, 3, 1))
         remark = f"mean, channels 1-{min(_PREVIEWED, means.shape[1])}\n{list(means.shape[1:])}"
