@@ -1,12 +1,12 @@
-"""Real DALI, real shards: batches are the prepared images, in order, exactly once, and safe."""
+"""Real threads, real DALI: batches are what is stored, in order, exactly once, and safe."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -18,30 +18,43 @@ import pytest
 import torch
 
 from fastrepa.config import DataConfig
-from fastrepa.data.images import load_square
+from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.index import load_index
 from fastrepa.data.pipeline import Batch, DataPipeline
 from fastrepa.data.reader import SampleOrder
 from fastrepa.data.shards import ShardSet
-from fastrepa.data.spawn import WORKER_DIED
 from fastrepa.errors import ConfigError, DataError
+from tests.engine.data import written
 from tests.engine.data.trees import flip_byte
 
 MakeSet = Callable[..., ShardSet]
 CPU = torch.device("cpu")
+CONFIG = ("readers", "read_ahead", "window", "decode", "prefetch", "flip", "remainder")
+EVERYTHING: dict[str, Any] = {"moments": True, "features": ("one", "two")}
 
 
-def open_pipeline(shards: ShardSet, **options: Any) -> DataPipeline:
-    """A pipeline on the CPU; `workers`, `window`, `decode` and `prefetch` go to the config."""
-    names = ("workers", "window", "decode", "prefetch")
-    data = {"workers": 0, "window": 2, **{n: options.pop(n) for n in names if n in options}}
-    config = DataConfig(path=str(shards.path), resolution=shards.resolution, **data)
+@pytest.fixture
+def make_set(tmp_path: Path) -> MakeSet:
+    """34 images of noise in shards of 8: make_set(image_format="jpeg", latents=2, ...)."""
+    return lambda name="set", **options: written.write_set(tmp_path / name, **options)
+
+
+@pytest.fixture
+def full_set(make_set: MakeSet) -> ShardSet:
+    """With latents and the features of two encoders, mirrored ones too."""
+    return make_set(latents=2, encoders={"one": 2, "two": 2})
+
+
+def open_pipeline(data: DataSet, **options: Any) -> DataPipeline:
+    """A pipeline on the CPU; what belongs into the configuration goes there."""
+    chosen = {"readers": 3, "window": 2, **{n: options.pop(n) for n in CONFIG if n in options}}
+    config = DataConfig(path=str(data.path), resolution=data.resolution, **chosen)
     settings: dict[str, Any] = {"global_batch": 6, "micro_batch": 6, "device": CPU, **options}
-    return DataPipeline(shards, config, **settings)
+    return DataPipeline(data, config, **settings)
 
 
-def take(shards: ShardSet, batches: int, **options: Any) -> list[Batch]:
-    with open_pipeline(shards, **options) as pipeline:
+def take(data: DataSet, batches: int, **options: Any) -> list[Batch]:
+    with open_pipeline(data, **options) as pipeline:
         return [next(pipeline) for _ in range(batches)]
 
 
@@ -51,83 +64,196 @@ def exhaust(pipeline: DataPipeline) -> None:
         next(pipeline)
 
 
-def joined(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([b.image_u8 for b in batches]), torch.cat([b.label for b in batches])
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    """Everything a batch holds."""
+    stored = [t for f in batch.features for t in (f.scale, f.tokens)]
+    return [t for t in (batch.image_u8, batch.moments, batch.label, *stored) if t is not None]
+
+
+def joined(batches: list[Batch]) -> list[torch.Tensor]:
+    return [torch.cat(parts) for parts in zip(*map(tensors, batches), strict=True)]
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(joined(left), joined(right), strict=True))
 
 
-def expected(shards: ShardSet, tree: Path, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [n,3,R,R] and labels [n], straight from the source files."""
-    sources = [json.loads(line) for line in (shards.path / "sources.jsonl").open()]
-    order = SampleOrder(shards.shard_sizes, seed=0, window=2)
-    images, labels = [], []
-    for shard, sample in map(order.locate, positions):
-        key = int(load_index(shards.index_paths[shard])[sample]["key"])
-        images.append(np.asarray(load_square(tree / sources[key], shards.resolution)))
-        labels.append(shards.classes.index(sources[key].split("/")[0]))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+def stack(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(parts))
+
+
+def numbers(data: DataSet, positions: range, **options: Any) -> list[int]:
+    """The samples at some positions of the order, by their numbers."""
+    order = SampleOrder(data.shard_sizes, seed=0, window=2, **options)
+    starts = np.cumsum([0, *data.shard_sizes])
+    return [int(starts[shard]) + sample for shard, sample in map(order.locate, positions)]
 
 
 @pytest.mark.parametrize(("image_format", "quality"), [("png", 95), ("webp", 100)])
 def test_lossless_round_trip_over_epochs(
-    make_set: MakeSet, tree: Path, image_format: str, quality: int
+    make_set: MakeSet, image_format: str, quality: int
 ) -> None:
     shards = make_set(image_format=image_format, quality=quality)
     images, labels = joined(take(shards, 15))  # 90 samples: 2.6 epochs
     assert images.dtype == torch.uint8
-    assert images.shape == (90, 3, 16, 16)
     assert labels.dtype == torch.int64
-    true_images, true_labels = expected(shards, tree, range(90))
-    assert torch.equal(images, true_images)
-    assert torch.equal(labels, true_labels)
+    expected = numbers(shards, range(90))
+    assert torch.equal(images, stack([written.image(n) for n in expected]).permute(0, 3, 1, 2))
+    assert labels.tolist() == [written.label(n) for n in expected]
 
 
-def test_jpeg_round_trip(make_set: MakeSet, tree: Path) -> None:
+def test_jpeg_round_trip(make_set: MakeSet) -> None:
     # Noise is JPEG's worst case; at quality 100 only rounding is left.
-    images, labels = joined(take(make_set(image_format="jpeg", quality=100), 5))
-    true_images, true_labels = expected(make_set(name="png"), tree, range(30))
-    assert torch.equal(labels, true_labels)
-    assert (images.float() - true_images.float()).abs().mean() < 1.0
+    shards = make_set(image_format="jpeg", quality=100)
+    images, _ = joined(take(shards, 5))
+    exact = stack([written.image(n) for n in numbers(shards, range(30))]).permute(0, 3, 1, 2)
+    assert (images.float() - exact.float()).abs().mean() < 1.0
 
 
-def test_batches_are_contiguous_and_never_overwritten(make_set: MakeSet) -> None:
-    with open_pipeline(make_set(), prefetch=1) as pipeline:
+def test_columns_are_those_of_the_image_beside_them(full_set: ShardSet) -> None:
+    batches = take(full_set, 12, **EVERYTHING)
+    image, moments, label, scale, tokens, scale_2, tokens_2 = joined(batches)
+    expected = numbers(full_set, range(72))
+    assert torch.equal(image, stack([written.image(n) for n in expected]).permute(0, 3, 1, 2))
+    assert label.tolist() == [written.label(n) for n in expected]
+    assert moments.dtype == torch.float16
+    assert torch.equal(moments, stack([written.moments(n, 0) for n in expected]))
+    for s, t in ((scale, tokens), (scale_2, tokens_2)):
+        assert (s.dtype, t.dtype) == (torch.float16, torch.int8)
+        assert torch.equal(s, stack([written.scale(n, 0) for n in expected]))
+        assert torch.equal(t, stack([written.tokens(n, 0) for n in expected]))
+
+
+def test_without_images_no_image_is_read_and_dali_is_not_built(
+    full_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in full_set.shard_paths:
+        path.unlink()
+    monkeypatch.setattr("fastrepa.data.pipeline.Pipeline", None)
+    batch = take(full_set, 1, image=False, **EVERYTHING)[0]
+    assert batch.image_u8 is None
+    first = numbers(full_set, range(6))
+    assert batch.label.tolist() == [written.label(n) for n in first]
+    assert torch.equal(batch.features[1].tokens, stack([written.tokens(n, 0) for n in first]))
+
+
+def test_flips_reach_image_and_columns_alike(full_set: ShardSet) -> None:
+    image, moments, _, scale, tokens, *_ = joined(take(full_set, 12, flip=True, **EVERYTHING))
+    views = []
+    for i, n in enumerate(numbers(full_set, range(72))):
+        straight = torch.from_numpy(written.image(n)).permute(2, 0, 1)
+        view = int(torch.equal(image[i], straight.flip(-1)))
+        assert view or torch.equal(image[i], straight)
+        assert torch.equal(moments[i], torch.from_numpy(written.moments(n, view)))
+        assert torch.equal(scale[i], torch.from_numpy(written.scale(n, view)))
+        assert torch.equal(tokens[i], torch.from_numpy(written.tokens(n, view)))
+        views.append(view)
+    assert 20 < sum(views) < 52
+    # A sample is mirrored in one epoch and not in another: the draw is the step's.
+    assert views[:34] != views[34:68]
+
+
+def test_flips_depend_on_seed_step_and_sample_alone(full_set: ShardSet) -> None:
+    options: dict[str, Any] = {"global_batch": 12, "flip": True, "moments": True}
+    whole = joined(take(full_set, 6, micro_batch=12, **options))
+    ranks = [take(full_set, 12, micro_batch=3, world=2, rank=r, **options) for r in range(2)]
+    steps = [[b for rank in ranks for b in rank[2 * s : 2 * s + 2]] for s in range(6)]
+    shared = joined([batch for step in steps for batch in step])
+    late = joined(take(full_set, 2, micro_batch=12, start_step=4, **options))
+    without_images = joined(take(full_set, 6, micro_batch=12, image=False, **options))
+    for a, b, c in zip(whole, shared, late, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[48:], c)
+    assert torch.equal(whole[1], without_images[0])
+    other = joined(take(full_set, 6, micro_batch=12, image=False, seed=1, **options))[0]
+    assert not torch.equal(without_images[0], other)
+
+
+def test_flip_of_images_alone_needs_no_columns(make_set: MakeSet) -> None:
+    shards = make_set()
+    straight, mirrored = (joined(take(shards, 4, flip=flip))[0] for flip in (False, True))
+    flipped = [torch.equal(a.flip(-1), b) for a, b in zip(straight, mirrored, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(straight, mirrored, strict=True)]
+    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    assert 0 < sum(flipped) < 24
+
+
+def test_flip_needs_both_views_of_what_is_read(make_set: MakeSet) -> None:
+    shards = make_set(latents=1, encoders={"one": 2})
+    with pytest.raises(ConfigError, match=r"data\.flip: the moments of .*prepare --flip"):
+        open_pipeline(shards, flip=True, moments=True)
+    take(shards, 1, flip=True, features=("one",))
+
+
+def test_columns_that_are_not_there(make_set: MakeSet) -> None:
+    shards = make_set(encoders={"one": 1})
+    with pytest.raises(ConfigError, match=r"data\.latents: .* holds no latents"):
+        open_pipeline(shards, moments=True)
+    with pytest.raises(ConfigError, match=r"no features of two \(it holds one\)"):
+        open_pipeline(shards, features=("two",))
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_batches_are_contiguous_and_never_overwritten(full_set: ShardSet, image: bool) -> None:
+    with open_pipeline(full_set, prefetch=1, image=image, **EVERYTHING) as pipeline:
         kept = [next(pipeline) for _ in range(3)]
-        copies = [(batch.image_u8.clone(), batch.label.clone()) for batch in kept]
+        copies = [[t.clone() for t in tensors(batch)] for batch in kept]
         later = [next(pipeline) for _ in range(12)]
-    assert all(batch.image_u8.is_contiguous() for batch in kept)
-    for batch, (image, label) in zip(kept, copies, strict=True):
-        assert torch.equal(batch.image_u8, image)  # after the pipeline is closed, too
-        assert torch.equal(batch.label, label)
-    assert len({batch.image_u8.data_ptr() for batch in kept + later}) == 15
+    for batch, copy in zip(kept, copies, strict=True):
+        for a, b in zip(tensors(batch), copy, strict=True):
+            assert a.is_contiguous()
+            assert torch.equal(a, b)  # after the pipeline is closed, too
+    assert all(len({t.data_ptr() for t in group}) == 15
+               for group in zip(*map(tensors, kept + later), strict=True))  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(make_set: MakeSet, workers: int) -> None:
-    shards = make_set()
-    assert same(take(shards, 14), take(shards, 14, workers=workers))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"readers": 1, "read_ahead": 1, "prefetch": 1},
+        {"readers": 11, "read_ahead": 7, "prefetch": 3},
+        {"readers": 2, "read_ahead": 1, "prefetch": 4},
+    ],
+)
+def test_threads_and_depths_change_nothing(full_set: ShardSet, settings: dict[str, int]) -> None:
+    assert same(take(full_set, 14, **EVERYTHING), take(full_set, 14, **EVERYTHING, **settings))
 
 
-def test_resumed_is_uninterrupted(make_set: MakeSet) -> None:
-    shards = make_set()
-    options: dict[str, Any] = {"global_batch": 10, "micro_batch": 5}  # two passes per step
-    whole = take(shards, 16, **options)
+def test_resumed_is_uninterrupted(full_set: ShardSet) -> None:
+    options: dict[str, Any] = {"global_batch": 10, "micro_batch": 5, **EVERYTHING}
+    whole = take(full_set, 16, **options)  # two passes per step
     for step in (1, 4):
-        assert same(whole[2 * step :], take(shards, 16 - 2 * step, start_step=step, **options))
+        assert same(whole[2 * step :], take(full_set, 16 - 2 * step, start_step=step, **options))
 
 
-def test_ranks_share_the_steps_of_one_process(make_set: MakeSet) -> None:
-    shards = make_set()
-    whole, labels = joined(take(shards, 5, global_batch=12, micro_batch=12))
-    options: dict[str, Any] = {"global_batch": 12, "micro_batch": 3, "world": 2}
-    ranks = [take(shards, 10, rank=rank, **options) for rank in range(2)]
+def test_ranks_share_the_steps_of_one_process(full_set: ShardSet) -> None:
+    whole = joined(take(full_set, 5, global_batch=12, micro_batch=12, **EVERYTHING))
+    options: dict[str, Any] = {"global_batch": 12, "micro_batch": 3, "world": 2, **EVERYTHING}
+    ranks = [take(full_set, 10, rank=rank, **options) for rank in range(2)]
     steps = [[b for rank in ranks for b in rank[2 * s : 2 * s + 2]] for s in range(5)]
     together = joined([batch for step in steps for batch in step])
-    assert torch.equal(together[0], whole)
-    assert torch.equal(together[1], labels)
+    assert all(torch.equal(a, b) for a, b in zip(together, whole, strict=True))
+
+
+def test_dropped_remainders(make_set: MakeSet) -> None:
+    shards = make_set()
+    labels = joined(take(shards, 10, remainder="drop"))[1]  # epochs of 30 of 34 samples
+    expected = numbers(shards, range(60), multiple_of=6)
+    assert labels.tolist() == [written.label(n) for n in expected]
+    assert len(set(expected[:30])) == len(set(expected[30:])) == 30
+    with pytest.raises(ConfigError, match=r"data\.remainder: 'drop' leaves nothing of 34"):
+        open_pipeline(shards, remainder="drop", global_batch=36, micro_batch=36)
+
+
+def test_another_order(make_set: MakeSet) -> None:
+    class Backwards:
+        num_samples = 8
+
+        def locate(self, position: int) -> tuple[int, int]:
+            return 1, 7 - position % 8
+
+    labels = joined(take(make_set(), 4, order=Backwards()))[1]
+    assert labels.tolist() == [written.label(15 - i % 8) for i in range(24)]
 
 
 def test_seed_changes_the_order(make_set: MakeSet) -> None:
@@ -135,50 +261,55 @@ def test_seed_changes_the_order(make_set: MakeSet) -> None:
     assert not same(take(shards, 2), take(shards, 2, seed=1))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_flipped_byte_is_one_line_naming_shard_and_sample(make_set: MakeSet, workers: int) -> None:
-    shards = make_set()
-    record = load_index(shards.index_paths[3])[2]
-    flip_byte(shards.shard_paths[3], int(record["image_offset"]) + 30)
-    opened = ShardSet.open(shards.path, verify="sizes")
-    with open_pipeline(opened, workers=workers) as pipeline:
-        processes = children_of(os.getpid(), "spawn_main")
-        assert len(processes) == workers
+@pytest.mark.parametrize("what", ["image", "row"])
+def test_damage_is_one_line_naming_file_and_sample(full_set: ShardSet, what: str) -> None:
+    """The batches before it come whole; then the error; then it is closed, no thread left."""
+    record = load_index(full_set.index_paths[3])[2]
+    if what == "image":
+        path = full_set.shard_paths[3]
+        flip_byte(path, int(record["image_offset"]) + 30)
+        expected = f"{path}: sample 00000026: damaged (its CRC-32 is not the index's)"
+    else:
+        path = full_set.path / "shard-00003.features.two.npy"
+        rows = np.load(path, mmap_mode="r")
+        flip_byte(path, rows.offset + 4 * rows.dtype.itemsize + 9)  # type: ignore[attr-defined]
+        expected = f"{path}: sample 00000026 (row 2): damaged (its CRC-32 is wrong)"
+    opened = ShardSet.open(full_set.path, verify="sizes")
+    place = numbers(opened, range(34)).index(26)
+    # DALI starts with as many batches as it prefetches: one here, so that the count is exact.
+    with open_pipeline(opened, prefetch=1, **EVERYTHING) as pipeline:
+        for _ in range(place // 6):
+            next(pipeline)
         with pytest.raises(DataError) as caught:
-            exhaust(pipeline)
-        assert_gone(processes, seconds=0)  # although `caught` keeps DALI's pipeline alive
-        key = record["key"].decode()
-        where = f"{shards.shard_paths[3]}: sample {key}"
-        assert str(caught.value) == f"{where}: damaged (its CRC-32 is not the index's)"
+            next(pipeline)
+        assert str(caught.value) == expected
+        assert not readers()
         with pytest.raises(DataError, match="closed"):
             next(pipeline)
 
 
-def test_undecodable_image_is_a_data_error(make_set: MakeSet) -> None:
+def test_undecodable_image_is_named(make_set: MakeSet) -> None:
     """Bytes that index and manifest vouch for, but that are no image (another program's set)."""
     shards = make_set()
     index = load_index(shards.index_paths[0])
-    index["image_size"] = 20
-    raw = shards.shard_paths[0].read_bytes()
-    for record in index:
-        start = int(record["image_offset"])
-        record["image_crc32"] = zlib.crc32(raw[start : start + 20])
+    record = index[3:4]
+    record["image_size"] = 20
+    start = int(record["image_offset"][0])
+    record["image_crc32"] = zlib.crc32(shards.shard_paths[0].read_bytes()[start : start + 20])
     np.save(shards.index_paths[0], index)
-    with (
-        open_pipeline(shards) as pipeline,
-        pytest.raises(DataError, match="DALI could not make a batch") as caught,
-    ):
+    named = r"shard-00000\.tar: sample 00000003: cannot be decoded \("
+    with open_pipeline(shards) as pipeline, pytest.raises(DataError, match=named) as caught:
         exhaust(pipeline)
     assert "\n" not in str(caught.value)
 
 
-def test_images_of_another_size_are_a_data_error(make_set: MakeSet) -> None:
+def test_images_of_another_size_are_named(make_set: MakeSet) -> None:
     shards, larger = make_set(), make_set(name="larger", resolution=24)
     for kind in ("shard_paths", "index_paths"):
-        for here, there in zip(getattr(shards, kind), getattr(larger, kind), strict=True):
-            here.write_bytes(there.read_bytes())
-    with open_pipeline(shards) as pipeline, pytest.raises(DataError, match=r"\(24, 24\).*16 px"):
-        next(pipeline)
+        getattr(shards, kind)[2].write_bytes(getattr(larger, kind)[2].read_bytes())
+    named = r"shard-00002\.tar: sample 000000\d\d: an image of 24x24 pixels in a set of 16 px"
+    with open_pipeline(shards) as pipeline, pytest.raises(DataError, match=named):
+        exhaust(pipeline)
 
 
 def test_impossible_combinations(make_set: MakeSet) -> None:
@@ -187,137 +318,139 @@ def test_impossible_combinations(make_set: MakeSet) -> None:
         open_pipeline(shards, decode="mixed")
     with pytest.raises(ConfigError, match="global_batch: 10 is no multiple of 2 ranks"):
         open_pipeline(shards, global_batch=10, micro_batch=4, world=2)
+    assert not readers()
 
 
-def test_close_ends_the_workers(make_set: MakeSet) -> None:
-    with open_pipeline(make_set(), workers=2) as pipeline:
-        next(pipeline)
-        workers = children_of(os.getpid(), "spawn_main")
-        assert len(workers) == 2
-    assert not any(alive(pid) for pid in workers)
+# --- threads and processes ----------------------------------------------------------------------
+
+
+def readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("fastrepa-reader")]
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_no_thread_outlives_close(full_set: ShardSet, image: bool) -> None:
+    def tasks() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    take(full_set, 1)  # what libraries start once, and keep
+    before, files = tasks(), len(os.listdir("/proc/self/fd"))
+    with open_pipeline(full_set, image=image, **EVERYTHING) as pipeline:
+        batch = next(pipeline)
+        assert len(readers()) == 3
+        assert tasks() > before
+    deadline = time.monotonic() + 5  # a joined thread is the kernel's for a moment more
+    while tasks() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tasks() == before
+    assert len(os.listdir("/proc/self/fd")) == files
     pipeline.close()  # twice is once
+    assert batch.label.min() >= 0
 
 
-# --- how worker processes start and end (spawn.py) ---------------------------------------------
+def test_close_does_not_wait_for_all_that_was_asked_for(
+    full_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow file system: the reads under way end, the rest is not begun."""
+    from fastrepa.data.store import ShardStore
 
-# Without `if __name__ == "__main__"`: spawned workers must not run this file again.
+    fill = ShardStore.fill
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.02)
+        fill(*arguments)
+
+    monkeypatch.setattr(ShardStore, "fill", slowly)
+    pipeline = open_pipeline(full_set, read_ahead=16, micro_batch=60, global_batch=60)
+    pipeline._start_reads()
+    began = time.monotonic()
+    pipeline.close()
+    assert time.monotonic() - began < 1.0  # 16 x 60 reads on 3 threads would take 6.4 s
+
+
+def test_a_forked_process_says_so_and_leaves_its_parent_alone(full_set: ShardSet) -> None:
+    with open_pipeline(full_set, **EVERYTHING) as pipeline:
+        first = next(pipeline)
+        child = os.fork()
+        if not child:
+            try:
+                next(pipeline)
+            except DataError as error:
+                os._exit(3 if "forked" in str(error) else 4)
+            finally:
+                os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        rest = [first, *(next(pipeline) for _ in range(5))]
+    assert same(rest, take(full_set, 6, **EVERYTHING))
+
+
 PROGRAM = """
-import signal, sys, time, torch
-print("program starts", flush=True)
+import sys, torch
 from fastrepa.config import DataConfig
+from fastrepa.data.datasets import open_data
 from fastrepa.data.pipeline import DataPipeline
-from fastrepa.data.shards import ShardSet
 
-shards = ShardSet.open(sys.argv[1])
-config = DataConfig(path=sys.argv[1], resolution=16, workers=2)
-pipeline = DataPipeline(shards, config, global_batch=4, micro_batch=4, device=torch.device("cpu"))
-pipeline._watch._grace = 2.0
-interrupts = []
-signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
-signal.signal(signal.SIGUSR1, lambda *_: time.sleep(100))
-next(pipeline)
-print("ready", flush=True)
-while not interrupts:
-    time.sleep(0.05)
-    next(pipeline)
-for _ in range(20):
-    next(pipeline)  # the workers still serve: a trainer finishes its step, and saves
-print("interrupted", flush=True)
+data = open_data(sys.argv[1])
+config = DataConfig(path=sys.argv[1], resolution=16)
+options = {"global_batch": 4, "micro_batch": 4, "device": torch.device("cpu")}
+with DataPipeline(data, config, **options) as batches:
+    next(batches)
+    print("ready", flush=True)
+    try:
+        for batch in batches:
+            pass
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+left_open = DataPipeline(data, config, **options)
+next(left_open)
 """
 
 
-def children_of(pid: int, command: str) -> list[int]:
-    """Living children of a process whose command line holds a word."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            words = Path(f"/proc/{child}/cmdline").read_bytes().decode()
-            if command in words and alive(int(child)):
-                found.append(int(child))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def assert_gone(processes: list[int], seconds: float = 10) -> None:
-    """All of them end within some seconds."""
-    deadline = time.monotonic() + seconds
-    while any(alive(pid) for pid in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in processes)
-
-
-@pytest.fixture
-def program(make_set: MakeSet, tmp_path: Path) -> Any:
-    (tmp_path / "program.py").write_text(PROGRAM)
+def test_ctrl_c_ends_it_at_once_and_a_forgotten_one_does_not_hang(
+    make_set: MakeSet, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(make_set().path)],
+        [sys.executable, "-c", PROGRAM, str(make_set().path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     assert process.stdout is not None
-    lines = [process.stdout.readline().strip() for _ in range(2)]
-    assert lines == ["program starts", "ready"], process.communicate()
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.stdout.readline() == "ready\n", process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, out, errors) == (0, "interrupted\n", "")
 
 
-def test_ctrl_c_reaches_the_program_alone(program: subprocess.Popen[str]) -> None:
-    os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    out, errors = program.communicate(timeout=30)
-    assert program.returncode == 0
-    assert out == "interrupted\n"
-    assert errors == ""
+# --- the reference's layout, and the GPU -----------------------------------------------------
 
 
-def test_workers_are_light_and_do_not_outlive_a_killed_program(
-    program: subprocess.Popen[str],
-) -> None:
-    workers = children_of(program.pid, "spawn_main")
-    assert len(workers) == 2
-    for pid in workers:
-        mapped = Path(f"/proc/{pid}/maps").read_text()
-        assert "libdali" in mapped
-        assert "libtorch" not in mapped
-    program.kill()
-    assert_gone(workers)
-
-
-@pytest.mark.parametrize("stuck", [False, True])
-def test_killed_worker_is_an_error_not_a_hang(program: subprocess.Popen[str], stuck: bool) -> None:
-    workers = children_of(program.pid, "spawn_main")
-    if stuck:  # as inside DALI, for want of the lock that the dead worker holds
-        program.send_signal(signal.SIGUSR1)
-        time.sleep(0.3)
-    os.kill(workers[0], signal.SIGKILL)
-    _, errors = program.communicate(timeout=30)
-    assert program.returncode == 1
-    assert f"rror: {WORKER_DIED}\n" in errors  # by itself, or as the DataError of this program
-    assert_gone(workers)
+def test_reference_layout_gives_what_shards_give(make_set: MakeSet, tmp_path: Path) -> None:
+    """Same images, latents and labels, whatever the order of the listing."""
+    reference = open_data(written.write_reference(tmp_path / "reference"))
+    assert reference.shard_sizes == [10, 10, 10, 4]
+    image, moments, label = joined(take(reference, 12, moments=True))
+    expected = numbers(reference, range(72))
+    assert moments.dtype == torch.float32
+    assert torch.equal(image, stack([written.image(n) for n in expected]).permute(0, 3, 1, 2))
+    assert torch.equal(moments, stack([written.moments(n, 0) for n in expected]).float())
+    assert label.tolist() == [written.label(n) for n in expected]
+    with pytest.raises(ConfigError, match=r"data\.flip: the moments"):
+        open_pipeline(reference, flip=True, moments=True)
+    take(reference, 1, flip=True)
 
 
 @pytest.mark.gpu
 def test_decoding_on_the_gpu_is_decoding_on_the_cpu(make_set: MakeSet) -> None:
     device = torch.device("cuda")
     for image_format in ("png", "jpeg", "webp"):
-        shards = make_set(name=image_format, image_format=image_format, quality=95)
-        for workers in (0, 2):
-            host, labels = joined(take(shards, 8))
-            mixed = joined(take(shards, 8, device=device, workers=workers))
-            uploaded = joined(take(shards, 8, device=device, decode="cpu", workers=workers))
-            assert mixed[0].is_cuda
-            assert mixed[1].is_cuda
-            assert torch.equal(mixed[1].cpu(), labels)
-            assert torch.equal(uploaded[0].cpu(), host)
-            difference = (mixed[0].cpu().int() - host.int()).abs()
-            assert difference.max() <= (2 if image_format == "jpeg" else 0)
+        shards = make_set(name=image_format, image_format=image_format, latents=2)
+        options = {"flip": True, "moments": True}
+        host = joined(take(shards, 8, **options))
+        mixed = joined(take(shards, 8, device=device, **options))
+        uploaded = joined(take(shards, 8, device=device, decode="cpu", **options))
+        assert all(tensor.is_cuda for tensor in (*mixed, *uploaded))
+        for a, b, c in zip(host, mixed, uploaded, strict=True):
+            assert torch.equal(c.cpu(), a)
+            difference = (b.cpu().float() - a.float()).abs().max()
+            assert difference <= (2 if image_format == "jpeg" and a.dtype == torch.uint8 else 0)

@@ -1,30 +1,21 @@
-"""The order of samples is a pure function, and the reader returns exactly the indexed bytes."""
+"""The order of samples is a pure function, and ranks share it whatever their number."""
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from fastrepa.data.index import load_index
-from fastrepa.data.reader import SampleOrder, ShardReader
-from fastrepa.data.shards import ShardSet
-from fastrepa.errors import DataError
-from tests.engine.data.trees import flip_byte
+from fastrepa.data.reader import RankBatches, SampleOrder
+from fastrepa.errors import ConfigError
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
+Place = tuple[int, int]
 
 
-def epoch_of(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
+def epoch_of(order: SampleOrder, epoch: int) -> list[Place]:
     n = order.num_samples
     return [order.locate(position) for position in range(epoch * n, (epoch + 1) * n)]
 
@@ -79,129 +70,96 @@ def test_order_is_the_same_on_every_machine() -> None:
 FROZEN = [(1, 0), (3, 0), (3, 3), (1, 3), (2, 1), (2, 0), (0, 1), (0, 1)]
 
 
+def test_dropped_remainders_differ_from_epoch_to_epoch() -> None:
+    order = SampleOrder([4, 3], seed=0, window=2, multiple_of=5)
+    kept = [frozenset(order.locate(5 * e + i) for i in range(5)) for e in range(20)]
+    assert all(len(samples) == 5 for samples in kept)
+    assert len(set(kept)) > 5
+    # What is kept is the beginning of the same order, not another one.
+    whole = SampleOrder([4, 3], seed=0, window=2)
+    assert [order.locate(5 + i) for i in range(5)] == epoch_of(whole, 1)[:5]
+
+
+def test_nothing_left_of_an_epoch() -> None:
+    with pytest.raises(ConfigError, match=r"data\.remainder: 'drop' leaves nothing of 7 samples"):
+        SampleOrder([4, 3], seed=0, window=2, multiple_of=8)
+
+
+def read(order: SampleOrder, rank: RankBatches, batches: range) -> list[list[Place]]:
+    return [[order.locate(p) for p in rank.positions(batch)] for batch in batches]
+
+
 @given(
-    world=st.integers(1, 8),
-    micro=st.integers(1, 5),
-    passes=st.integers(1, 3),
-    start=st.integers(0, 50),
+    shard_sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    window=st.integers(1, 7),
+    seed=st.integers(0, 2**63),
+    micro=st.integers(1, 4),
+    sharing=st.sampled_from(
+        [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1), (3, 2), (6, 1), (5, 3), (7, 1)]
+    ),
+    drop=st.booleans(),
+    data=st.data(),
 )
-@settings(deadline=None)
-def test_ranks_partition_every_step(world: int, micro: int, passes: int, start: int) -> None:
-    """Rank by rank and pass by pass, a step is global_batch consecutive positions, each once."""
-    order = SampleOrder([4, 3], seed=0, window=2)
-    batch = world * micro * passes
+@settings(deadline=None, max_examples=150)
+def test_every_sample_once_and_one_order_for_any_ranks_and_resume(
+    shard_sizes: list[int], window: int, seed: int, micro: int, sharing: tuple[int, int],
+    drop: bool, data: st.DataObject,
+) -> None:  # fmt: skip
+    """Over all ranks; the same global order however it is shared; resumed = uninterrupted."""
+    world, passes = sharing
+    batch, n = world * passes * micro, sum(shard_sizes)
+    options = {"seed": seed, "window": window, "multiple_of": batch if drop else 1}
+    if drop and n < batch:
+        with pytest.raises(ConfigError):
+            SampleOrder(shard_sizes, **options)
+        return
+    epoch = n // batch * batch if drop else n
+    steps = -(-2 * epoch // batch) + 1
+    one = SampleOrder(shard_sizes, **options)
+    stream = [
+        place for step in read(one, RankBatches(batch, batch), range(steps)) for place in step
+    ]
 
-    def reader(rank: int, start_step: int) -> ShardReader:
-        return ShardReader(
-            [], [], order, global_batch=batch, micro_batch=micro, rank=rank, world=world,
-            start_step=start_step,
-        )  # fmt: skip
-
-    for step in (0, 1, 4):
-        read = [
-            reader(rank, start).position(step * passes + m, i)
-            for rank in range(world)
-            for m in range(passes)
-            for i in range(micro)
-        ]
-        assert read == list(range((start + step) * batch, (start + step + 1) * batch))
-    # Resumed at a later step = uninterrupted.
-    late, early = reader(world - 1, start + 2), reader(world - 1, start)
-    assert late.position(1, micro - 1) == early.position(2 * passes + 1, micro - 1)
-
-
-@given(sizes, st.integers(1, 8), st.integers(1, 4), st.integers(1, 3))
-@settings(deadline=None, max_examples=50)
-def test_every_sample_once_per_epoch_over_all_ranks(
-    shard_sizes: list[int], world: int, micro: int, passes: int
-) -> None:
-    order, n = SampleOrder(shard_sizes, seed=3, window=2), sum(shard_sizes)
-    batch = world * micro * passes
-    steps = -(-3 * n // batch)
-    seen: Counter[tuple[int, tuple[int, int]]] = Counter()
-    for rank in range(world):
-        reader = ShardReader(
-            [], [], order, global_batch=batch, micro_batch=micro, rank=rank, world=world
+    # Uninterrupted, each rank with an order of its own, as in a process of its own.
+    ranks = [
+        read(
+            SampleOrder(shard_sizes, **options),
+            RankBatches(batch, micro, rank, world),
+            range(steps * passes),
         )
-        for k in range(steps * passes):
-            for i in range(micro):
-                position = reader.position(k, i)
-                seen[position // n, order.locate(position)] += 1
-    whole = {key: count for key, count in seen.items() if key[0] < 3}
-    assert set(whole.values()) == {1}
-    assert len(whole) == 3 * n
+        for rank in range(world)
+    ]
+    together = [
+        place
+        for step in range(steps)
+        for rank in ranks
+        for forward in rank[step * passes : (step + 1) * passes]
+        for place in forward
+    ]
+    assert together == stream
+    everything = {(s, i) for s, size in enumerate(shard_sizes) for i in range(size)}
+    for number in range(2):
+        seen = Counter(together[number * epoch : (number + 1) * epoch])
+        assert set(seen.values()) == {1}
+        assert seen.keys() <= everything and len(seen) == epoch
 
-
-def reader_of(shards: ShardSet, **settings: int) -> ShardReader:
-    order = SampleOrder(shards.shard_sizes, seed=0, window=settings.pop("window", 8))
-    options = {"global_batch": 4, "micro_batch": 4, **settings}
-    return ShardReader(shards.shard_paths, shards.index_paths, order, **options)
-
-
-def test_reads_the_indexed_bytes_and_labels(make_set: Callable[..., ShardSet]) -> None:
-    shards = make_set()
-    reader = reader_of(shards)
-    for position in range(shards.num_samples):
-        shard, sample = reader.order.locate(position)
-        image, label = reader.read(position)
-        record = load_index(shards.index_paths[shard])[sample]
-        assert image.dtype == np.uint8
-        assert (label.dtype, label.shape, int(label)) == (np.int64, (), record["label"])
-        assert Image.open(io.BytesIO(image.tobytes())).size == (16, 16)
-    # DALI's way of asking: sample i of batch k.
-    asked, _ = reader(SimpleNamespace(iteration=3, idx_in_batch=2))
-    assert np.array_equal(asked, reader.read(14)[0])
-
-
-def test_pickles_without_its_open_files(make_set: Callable[..., ShardSet]) -> None:
-    reader = reader_of(make_set())
-    before = reader.read(5)[0]
-    copy = pickle.loads(pickle.dumps(reader))
-    reader.close()
-    assert np.array_equal(copy.read(5)[0], before)
-    assert np.array_equal(reader.read(5)[0], before)
-
-
-def test_open_files_are_few(make_set: Callable[..., ShardSet]) -> None:
-    shards = make_set(shard_size=2)  # 17 shards
-    reader = reader_of(shards, window=2)
-    for position in range(2 * shards.num_samples):
-        reader.read(position)
-        assert len(reader._open) <= 4
-
-
-def test_flipped_byte_names_shard_and_sample(make_set: Callable[..., ShardSet]) -> None:
-    shards = make_set()
-    record = load_index(shards.index_paths[2])[5]
-    flip_byte(shards.shard_paths[2], int(record["image_offset"] + record["image_size"] // 2))
-    reader = reader_of(shards)
-    bad = next(p for p in range(shards.num_samples) if reader.order.locate(p) == (2, 5))
-    for position in range(shards.num_samples):
-        if position != bad:
-            reader.read(position)
-    message = rf"shard-00002\.tar: sample {record['key'].decode()}: damaged"
-    with pytest.raises(DataError, match=message):
-        reader.read(bad)
-
-
-def test_shard_truncated_or_removed_while_training(make_set: Callable[..., ShardSet]) -> None:
-    shards = make_set()
-    reader = reader_of(shards)
-    position = next(p for p in range(34) if reader.order.locate(p) == (1, 7))
-    reader.read(position)
-    path: Path = shards.shard_paths[1]
-    record = load_index(shards.index_paths[1])[7]
-    with path.open("r+b") as file:
-        file.truncate(int(record["image_offset"]) + 3)
-    with pytest.raises(DataError, match=r"shard-00001\.tar: sample .*truncated"):
-        reader.read(position)
-    reader.close()
-    path.unlink()
-    with pytest.raises(DataError, match=r"shard-00001\.tar: No such file"):
-        reader.read(position)
+    # Stopped after some steps, and resumed with another rank count and micro batch.
+    stop = data.draw(st.integers(0, steps - 1), label="stop")
+    counts = [w for w in range(1, 9) if batch % w == 0]
+    world = data.draw(st.sampled_from(counts), label="new world")
+    micros = [m for m in range(1, batch + 1) if batch % (world * m) == 0]
+    micro = data.draw(st.sampled_from(micros), label="new micro batch")
+    passes = batch // (world * micro)
+    rank = data.draw(st.integers(0, world - 1), label="rank")
+    late = RankBatches(batch, micro, rank, world, start_step=stop)
+    for k, places in enumerate(
+        read(SampleOrder(shard_sizes, **options), late, range((steps - stop) * passes))
+    ):
+        step, numbers = late.step_and_numbers(k)
+        assert step == stop + k // passes
+        assert places == [stream[step * batch + number] for number in numbers]
 
 
 def test_batch_that_ranks_cannot_share() -> None:
-    order = SampleOrder([3], seed=0, window=1)
-    with pytest.raises(ValueError, match="no multiple"):
-        ShardReader([], [], order, global_batch=10, micro_batch=4, world=2)
+    with pytest.raises(ConfigError, match="global_batch: 10 is no multiple of 2 ranks"):
+        RankBatches(10, 4, world=2)
