@@ -64,7 +64,7 @@ def test_variants_share_their_base() -> None:
 
 def test_bundle_decodes_to_coloured_objects_on_white() -> None:
     shards = ShardSet.open(BUNDLE / "train")
-    config = DataConfig(path=str(shards.path), resolution=64, workers=0)
+    config = DataConfig(path=str(shards.path), resolution=64)
     with DataPipeline(
         shards, config, global_batch=256, micro_batch=256, device=torch.device("cpu")
     ) as pipeline:
