@@ -185,7 +185,7 @@ class _NotFirstError(Exception):
     """Ends a rank where it would wait for the first."""
 
 
-def _not_first(_: object) -> None:
+def _not_first(*_: object) -> None:
     raise _NotFirstError
 
 
