@@ -338,6 +338,20 @@ damage("image_offset a block too far",
        [*_MOVED, "the tar header of", "altered (its CRC-32", "cannot be decoded", "the tar header"],
        _MOVED)  # fmt: skip
 
+
+def _shorter(index: np.ndarray) -> None:
+    index["image_size"][1] -= 1  # in as many blocks
+
+
+damage(
+    "image_size one less",
+    edit_index(1, _shorter),
+    [
+        f"{TAR}: sample {K[9]}: {K[9]}.png has ",
+        f"{TAR}: sample {K[9]}: altered (its CRC-32",
+    ],
+)
+
 # The tar, in a file whose SHA-256 the manifest knows.
 damage(
     "tar header",
@@ -516,29 +530,37 @@ def test_quick_reads_no_contents(folder: Path, capsys: pytest.CaptureFixture[str
     assert run.exit_code == 0
 
 
-def test_ctrl_c_leaves_no_process_behind(sound: Path) -> None:
+def test_ctrl_c_stops_checks_under_way_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 38)  # a hole that takes minutes to hash
     code = (
-        "import sys, fastrepa.data.checks as c\n"
-        "from fastrepa.data.verify import verify\n"
-        "real = c.wait\n"
-        "def wait(*a, **k):\n"
-        "    print('started', flush=True)\n"
-        "    while True: real(*a, **k)\n"  # as if the checks never ended
-        "c.wait = wait\n"
+        "from pathlib import Path\n"
+        "from fastrepa.data.checks import run_checks\n"
+        "from fastrepa.data.check_shards import HashCheck\n"
+        "from fastrepa.data.shards import FileRecord\n"
+        "record = FileRecord(file='large', bytes=1 << 38, sha256='0' * 64)\n"
+        "print('started', flush=True)\n"
         "try:\n"
-        f"    verify({str(sound)!r}, workers=2, progress=False)\n"
+        f"    run_checks([HashCheck(Path({str(tmp_path)!r}), record)] * 3, 2, True, print)\n"
         "except KeyboardInterrupt:\n"
         "    print('clean', flush=True)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    ) as run:  # fmt: skip
-        assert run.stdout is not None
-        assert run.stdout.readline() == "started\n"
-        time.sleep(0.3)
-        os.kill(run.pid, signal.SIGINT)
-        out, err = run.communicate(timeout=20)
+    ) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "started\n"
+            time.sleep(1.5)  # the workers are hashing
+            os.kill(run.pid, signal.SIGINT)
+            out, err = run.communicate(timeout=20)
+        except BaseException:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
     assert "clean" in out
     assert "Traceback" not in err
     for _ in range(100):
