@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Train representation-aligned diffusion transformers.",
 )
 
-data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, or look at it.")
+data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
 app.add_typer(data_app, name="data")
 
 
