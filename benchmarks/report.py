@@ -72,6 +72,27 @@ def markdown(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
+def rates(records: list[Record]) -> str:
+    """Samples per second (benchmarks/data.py), against the best of ours' rivals."""
+    parts = []
+    for (device, case, shape, _), group in _groups(records).items():
+        first = group[0]
+        commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
+        versions = ", ".join(f"{k} {first[k]}" for k in ("torch", "dali", "webdataset", "pillow"))
+        rivals = [r["p50_images_per_s"] for r in group if r["provider"] != "ours"]
+        parts.append(f"### {case}, {shape}\n")
+        parts.append(f"{device}, {versions}, {first['utc']}, commit {commit}\n")
+        parts.append("| provider | samples/s p50 | p20 .. p80 | vs best rival |\n|---|---|---|---|")
+        for r in group:
+            speed = f"{r['p50_images_per_s'] / max(rivals):.2f}x" if rivals else ""
+            parts.append(
+                f"| {r['provider']} | {r['p50_images_per_s']:.0f} | "
+                f"{r['p20_images_per_s']:.0f} .. {r['p80_images_per_s']:.0f} | {speed} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
 def plot(records: list[Record], path: Path) -> None:
     """Median milliseconds of every provider, one group of bars per case and shape."""
     import matplotlib
@@ -107,9 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not records:
         print(f"no records under {options.records.name}/")
         return 1
-    print(markdown(records))
-    if options.plot is not None:
-        plot(records, options.plot)
+    timed = [r for r in records if "p50_ms" in r]
+    counted = [r for r in records if "p50_images_per_s" in r]
+    print("\n".join(make(part) for make, part in ((markdown, timed), (rates, counted)) if part))
+    if options.plot is not None and timed:
+        plot(timed, options.plot)
     return 0
 
 
