@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa import __version__
-from fastrepa.errors import ConfigError, FastrepaError
+from fastrepa.errors import FastrepaError
 
 app = typer.Typer(
     name="fastrepa",
@@ -85,6 +85,25 @@ def train(
         raise typer.Exit(code)
 
 
+CodecOption = Annotated[
+    str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
+]
+CodecWeightsOption = Annotated[
+    str | None, typer.Option(help="Of the codec: hub id or local folder; default: sd-vae-ft-mse.")
+]
+CacheFeaturesOption = Annotated[
+    str | None,
+    typer.Option(help="Encoders whose tokens to store: NAME[=WEIGHTS][@INPUT], with commas."),
+]
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Store those of the mirrored images too, for data.flip.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="bf16 or fp32: what codec and encoders compute in.")
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Images per forward of codec and encoders.")]
+
+
 @app.command()
 def prepare(
     source: Annotated[
@@ -116,13 +135,39 @@ def prepare(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
+    codec: CodecOption = None,
+    codec_weights: CodecWeightsOption = None,
+    cache_features: CacheFeaturesOption = None,
+    flip: FlipOption = False,
+    precision: PrecisionOption = "bf16",
+    batch_size: BatchSizeOption = 64,
 ) -> None:
     """Turn labelled images into shuffled, checksummed shards; under torchrun, on every rank.
 
     A run that was killed goes on where it stopped. The set does not depend on processes or ranks.
+    Latents and features are made after the images, on every rank's GPU; `fastrepa data encode` adds
+    them to a finished set. Of REPA's layout the latents are taken over, unless --codec makes them.
     """
     from fastrepa.data.prepare import prepare as make_shards
     from fastrepa.data.prepared_report import print_report
+    from fastrepa.data.ranks import Ranks
+
+    encode, encoded = None, []
+    stored = source if (source / "vae-sd" / "dataset.json").is_file() and not codec else None
+    if codec or codec_weights or cache_features or flip or stored:
+        # They bring torch, which the images alone do not need.
+        from fastrepa.data.encode import check_networks, encode_columns, encode_settings
+        from fastrepa.data.encode import print_encoded as print_columns
+
+        columns = encode_settings(
+            codec, codec_weights, cache_features, flip, precision, batch_size, stored
+        )
+        check_networks(resolution, columns)
+
+        def add_columns(folder: Path, ranks: Ranks) -> None:
+            encoded.append(encode_columns(folder, **columns, ranks=ranks))
+
+        encode = add_columns
 
     done = make_shards(
         source,
@@ -138,10 +183,12 @@ def prepare(
         class_names=class_names,
         image_column=image_column,
         label_column=label_column,
-        encode=None,
+        encode=encode,
     )
     if done.is_first:
         print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
+        for report in encoded:
+            print_columns(report, Console(highlight=False))
 
 
 @data_app.command("verify")
@@ -188,25 +235,6 @@ def data_show(
     print_shown(report, Console(highlight=False))
 
 
-CodecOption = Annotated[
-    str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
-]
-CodecWeightsOption = Annotated[
-    str | None, typer.Option(help="Of the codec: hub id or local folder; default: sd-vae-ft-mse.")
-]
-CacheFeaturesOption = Annotated[
-    str | None,
-    typer.Option(help="Encoders whose tokens to store: NAME[=WEIGHTS][@INPUT], with commas."),
-]
-FlipOption = Annotated[
-    bool, typer.Option("--flip", help="Store those of the mirrored images too, for data.flip.")
-]
-PrecisionOption = Annotated[
-    str, typer.Option(help="bf16 or fp32: what codec and encoders compute in.")
-]
-BatchSizeOption = Annotated[int, typer.Option(help="Images per forward of codec and encoders.")]
-
-
 @data_app.command("encode")
 def data_encode(
     path: Annotated[Path, typer.Argument(help="A prepared set.")],
@@ -229,8 +257,6 @@ def data_encode(
     from fastrepa.data.ranks import joined_ranks
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
-    if settings is None:
-        raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
     with joined_ranks() as ranks:
         report = encode_columns(path, **settings, replace=replace, ranks=ranks)
     if ranks.rank == 0:

@@ -42,7 +42,7 @@ from fastrepa.data.shards import (
     write_manifest,
 )
 from fastrepa.errors import ConfigError, DataError
-from fastrepa.vision.features import build_encoder, column_fields, plan_encoder
+from fastrepa.vision.features import FrozenEncoder, build_encoder, column_fields, plan_encoder
 from fastrepa.vision.quantise import cosines, dequantise, quantise
 
 Precision = Literal["fp32", "bf16"]
@@ -163,10 +163,11 @@ def encode_settings(
     flip: bool,
     precision: str,
     batch_size: int,
-) -> dict[str, Any] | None:
-    """Keywords of `encode_columns` from a command's options; None where nothing is asked for.
+    reference: Path | None = None,
+) -> dict[str, Any]:
+    """Keywords of `encode_columns` from a command's options.
 
-    ConfigError naming the option for a value that is not allowed.
+    ConfigError naming the option for a value that is not allowed, or when nothing is asked for.
     """
     if precision not in DTYPES:
         raise ConfigError(f"--precision: {precision!r} is not one of {', '.join(DTYPES)}")
@@ -179,15 +180,30 @@ def encode_settings(
     if not codec and not cache_features:
         if flip:
             raise ConfigError("--flip: give --codec sd-vae or --cache-features, which it mirrors")
-        return None
-    weights = {"weights": codec_weights} if codec_weights else {}
+        if reference is None:
+            raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
+    chosen: dict[str, Any] = {"weights": codec_weights} if codec_weights else {}
     return {
-        "codec": CodecConfig(name="sd-vae", **weights) if codec else None,
+        "codec": CodecConfig(name="sd-vae", **chosen) if codec else None,
         "encoders": parse_encoders(cache_features) if cache_features else (),
+        "reference": reference,
         "flip": flip,
         "precision": precision,
         "batch_size": batch_size,
     }
+
+
+def check_networks(resolution: int, settings: dict[str, Any]) -> None:
+    """Build what `encode_columns` will need, on the CPU, so that it fails before hours of images.
+
+    Raises ConfigError and WeightsError as it would. On the first rank alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if settings["codec"] is not None:
+        build_codec(settings["codec"], resolution=resolution)
+    for encoder in settings["encoders"]:
+        _own_grid_encoder(encoder, resolution, "fp32", torch.device("cpu"))
 
 
 def print_encoded(report: EncodeReport, console: Console) -> None:
@@ -247,14 +263,7 @@ class _Features:
     def __init__(
         self, config: EncoderConfig, resolution: int, views: int, precision: Precision, device: Any
     ) -> None:
-        plan = plan_encoder(config, resolution=resolution)
-        self.encoder = build_encoder(
-            config.model_copy(update={"grid": "exact"}),
-            resolution=resolution,
-            grid=plan.own_grid[0],
-            dtype=DTYPES[precision],
-            device=device,
-        )
+        self.encoder = _own_grid_encoder(config, resolution, precision, device)
         self.column = FeaturesColumn(
             views=views,
             precision=precision,
@@ -262,7 +271,7 @@ class _Features:
             digest=self.encoder.digest,
             files=(),
             min_cosine=1.0,
-            **column_fields(config, plan),
+            **column_fields(config, self.encoder.plan),
         )
 
     def rows(self, images: Tensor, shard: int, samples: range) -> tuple[np.ndarray, float]:
@@ -275,6 +284,15 @@ class _Features:
         rows["scale"] = scale.cpu().numpy().reshape(rows["scale"].shape)
         rows["tokens"] = tokens.cpu().numpy().reshape(rows["tokens"].shape)
         return rows, float(cosines(x, dequantise(scale, tokens)).min())
+
+
+def _own_grid_encoder(
+    config: EncoderConfig, resolution: int, precision: Precision, device: torch.device
+) -> FrozenEncoder:
+    """The encoder with its tokens as they are, for a generator of any grid."""
+    grid = plan_encoder(config, resolution=resolution).own_grid[0]
+    dtype = DTYPES[precision]
+    return build_encoder(config, resolution=resolution, grid=grid, dtype=dtype, device=device)
 
 
 class _ReferenceMoments:
