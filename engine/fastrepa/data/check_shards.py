@@ -27,7 +27,7 @@ from fastrepa.data.shards import (
     Manifest,
     MomentsColumn,
     ShardRecord,
-    _load_manifest,
+    load_manifest,
     sha256_of,
 )
 from fastrepa.errors import DataError
@@ -96,7 +96,7 @@ def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]
 
 def _manifest(folder: Path, findings: Findings) -> Manifest | None:
     try:
-        return _load_manifest(folder)
+        return load_manifest(folder)
     except DataError as error:
         # It names the first of the keys that pydantic refused; here they are all wanted.
         refusal = error.__context__

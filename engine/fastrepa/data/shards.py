@@ -187,7 +187,7 @@ class ShardSet:
         and when the set was prepared at another `resolution` (pixels a side) than asked.
         """
         folder = Path(path)
-        manifest = _load_manifest(folder)
+        manifest = load_manifest(folder)
         if resolution is not None and manifest.resolution != resolution:
             raise DataError(
                 f"{folder}: prepared at {manifest.resolution} px, but {resolution} px is asked for;"
@@ -347,7 +347,7 @@ def _json_lines(value: Any, indent: str) -> str:
     return json.dumps(value)
 
 
-def _load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
