@@ -157,8 +157,8 @@ class DataPipeline(Iterator[Batch]):
         if self._closed or self._process != os.getpid():
             return
         self._closed = True
-        self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stop.set()  # what is queued ends at once, what is under way after its sample
+        self._pool.shutdown(wait=True)
         self._reading.clear()
         self._store.close()
         if self._decoder is not None:
