@@ -23,11 +23,13 @@ from fastrepa.data import codec as codec_room
 from fastrepa.data.columns import first_damaged, open_rows
 from fastrepa.data.encode import EncodeReport, encode_columns, parse_encoders
 from fastrepa.data.index import load_index
+from fastrepa.data.prepare import prepare
 from fastrepa.data.ranks import Ranks
 from fastrepa.data.shards import ShardSet
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.vision.features import build_encoder
 from fastrepa.vision.quantise import dequantise
+from tests.engine.data.trees import RESOLUTION
 from tests.engine.training.runs import ROOT, command, environment
 
 MakeSet = Callable[..., ShardSet]
@@ -230,15 +232,46 @@ def test_a_finished_column_file_is_not_made_again(
 ) -> None:
     shards = make_set()
     failing = FailsAfter(shards.shard_sizes[0] + shards.shard_sizes[1] + 1)
-    monkeypatch.setattr("fastrepa.data.encode.quantise", failing)
+    monkeypatch.setattr("fastrepa.data.column_makers.quantise", failing)
     with pytest.raises(DataError, match=r"shard-00002\.tar: samples 0 to 4: .*not finite"):
         encode(shards, encoders=[LITE])
     monkeypatch.undo()
     counting = FailsAfter(10**9)
-    monkeypatch.setattr("fastrepa.data.encode.quantise", counting)
+    monkeypatch.setattr("fastrepa.data.column_makers.quantise", counting)
     encode(shards, encoders=[LITE])
     assert counting.images == sum(shards.shard_sizes[2:])
     assert ShardSet.open(shards.path, verify="full").manifest.features[0].width == 112
+
+
+def test_prepare_goes_on_with_the_columns(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted among the columns, `prepare` keeps images and finished columns."""
+
+    def make(name: str) -> None:
+        prepare(
+            tree,
+            tmp_path / name,
+            resolution=RESOLUTION,
+            shard_size=8,
+            workers=0,
+            progress=False,
+            encode=lambda folder, ranks: encode_columns(
+                folder, encoders=[LITE], batch_size=5, progress=False, ranks=ranks
+            ),
+        )
+
+    make("whole")
+    monkeypatch.setattr("fastrepa.data.column_makers.quantise", FailsAfter(20))
+    with pytest.raises(DataError, match="not finite"):
+        make("set")
+    assert not (tmp_path / "set").exists()
+    counting = FailsAfter(10**9)
+    monkeypatch.setattr("fastrepa.data.column_makers.quantise", counting)
+    monkeypatch.setattr("fastrepa.data.prepare.write_shards", None)  # the images are there
+    make("set")
+    assert counting.images == 34 - 16
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 class FailsAfter:
