@@ -3,10 +3,11 @@
     shard-00000.moments.VERSION.npy            [n, V] of (moments <f2 [2C,h,w], crc32 <u4)
     shard-00000.features.ENCODER.VERSION.npy   [n, V] of (scale <f2 [T], tokens i1 [T,Z], crc32 <u4)
 
-VERSION is a hash of what the column was made with. Rows stand in the order of the shard's index. V views: view 0 is the image as it is, view 1, where
-there is one, its mirror image. crc32 is zlib's, of the row's bytes before it. The files are plain
-`.npy` (`np.load(file, mmap_mode="r")["tokens"]`), apart from the tar, so that a column can be added
-to a finished set, or left unread, without touching an image.
+VERSION is a hash of what the column was made with. Rows stand in the order of the shard's index.
+V views: view 0 is the image as it is, view 1, where there is one, its mirror image. crc32 is
+zlib's, of the row's bytes before it. The files are plain `.npy` (`np.load(file,
+mmap_mode="r")["tokens"]`), apart from the tar, so that a column can be added to a finished set, or
+left unread, without touching an image.
 
 n samples, C latent channels, h and w latent sides, T tokens (row-major), Z feature width.
 This module imports numpy only.
