@@ -1,0 +1,175 @@
+"""Memory that a forward and backward pass holds beside the weights, found without computing it.
+
+The real model runs on torch's fake tensors, which have shapes and no values, and a meter follows
+every storage from its allocation to its release. So the prediction is about this code, fused or
+eager, with or without checkpointing, and not about a formula for it. What it cannot see are buffers
+inside fused operations, which live for one operation and are small beside a block.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastrepa.config import Config
+from fastrepa.model.sit import SiT
+
+CHECKPOINTING = ("none", "blocks")
+BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is live, besides the weights, between one parameter's gradient and the next.
+
+    fixed, per_image: bytes, the highest of interval i being fixed[i] + batch * per_image[i];
+    done: elements of gradients that were complete before interval i. Gradients are counted while
+    they are new, and not kept.
+    """
+
+    fixed: tuple[float, ...]
+    per_image: tuple[float, ...]
+    done: tuple[int, ...]
+
+    def at(self, batch: int) -> list[float]:
+        return [f + batch * p for f, p in zip(self.fixed, self.per_image, strict=True)]
+
+
+def training_curve(
+    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int], checkpointing: str
+) -> Curve:
+    """The curve of the generator's forward and backward in the configuration's precision."""
+    (low, done), (high, again) = (
+        _trace(config, batch, side, channels, encoder_widths, checkpointing) for batch in BATCHES
+    )
+    assert done == again
+    first, second = BATCHES
+    per_image = [(h - l) / (second - first) for l, h in zip(low, high, strict=True)]
+    fixed = [l - first * p for l, p in zip(low, per_image, strict=True)]
+    return Curve(tuple(fixed), tuple(per_image), tuple(done))
+
+
+def working_memory(
+    build: Callable[[], nn.Module], run: Callable[[Any, int], Any], dtype: torch.dtype
+) -> tuple[int, float, float]:
+    """(bytes of weights, fixed, per image) of a frozen network: what `run(network, batch)` needs at
+    its highest, outside autograd.
+    """
+    with torch.device("meta"):
+        network = build().eval()
+    with FakeTensorMode(), torch.no_grad():
+        _fake(network, dtype)
+        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        peaks = []
+        for batch in BATCHES:
+            with _Meter(network) as meter:
+                run(network, batch)
+            peaks.append(meter.peak)
+    per_image = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
+    return weights, peaks[0] - BATCHES[0] * per_image, per_image
+
+
+class _Meter(TorchDispatchMode):
+    """Live and highest bytes of the storages that were made inside; a module's own are left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage not in self._seen:
+                    self._seen[storage] = True
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    # torch keeps a storage's Python object while anything in C++ holds it.
+                    weakref.finalize(storage, self._release, storage.nbytes())
+        return out
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def _trace(
+    config: Config,
+    batch: int,
+    side: int,
+    channels: int,
+    encoder_widths: Sequence[int],
+    checkpointing: str,
+) -> tuple[list[int], list[int]]:
+    """(highest bytes per interval, gradient elements complete before it)."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    peaks: list[int] = []
+    done = [0]
+    with torch.device("meta"):
+        model = SiT.from_config(config, side=side, channels=channels, encoder_widths=encoder_widths)
+    with FakeTensorMode():
+        _fake(model, dtype)
+        model.train()
+        if checkpointing == "blocks":
+            for block in model.blocks:
+                block.forward = _checkpointed(block.forward)
+        tokens = (side // model.patch) ** 2
+        with _Meter(model) as meter:
+
+            def close_interval(parameter: Tensor) -> None:
+                peaks.append(meter.peak)
+                done.append(done[-1] + parameter.numel())
+                parameter.grad = None
+                meter.peak = meter.live
+
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(close_interval)
+            x = torch.randn(batch, channels, side, side)
+            t, drop = torch.rand(batch), torch.ones(batch, dtype=torch.bool)
+            labels = torch.zeros(batch, dtype=torch.int64)
+            targets = [torch.randn(batch, tokens, z, dtype=dtype) for z in encoder_widths]
+            out = model(x, t, labels, targets or None, drop)
+            velocity, alignment = out if targets else (out, 0.0)
+            loss = (velocity - x).square().mean() + alignment
+            del out, velocity, alignment
+            loss.backward()
+            peaks.append(meter.peak)
+    return peaks, done
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # The blocks draw nothing at random: no generator's state need be kept.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def _fake(network: nn.Module, dtype: torch.dtype) -> None:
+    """Turn a network built on the meta device into fake CPU tensors, floating point in `dtype`."""
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            fake = nn.Parameter(_empty(p, dtype), requires_grad=p.requires_grad)
+            setattr(module, name, fake)
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, _empty(b, dtype))
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype)

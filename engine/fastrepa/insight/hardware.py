@@ -1,0 +1,93 @@
+"""GPUs and the links between them, as their makers describe them: datasheet values, nothing measured.
+
+Bandwidths of links are per direction. `collective_seconds` is the alpha-beta model: a latency per
+call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastrepa.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU of an eight-GPU server. Bytes and FLOP/s are decimal, as datasheets print them.
+
+    bf16 is the dense rate (half of what is printed "with sparsity"); fp32 that without tensor
+    cores, which is what torch computes float32 products with by default. nvlink: to the other GPUs
+    of the server; network: its share of the server's adapters. Both per direction.
+    """
+
+    title: str
+    memory: float
+    bf16: float
+    fp32: float
+    hbm: float
+    nvlink: float
+    network: float
+    source: str
+
+
+GPUS = {
+    "a100": GPU(
+        "A100 SXM 80 GB", 80e9, 312e12, 19.5e12, 2039e9, 300e9, 25e9,
+        "NVIDIA A100 80GB datasheet (2021); DGX A100 datasheet: 8 x 200 Gb/s",
+    ),
+    "h100": GPU(
+        "H100 SXM 80 GB", 80e9, 989e12, 67e12, 3350e9, 450e9, 50e9,
+        "NVIDIA H100 datasheet (2022); DGX H100 datasheet: 8 x 400 Gb/s",
+    ),
+    "h200": GPU(
+        "H200 SXM 141 GB", 141e9, 989e12, 67e12, 4800e9, 450e9, 50e9,
+        "NVIDIA H200 datasheet (2023); DGX H200 datasheet: 8 x 400 Gb/s",
+    ),
+    "b200": GPU(
+        "B200 SXM 180 GB", 180e9, 2250e12, 80e12, 8000e9, 900e9, 50e9,
+        "NVIDIA Blackwell architecture brief, HGX B200 (2024); DGX B200 datasheet: 8 x 400 Gb/s",
+    ),
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> GPU:
+    """The row of `name`, in any case; ConfigError names it and what is allowed."""
+    if name.lower() not in GPUS:
+        raise ConfigError(
+            f"--gpu: {name!r} is not one of {', '.join(GPUS)}{nearest(name.lower(), GPUS)}"
+        )
+    return GPUS[name.lower()]
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bandwidths [bytes/s, per GPU and direction] that collectives reach, and latencies [s]."""
+
+    per_node: int
+    nvlink: float
+    network: float
+    nvlink_latency: float = 5e-6
+    network_latency: float = 15e-6
+
+    def bandwidth(self, world: int) -> float:
+        """Of a ring over `world` GPUs: across servers every adapter carries one of the rings."""
+        return self.nvlink if world <= self.per_node else min(self.nvlink, self.network)
+
+    def latency(self, world: int) -> float:
+        """Of one pass down a tree over `world` GPUs."""
+        inside = min(world, self.per_node)
+        nodes = math.ceil(world / self.per_node)
+        return (
+            math.ceil(math.log2(inside)) * self.nvlink_latency
+            + math.ceil(math.log2(nodes)) * self.network_latency
+        )
+
+    def collective_seconds(self, op: str, size: float, calls: float, world: int) -> float:
+        """Seconds of `calls` collectives over `world` GPUs that move whole tensors of `size` bytes
+        in all: size is that of the whole tensor, before or after it is cut into shards.
+        """
+        passes = 2 if op == "all_reduce" else 1
+        return passes * (
+            calls * self.latency(world) + size * (world - 1) / world / self.bandwidth(world)
+        )
