@@ -89,7 +89,9 @@ def _kind(path: Path) -> str:
         raise DataError(printable(f"{path}: cannot be read ({error.strerror})")) from None
     if not start:
         raise DataError(printable(f"{path}: empty file"))
-    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "tar")
+    # A zip may have a program before it, which unpacks it.
+    other = "zip" if path.suffix.lower() == ".zip" else "tar"
+    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), other)
     if kind == "zstd":
         raise DataError(printable(f"{path}: zstd is not read; decompress it with `zstd -d`"))
     return kind

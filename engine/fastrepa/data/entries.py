@@ -117,6 +117,12 @@ def read_range(path: str | Path, offset: int, size: int, inflated: int = -1) -> 
     return image
 
 
+def close_files() -> None:
+    """Let go of the containers that this process keeps open: they may have been replaced."""
+    with _lock:
+        _files.clear()
+
+
 _LIMIT = f"an image may have {MAX_IMAGE_BYTES} bytes"
 _files: OrderedDict[str, FileIO] = OrderedDict()
 _lock = threading.Lock()

@@ -24,6 +24,7 @@ from fastrepa.data.entries import (
     MAX_IMAGE_BYTES,
     Listing,
     Rejected,
+    close_files,
     printable,
     read_entry,
     read_file,
@@ -77,6 +78,7 @@ def list_source(
     """
     if not source.exists():
         raise DataError(printable(f"{source}: no such file or folder"))
+    close_files()
     given = {"inside": inside, "class_names": class_names, "image_column": image_column,
              "label_column": label_column}  # fmt: skip
     names = None if class_names is None else read_class_names(class_names)

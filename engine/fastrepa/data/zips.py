@@ -8,8 +8,6 @@ import struct
 import zipfile
 from io import FileIO
 
-import numpy as np
-
 from fastrepa.data.entries import printable
 from fastrepa.data.members import Members, Report
 from fastrepa.data.tars import scan_inner_tar
@@ -32,20 +30,21 @@ def scan_zip(file: FileIO, members: Members, report: Report) -> None:
         text = str(error) or type(error).__name__
         raise DataError(printable(f"{members.label}: damaged or truncated zip ({text})")) from None
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    starts = np.array([info.header_offset for info in infos], dtype=np.int64)
-    order = np.argsort(starts, kind="stable")
-    # Where the next member begins: a bomb lets many names share the same bytes.
-    limits = np.empty(len(infos), dtype=np.int64)
-    limits[order] = np.append(starts[order][1:], directory)
+    infos.sort(key=lambda info: info.header_offset)
+    reached = 0  # a bomb lets many names share the same bytes
     for number, info in enumerate(infos):
+        if number % 1000 == 0:
+            report(info.header_offset)
         if info.is_dir():
             continue
         offset = _data_offset(file, info.header_offset)
         wrong = _wrong(info)
-        if offset is None:
-            wrong = wrong or "its header inside the archive is damaged"
-        elif offset + info.compress_size > limits[number]:
-            wrong = wrong or "its bytes overlap those of another member"
+        if wrong is None and info.header_offset < reached:
+            wrong = "its bytes overlap those of another member"
+        elif wrong is None and (offset is None or offset + info.compress_size > directory):
+            wrong = "its header inside the archive is damaged"
+        elif offset is not None:
+            reached = max(reached, offset + info.compress_size)
         deflated = info.compress_type == zipfile.ZIP_DEFLATED
         name = info.orig_filename
         if name.lower().endswith(".tar") and wrong is None and not deflated:
@@ -56,8 +55,6 @@ def scan_zip(file: FileIO, members: Members, report: Report) -> None:
         else:
             inflated = info.file_size if deflated else -1
             members.offer(name, offset or 0, info.compress_size, inflated, wrong)
-        if number % 1000 == 0:
-            report(info.header_offset)
     members.finish()
 
 
