@@ -36,15 +36,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refusal(source: Path, out: Path, **options: Any) -> str:
-    """The one line with which preparing fails, leaving nothing behind."""
-    parent = out.parent
+    """The one line with which preparing fails; `out` stays as it was.
+
+    What is done is kept, and the line says so, or nothing is left behind.
+    """
+    parent, partial = out.parent, out.parent / f".{out.name}.partial"
     before = sorted(os.listdir(parent)) if parent.is_dir() else None
     with pytest.raises(DataError) as caught:
         run(source, out, **options)
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message
     if before is not None:
-        assert sorted(os.listdir(parent)) == before
-    return str(caught.value)
+        kept = [partial.name] if (partial / "plan.json").exists() else []
+        assert sorted(os.listdir(parent)) == sorted({*before, *kept})
+        assert (str(partial) in message) >= bool(kept)
+    return message.replace(f"; what is done is kept in {partial}, and the same command goes on there", "")
 
 
 def test_report_and_manifest(tree: Path, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_unreadable_image_is_named_or_skipped_and_counted(tmp_path: Path) -> Non
             start = int(record["image_offset"])
             data = shard.read_bytes()[start : start + int(record["image_size"])]
             (tmp_path / "one.png").write_bytes(data)
-            source = load_square(tree / sources[int(record["key"])], RESOLUTION)
+            source = load_square((tree / sources[int(record["key"])]).read_bytes(), RESOLUTION)
             assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), np.asarray(source))
 
 
@@ -122,7 +128,7 @@ def test_shard_of_unreadable_images_is_left_out(tmp_path: Path) -> None:
     assert ShardSet.open(tmp_path / "out").num_samples == 1
     (tree / "a" / "05.png").write_bytes(b"x")
     message = refusal(tree, tmp_path / "none", skip_bad=True)
-    assert message == f"{tree}/a: class folder without a readable image"
+    assert message == f"{tree}/a: class without a readable image"
 
 
 def test_nothing_sensible_to_prepare(tree: Path, tmp_path: Path) -> None:
