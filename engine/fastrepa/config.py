@@ -57,7 +57,9 @@ class DataConfig(_Section):
     read_ahead: Positive = Field(4, description="batches being read")
     prefetch: Positive = Field(2, description="batches DALI keeps ready")
     window: Positive = Field(8, description="shards whose samples are shuffled together")
-    flip: bool = Field(False, description="mirror half of the samples, one draw per step and sample")
+    flip: bool = Field(
+        False, description="mirror half of the samples, one draw per step and sample"
+    )
     remainder: Literal["include", "drop"] = Field(
         "include",
         description="what an epoch's samples beyond the last whole batch do: join the next epoch's "
@@ -130,6 +132,13 @@ class ScheduleConfig(_Section):
     final: Probability = Field(0.0, description="cosine: the last rate, as a share of lr")
 
 
+class KeepBestConfig(_Section):
+    """Which checkpoint is the best: by a key of metrics.jsonl, as last logged before the save."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+
 class TrainingConfig(_Section):
     steps: Positive = 400_000
     global_batch: Positive = 256
@@ -145,6 +154,8 @@ class TrainingConfig(_Section):
     sample_every: NonNegative = Field(10_000, description="0: never")
     checkpoint_every: NonNegative = Field(50_000, description="0: at the end only")
     keep_checkpoints: NonNegative = Field(3, description="newest kept; 0: all")
+    keep_every: NonNegative = Field(0, description="kept for ever where this divides the step")
+    keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project; None: off")
 
@@ -170,6 +181,23 @@ class AttentionConfig(_Section):
     backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
 
 
+class SurvivalConfig(_Section):
+    """When a run that is in trouble says so, and when it stops."""
+
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        60.0, description="a rank that is silent for this long ends the run on all others"
+    )
+    stall_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        900.0, description="a step that takes longer is reported with every rank's stack"
+    )
+    bad_steps: Positive = Field(
+        10, description="steps in a row whose loss or gradients are not finite that end the run"
+    )
+    loss_spike: Annotated[float, Field(ge=0.0)] = Field(
+        6.0, description="warn of a logged loss this many deviations above the last; 0: never"
+    )
+
+
 class Config(_Section):
     """The whole configuration of a run."""
 
@@ -183,6 +211,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     sample: SampleConfig = SampleConfig()
     zero: ZeroConfig = ZeroConfig()
+    survival: SurvivalConfig = SurvivalConfig()
     kernels: Literal["fused", "eager"] = "fused"
     attention: AttentionConfig = AttentionConfig()
 

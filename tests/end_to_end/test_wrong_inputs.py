@@ -13,8 +13,8 @@ from tests.engine.training.runs import ROOT, SMALL, command, environment, tensor
 SHARDS = ROOT / "configs/quickstart/emoji/train"
 
 
-def fails(args, *, ranks=1, preexec_fn=None):
-    """stderr of a command that must fail by a one-line error."""
+def fails(args, *, ranks=1, preexec_fn=None, with_output=False):
+    """The one-line error by which a command must fail, and on request what it said before."""
     done = subprocess.run(
         command(*args, ranks=ranks), env=environment(), capture_output=True, text=True,
         timeout=200, preexec_fn=preexec_fn,
@@ -26,7 +26,7 @@ def fails(args, *, ranks=1, preexec_fn=None):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == errors[0]
         assert "Traceback" not in done.stdout + done.stderr
-    return errors[0]
+    return (errors[0], done.stdout) if with_output else errors[0]
 
 
 def training(run, *overrides):
@@ -117,8 +117,12 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path):
     def no_large_files():  # what a full disk does to a checkpoint, whatever user runs the test
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    error = fails(training(run, "training.steps=4"), preexec_fn=no_large_files)
-    assert "step_0000004: cannot be written" in error
+    # A save on the way is a warning and training goes on; the last one is an error, on every rank.
+    args = training(run, "training.steps=5", "training.schedule.name=constant")
+    error, said = fails(args, ranks=2, preexec_fn=no_large_files, with_output=True)
+    assert "step_0000004: cannot be written" in said
+    assert "step_0000002 still counts" in said
+    assert "step_0000005: cannot be written" in error
     assert "earlier ones are intact" in error
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_0000002"]
     assert tensors(run, 2).keys() == before.keys()

@@ -7,36 +7,36 @@
         state.json                                   step, data position, what the model is
         manifest.json                                bytes and SHA-256 of all of these
 
+Several ranks write a part each, whole tensors all the same: ema-00001-of-00004.safetensors, ...
 Nothing is pickled. A checkpoint is written in a temporary folder, flushed to disk and renamed, so
-that a folder called step_* is complete.
+that a folder called step_* is complete (checkpoint_writer.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fastrepa.config import Config, load_config
+from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.training.ema import STATES
 from fastrepa.training.zero import KINDS, WEIGHT, WholeTensors, World
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
 FILES = {WEIGHT: "weights.safetensors", **{k: f"{k}.safetensors" for k in STATES}}
 
 
@@ -53,61 +53,12 @@ class RunState:
     classes: list[str]
     world_size: int
     versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # the last logged line
     format: int = FORMAT
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:07d}"
-
-
-def save_checkpoint(
-    run: Path,
-    whole: WholeTensors,
-    fixed: Mapping[str, Tensor],
-    state: RunState,
-    world: World,
-    *,
-    keep: int,
-) -> Path:
-    """Write a checkpoint (collective). `fixed` are the tensors that are not trained, by name.
-
-    `keep` newest ones stay (0: all). Raises CheckpointError naming the folder where it cannot be
-    written; whatever was saved before stays as it is.
-    """
-    final = checkpoint_path(run, state.step)
-    partial = final.with_name(f".partial_{final.name}")
-    try:
-        if world.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        save_file(_rng_state(world), partial / f"rng_rank_{world.rank:05d}.safetensors")
-        for kind in KINDS:
-            tensors = {} if kind in ("exp_avg", "exp_avg_sq") else dict(fixed)
-            for name in whole.params:
-                value = whole.get(name, kind)
-                if world.is_first:
-                    tensors[name] = value.float().cpu().contiguous()
-            if world.is_first:
-                save_file(tensors, partial / FILES[kind])
-        dist.barrier()
-        if world.is_first:
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-            _write_manifest(partial)
-            _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _flush_folder(final.parent)
-            if keep:
-                for old in _checkpoints(run)[:-keep]:
-                    shutil.rmtree(old)
-        dist.barrier()
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written ({e}); earlier ones are intact"
-        ) from None
-    return final
 
 
 def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
@@ -116,10 +67,10 @@ def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
     A damaged one is named in a warning and passed over for the one before it; CheckpointError where
     every one is damaged.
     """
-    found = _checkpoints(run)
+    found = checkpoints(run)
     problem = None
     for path in reversed(found):
-        problem = _damage(path) if verify else None
+        problem = damage(path) if verify else None
         if problem is None:
             return path
         warnings.warn(
@@ -137,24 +88,24 @@ def read_state(path: Path) -> RunState:
         state = RunState(**fields)
     except (OSError, ValueError, TypeError) as e:
         raise CheckpointError(f"{path / 'state.json'}: not readable ({e})") from None
-    if state.format != FORMAT:
+    if state.format not in READABLE:
         raise CheckpointError(
-            f"{path}: checkpoint format {state.format}, this version reads format {FORMAT}"
+            f"{path}: checkpoint format {state.format}, this version reads {READABLE}"
         )
     return state
 
 
 def load_model_weights(path: Path, model: SiT) -> None:
     """The checkpoint's weights into a model that is not yet sharded; strict."""
-    load_weights(model, load_file(path / FILES[WEIGHT]), source=str(path))
+    load_weights(model, StoredTensors(path, WEIGHT), source=str(path))
 
 
 def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: World) -> None:
     """Float32 masters, optimiser states, EMA and generators into a started engine (collective)."""
     for kind in KINDS:
-        with safe_open(path / FILES[kind], framework="pt") as stored:
-            for name in whole.params:
-                whole.set(name, kind, stored.get_tensor(name))
+        stored = StoredTensors(path, kind)
+        for name in whole.params:
+            whole.set(name, kind, stored[name])
     whole.optimizer_step = state.optimizer_step
     rng = path / f"rng_rank_{world.rank:05d}.safetensors"
     if rng.exists():  # a rank that joined later starts its generators from the seed
@@ -176,7 +127,7 @@ def load_ema_model(run: str | Path, device: torch.device) -> tuple[SiT, Config, 
     model = SiT.from_config(
         config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
     )
-    load_weights(model, load_file(path / FILES["ema"]), source=str(path))
+    load_weights(model, StoredTensors(path, "ema"), source=str(path))
     return model.to(device).eval(), config, state
 
 
@@ -193,54 +144,99 @@ def ema_model(
     return model.to(world.device).eval()
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: Path) -> list[Path]:
+    """Every finished checkpoint folder, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir())
 
 
-def _rng_state(world: World) -> dict[str, Tensor]:
+def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
+    """The checkpoints that the policy keeps no longer, now that `saved` is there.
+
+    Kept are the newest `keep_checkpoints` (0: all), every `keep_every` steps, the best by
+    `keep_best`, and `saved` itself. One with a file missing or cut short counts for none of these;
+    steps after `saved` belong to a future that a resume undid, and are left alone.
+    """
+    if not policy.keep_checkpoints:
+        return []
+    past = [p for p in checkpoints(run) if p.name <= saved.name]
+    sound = {p: read_state(p) for p in past if damage(p, contents=False) is None}
+    kept = {saved, *list(sound)[-policy.keep_checkpoints :]}
+    if policy.keep_every:
+        kept |= {p for p, state in sound.items() if state.step % policy.keep_every == 0}
+    if policy.keep_best:
+        best = _best(sound, policy.keep_best)
+        kept |= {best} if best else set()
+    return [p for p in past if p not in kept]
+
+
+def _best(found: Mapping[Path, RunState], rule: KeepBestConfig) -> Path | None:
+    """The checkpoint whose last logged metric is the least or the greatest; the newer of equals."""
+    sign = 1.0 if rule.mode == "max" else -1.0
+    values = {p: state.metrics.get(rule.metric, math.nan) for p, state in found.items()}
+    known = [p for p, value in values.items() if math.isfinite(value)]
+    return max(known, key=lambda p: (sign * values[p], p.name), default=None)
+
+
+def rng_state(world: World) -> dict[str, Tensor]:
+    """Torch's generators of this rank."""
     out = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         out["cuda"] = torch.cuda.get_rng_state()
     return out
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as f:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
-        }
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {p.name: _digest(p) for p in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-
-
-def _damage(folder: Path) -> str | None:
-    """What differs from the manifest, None where all is well."""
+def damage(folder: Path, *, contents: bool = True) -> str | None:
+    """What differs from the manifest, None where all is well; without `contents` sizes only."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         for name, expected in files.items():
-            if not (folder / name).is_file():
+            path = folder / name
+            if not path.is_file():
                 return f"{name} is missing"
-            if _digest(folder / name) != expected:
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} differs in size from its manifest"
+            if contents and _sha256(path) != expected["sha256"]:
                 return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         return f"manifest.json: {e}"
     return None
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
-    _flush_folder(folder)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one kind in a checkpoint, read one at a time from however many files."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        stem, suffix = FILES[kind].split(".")
+        paths = sorted(folder.glob(f"{stem}.{suffix}")) + sorted(
+            folder.glob(f"{stem}-*-of-*.{suffix}")
+        )
+        if not paths:
+            raise CheckpointError(f"{folder}: {FILES[kind]} is missing")
+        self._file: dict[str, Any] = {}
+        for path in paths:
+            try:
+                stored = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as e:
+                raise CheckpointError(f"{path}: not readable ({e})") from None
+            self._file.update(dict.fromkeys(stored.keys(), stored))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+def part_name(kind: str, rank: int, size: int) -> str:
+    """The file of one rank: ema.safetensors, or ema-00001-of-00004.safetensors."""
+    stem, suffix = FILES[kind].split(".")
+    return FILES[kind] if size == 1 else f"{stem}-{rank + 1:05d}-of-{size:05d}.{suffix}"

@@ -35,8 +35,8 @@ from fastrepa.training.checkpoint import (
     load_model_weights,
     newest_checkpoint,
     read_state,
-    save_checkpoint,
 )
+from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
@@ -44,9 +44,10 @@ from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, 
 
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
-             "training.checkpoint_every", "training.keep_checkpoints", "training.tensorboard",
+             "training.checkpoint_every", "training.keep_", "training.tensorboard",
              "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.readers",
-             "data.read_ahead", "data.prefetch", "sample", "zero", "attention", "kernels")  # fmt: skip
+             "data.read_ahead", "data.prefetch", "sample", "zero", "attention",
+             "kernels")  # fmt: skip
 
 
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
@@ -143,6 +144,8 @@ class Trainer:
         if checkpoint:
             load_engine_state(checkpoint, self.whole, read_state(checkpoint), world)
         self.resumed_from = checkpoint
+        self.metrics: dict[str, float] = {}  # the last logged line
+        self.writer: CheckpointWriter | None = None  # made when training begins
         self._asked_to_stop = self._stopped_by = 0  # signal numbers: this rank's, all ranks'
 
     # One step ---------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ class Trainer:
         )
 
     def _loop(self, batches: Batches, telemetry: Telemetry) -> None:
-        t = self.config.training
+        t, writer = self.config.training, self._open_writer()
         telemetry.start(self.step)
         meter = _Meter(t.global_batch)
         while self.step < t.steps:
@@ -281,26 +284,37 @@ class Trainer:
             last = self.step == t.steps or stop()
             if self.step % t.log_every == 0 or last:
                 rate = learning_rate(self.config, self.step - 1)
-                telemetry.log(meter.read(self.step, rate, grad_norm(self.engine), self.world))
+                self.metrics = meter.read(self.step, rate, grad_norm(self.engine), self.world)
+                telemetry.log(self.metrics)
             if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
                 with meter.pause():
                     self._draw_samples(telemetry)
             if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
                 with meter.pause():
-                    self.save()
+                    self.save(wait=last)
+            else:
+                writer.poll()
             if last:
                 return
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step (collective)."""
-        return save_checkpoint(
-            self.run,
-            self.whole,
-            self.fixed,
-            self.state(),
-            self.world,
-            keep=self.config.training.keep_checkpoints,
-        )
+    def save(self, *, wait: bool = False) -> Path:
+        """Start to write a checkpoint of this step, or write it whole and `wait` (collective).
+
+        Raises CheckpointError where it cannot be written and `wait` is set; otherwise that is a
+        warning at a later step.
+        """
+        writer = self._open_writer()
+        writer.save(self.state())
+        if wait:
+            writer.settle(required=True)
+        return checkpoint_path(self.run, self.step)
+
+    def _open_writer(self) -> CheckpointWriter:
+        if self.writer is None:
+            self.writer = CheckpointWriter(
+                self.run, self.whole, self.fixed, self.world, self._host_group, self.config.training
+            )
+        return self.writer
 
     def state(self) -> RunState:
         return RunState(
@@ -313,6 +327,7 @@ class Trainer:
             classes=self.shards.classes,
             world_size=self.world.size,
             versions=versions(),
+            metrics=self.metrics,
         )
 
     def first_line(self) -> str:

@@ -52,10 +52,10 @@ def metrics(run):
 
 
 def tensors(run, step):
-    """Every tensor of a checkpoint, as file/name."""
+    """Every tensor of a checkpoint, as kind/name."""
     folder = Path(run) / "checkpoints" / f"step_{step:07d}"
     return {
-        f"{file.stem}/{name}": value
+        f"{file.stem.split('-')[0]}/{name}": value
         for file in sorted(folder.glob("*.safetensors"))
         for name, value in load_file(file).items()
     }
