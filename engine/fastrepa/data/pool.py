@@ -62,6 +62,7 @@ def write_shards(
             for shard in missing:
                 write_shard(plan, folder, shard, skip_bad, image_done)
         ranks.wait_while(bar.tick)
+        bar.finish()
 
 
 class _Bar:
@@ -108,6 +109,12 @@ class _Bar:
 
     def tick(self) -> None:
         """While this rank waits for the others."""
+        self.show(self._own)
+
+    def finish(self) -> None:
+        """When every rank is ready."""
+        self._elsewhere += sum(len(self._plan.keys(shard)) for shard in self._others)
+        self._others = []
         self.show(self._own)
 
     def _look(self, now: float) -> None:

@@ -158,9 +158,10 @@ class _NewFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A full disk makes room again.
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # a full disk, where closing fails again, gets its room back
+            self._partial.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> int:
         self._sha.update(data)

@@ -50,7 +50,9 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
         kept = [partial.name] if (partial / "plan.json").exists() else []
         assert sorted(os.listdir(parent)) == sorted({*before, *kept})
         assert (str(partial) in message) >= bool(kept)
-    return message.replace(f"; what is done is kept in {partial}, and the same command goes on there", "")
+    return message.replace(
+        f"; what is done is kept in {partial}, and the same command goes on there", ""
+    )
 
 
 def test_report_and_manifest(tree: Path, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_shard_of_unreadable_images_is_left_out(tmp_path: Path) -> None:
 
 def test_nothing_sensible_to_prepare(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert refusal(tmp_path / "absent", out).endswith("absent: no such folder")
+    assert refusal(tmp_path / "absent", out).endswith("absent: no such file or folder")
     (tmp_path / "file").write_text("")
     assert "not a folder" in refusal(tmp_path / "file", out)
     (tmp_path / "empty").mkdir()
@@ -163,19 +165,25 @@ def test_places_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
     assert run(tree, tmp_path / "vacant").num_samples == 34
 
 
-def test_disk_full_is_one_line(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_disk_full_is_one_line_and_the_work_goes_on(
+    tree: Path, tmp_path: Path, workers: int
+) -> None:
     """A file-size limit stands in for the full disk: writing a shard fails half-way."""
-    for workers in (0, 2):
-        limited = subprocess.run(
-            [sys.executable, "-c", PREPARE, str(tree), str(tmp_path / "out"), str(workers), "8"],
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-            capture_output=True,
-            text=True,
-        )
-        last = limited.stderr.strip().splitlines()[-1]
-        expected = f"DataError: {tmp_path / 'out'}: cannot be written (File too large)"
-        assert last.endswith(expected), limited.stderr
-        assert os.listdir(tmp_path) == []
+    limited = subprocess.run(
+        [sys.executable, "-c", PREPARE, str(tree), str(tmp_path / "out"), str(workers), "8"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        capture_output=True,
+        text=True,
+    )
+    last = limited.stderr.strip().splitlines()[-1]
+    partial = tmp_path / ".out.partial"
+    assert f"DataError: {tmp_path / 'out'}: cannot be written (File too large); " in last
+    assert last.endswith(f"kept in {partial}, and the same command goes on there"), limited.stderr
+    assert not list(partial.glob("shard*")) + list(partial.glob(".shard*"))
+    run(tree, tmp_path / "out")
+    run(tree, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_settings_out_of_range(tree: Path, tmp_path: Path) -> None:
@@ -270,7 +278,7 @@ def start(source: Path, out: Path, workers: int) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     partial = out.parent / f".{out.name}.partial"
-    wait_for(lambda: any(partial.glob("shard-*.tar")))
+    wait_for(lambda: any(partial.glob(".shard-*.tar.tmp")))
     assert process.poll() is None
     return process
 
@@ -294,29 +302,28 @@ def group_is_gone(leader: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_leaves_nothing_and_a_second_run_works(
-    big_tree: Path, tree: Path, tmp_path: Path, workers: int
-) -> None:
+def test_ctrl_c_keeps_what_is_done(big_tree: Path, tmp_path: Path, workers: int) -> None:
     process = start(big_tree, tmp_path / "out", workers)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     _, errors = process.communicate(timeout=20)
     assert process.returncode != 0
     assert errors.count("Traceback") == 1  # this program's own; workers stay silent
     assert "KeyboardInterrupt" in errors
-    assert os.listdir(tmp_path) == []
+    assert "the same command goes on there" in errors
     wait_for(lambda: group_is_gone(process.pid))
-    assert run(tree, tmp_path / "out").num_samples == 34
+    assert os.listdir(tmp_path) == [".out.partial"]
+    assert not list((tmp_path / ".out.partial").glob(".*.tmp"))
 
 
 def test_killed_run_is_taken_over(big_tree: Path, tree: Path, tmp_path: Path) -> None:
     process = start(big_tree, tmp_path / "out", 2)
     message = refusal(tree, tmp_path / "out")
-    assert message == f"{tmp_path / 'out'}: is being made by another fastrepa prepare"
+    assert message.startswith(f"{tmp_path / 'out'}: is being made by another fastrepa prepare")
     process.kill()
     process.communicate()
-    wait_for(lambda: group_is_gone(process.pid))  # its workers, too
-    assert os.listdir(tmp_path) == [".out.partial"]
+    # No shard was finished, so nothing is lost by another source. Its workers are awaited.
     run(tree, tmp_path / "out")
+    assert group_is_gone(process.pid)
     run(tree, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert sorted(os.listdir(tmp_path)) == ["fresh", "out"]
@@ -328,30 +335,40 @@ def test_killed_worker_is_one_line(big_tree: Path, tmp_path: Path) -> None:
     workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=20)
-    assert (
-        errors.strip()
-        .splitlines()[-1]
-        .endswith("a worker was killed, perhaps for want of memory; use fewer workers")
-    )
-    assert os.listdir(tmp_path) == []
+    last = errors.strip().splitlines()[-1]
+    assert "a worker was killed, perhaps for want of memory; use fewer workers; what" in last
+    assert os.listdir(tmp_path) == [".out.partial"]
 
 
 def test_foreign_folder_in_the_way_is_left_alone(tree: Path, tmp_path: Path) -> None:
     keep = tmp_path / ".out.partial" / "mine"
     keep.mkdir(parents=True)
     (keep / "thesis.txt").write_text("keep me")
-    assert "cannot be written" in refusal(tree, tmp_path / "out")
+    assert "it holds mine, which is none of ours" in refusal(tree, tmp_path / "out")
     assert (keep / "thesis.txt").read_text() == "keep me"
 
 
 def test_lock_is_released(tree: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
-    lock = os.open(tmp_path / ".out.partial", os.O_RDONLY)
+    lock = os.open(tmp_path / ".out.partial" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert "another fastrepa prepare" in refusal(tree, tmp_path / "out")
     os.close(lock)
     run(tree, tmp_path / "out")
     run(tree, tmp_path / "out2")
+
+
+def test_a_run_waits_for_writers_of_the_last(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    script = "import sys, time; from pathlib import Path; from fastrepa.data.partial import "
+    script += "join_writers; join_writers(Path(sys.argv[1])); print(1, flush=True); time.sleep(0.5)"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / ".out.partial")], stdout=subprocess.PIPE
+    )
+    assert writer.stdout is not None and writer.stdout.readline() == b"1\n"
+    run(tree, tmp_path / "out")
+    assert writer.poll() == 0
+    writer.stdout.close()
 
 
 def test_progress_bar_counts_every_image(
