@@ -59,8 +59,9 @@ def train(
 ) -> None:
     """Train, or continue the run whose folder the configuration names.
 
-    One process by plain command, several under torchrun or deepspeed. Ctrl-C and SIGTERM finish the
-    step and save; the same command continues.
+    One process by plain command, several under torchrun, deepspeed or srun. Ctrl-C, SIGTERM and
+    SIGUSR1 finish the step and save; the same command continues. Exit codes: 0 finished, 1 error,
+    130 after Ctrl-C, 75 after the other two (saved, start it again), 76 when another rank was lost.
     """
     from fastrepa.config import load_config
 

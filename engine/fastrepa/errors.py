@@ -26,6 +26,10 @@ class CheckpointError(FastrepaError):
     """A checkpoint that is missing, damaged or of another architecture."""
 
 
+class TrainingError(FastrepaError):
+    """A run that cannot go on: a rank was lost, or its numbers are not finite any more."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """' (did you mean X?)' where something close to `word` is allowed, otherwise ''."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

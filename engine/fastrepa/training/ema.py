@@ -23,9 +23,12 @@ class AdamWEMA(torch.optim.AdamW):
 
     The EMA starts as a copy of the weights. Parameters are float32 masters or flat partitions.
     kernels "fused" does it all in one pass (fastrepa_kernels.adamw_ema_); "eager" is torch's fused
-    AdamW and a second pass for the average. max_norm > 0 clips the gradients here: only for the
-    unsharded float32 engine, whose own clipping keeps the norm to itself; every other engine clips
-    before it calls.
+    AdamW and a second pass for the average. With a max_norm the gradients' norm is taken here, and
+    clipped where it is > 0: only for the unsharded float32 engine, which keeps the norm to itself;
+    every other engine does both before it calls, and `engine_norm` asks it.
+
+    A step whose gradients' norm is not finite, or whose `bad_loss` (bool scalar, alike on all
+    ranks) is set, changes nothing. On a GPU the kernels read the flag and the host does not.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class AdamWEMA(torch.optim.AdamW):
         config: OptimizerConfig,
         *,
         ema_decay: float,
-        max_norm: float = 0.0,
+        max_norm: float | None = None,
         kernels: str = "fused",
     ) -> None:
         super().__init__(
@@ -47,14 +50,14 @@ class AdamWEMA(torch.optim.AdamW):
         )
         self.ema_decay, self.max_norm, self.kernels = ema_decay, max_norm, kernels
         self._global_grad_norm: Tensor | None = None  # DeepSpeed reads this name
+        self.engine_norm: Callable[[], Tensor | float | None] = lambda: None
+        self.bad_loss: Tensor | None = None
 
     def prepare(self, param: Tensor) -> None:
         """Create the states of one parameter where they are missing."""
         if not self.state[param]:
-            # The step is read on the host by the fused pass, on the device by torch's.
-            device = "cpu" if self.kernels == "fused" else param.device
             self.state[param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
                 "ema": param.detach().clone(),
@@ -71,30 +74,64 @@ class AdamWEMA(torch.optim.AdamW):
             return
         for p in params:
             self.prepare(p)
-        if self.max_norm > 0:
-            self._global_grad_norm = torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+        bad: Tensor | None = self._bad(params)
+        assert bad is not None
+        if bad.device.type == "cpu":  # in host memory already: reading it waits for nothing
+            if bad:
+                return
+            bad = None
         if self.kernels == "fused":
             for group in self.param_groups:
-                self._fused_step(group)
-        else:
-            super().step(closure)
-            averages = [self.state[p]["ema"] for p in params]
-            torch._foreach_lerp_(averages, params, 1.0 - self.ema_decay)
+                self._fused_step(group, bad)
+            return
+        self.found_inf = None if bad is None else bad.float()  # torch's name for it
+        super().step(closure)
+        averages = [self.state[p]["ema"] for p in params]
+        rest: Any = 1.0 - self.ema_decay
+        if bad is not None:
+            rest = [(~bad).float().to(p.device) * rest for p in params]
+        torch._foreach_lerp_(averages, params, rest)
 
-    def _fused_step(self, group: dict[str, Any]) -> None:
+    def _bad(self, params: list[Tensor]) -> Tensor:
+        """Whether this step must change nothing: a bool scalar, alike on all ranks."""
+        norm = self.engine_norm()
+        if self.max_norm is not None:
+            grads = [p.grad for p in params if p.grad is not None]
+            norm = self._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+            if self.max_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
+        bad = bad_norm(0.0 if norm is None else norm)
+        return bad if self.bad_loss is None else bad.to(self.bad_loss.device) | self.bad_loss
+
+    def _fused_step(self, group: dict[str, Any], bad: Tensor | None) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        for p in params:
-            self.state[p]["step"] += 1
+        steps = [self.state[p]["step"] for p in params]
+        if bad is None and steps[0].device.type == "cpu":
+            torch._foreach_add_(steps, 1.0)
+            step: Any = int(steps[0])
+        else:
+            keep = 1.0 if bad is None else (~bad).to(steps[0].device, torch.float32)
+            torch._foreach_add_(steps, keep)
+            step = steps[0]
         adamw_ema_(
             params,
             [p.grad for p in params],
             *([self.state[p][key] for p in params] for key in STATES),
-            step=int(self.state[params[0]]["step"]),
+            step=step,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             ema_decay=self.ema_decay,
+            skip=bad,
         )
+
+
+def bad_norm(norm: Tensor | float) -> Tensor:
+    """Whether a gradient norm is NaN, infinite or DeepSpeed's -1 for either: a bool scalar on
+    its device.
+    """
+    value = torch.as_tensor(norm).reshape(())
+    return ~value.isfinite() | (value < 0)

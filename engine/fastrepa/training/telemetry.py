@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -128,6 +129,9 @@ class Telemetry:
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
 
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
     def start(self, step: int) -> None:
         """Show the progress bar, where there is a terminal to show it on."""
         if self.active and self.console.is_terminal:
@@ -156,7 +160,9 @@ class Telemetry:
             return
         metrics = {**metrics, "seconds": self._seconds_before + time.monotonic() - self._began}
         with self.metrics_path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(metrics) + "\n")
+            # NaN is no JSON: null, which `history` turns back.
+            line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            f.write(json.dumps(line) + "\n")
         step = int(metrics["step"])
         numbers = {k: v for k, v in metrics.items() if k != "step"}
         if self._tensorboard is not None:
@@ -168,6 +174,7 @@ class Telemetry:
             "loss": f"{metrics['loss']:.4f}",
             "align": f"{metrics['alignment_loss']:.3f}" if "alignment_loss" in metrics else None,
             "img/s": f"{metrics['images_per_s']:.0f}",
+            "skipped": f"{metrics['skipped_steps']:.0f}" if metrics["skipped_steps"] else None,
             "data wait": f"{100 * metrics['data_wait']:.0f}%",
         }
         if self._progress is not None:
@@ -191,7 +198,8 @@ class Telemetry:
         """Every logged line so far."""
         if not self.active or not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line]
+        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line]
+        return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
     def _drop_undone(self, start_step: int) -> None:
         if not self.metrics_path.exists():

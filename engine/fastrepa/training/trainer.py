@@ -27,6 +27,7 @@ from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
 from fastrepa.training.checkpoint import (
     RunState,
     checkpoint_path,
@@ -46,10 +47,12 @@ from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, 
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
              "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.readers",
-             "data.read_ahead", "data.prefetch", "sample", "zero", "attention",
-             "kernels")  # fmt: skip
+             "data.read_ahead", "data.prefetch", "sample", "zero", "survival",
+             "attention", "kernels")  # fmt: skip
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # EX_TEMPFAIL: saved, and to be started again
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
 
 
@@ -81,7 +84,7 @@ class Trainer:
     def __init__(self, config: Config, world: World, *, random_weights: bool = False) -> None:
         self.config, self.world = config, world
         # Small questions between hosts go over gloo, which does not make a GPU wait.
-        self._host_group: Any = dist.new_group(backend="gloo")
+        self.host_group: Any = dist.new_group(backend="gloo")
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
         if world.device.type != "cuda" and config.attention.backend in ("cudnn", "efficient"):
@@ -146,27 +149,38 @@ class Trainer:
         self.resumed_from = checkpoint
         self.metrics: dict[str, float] = {}  # the last logged line
         self.writer: CheckpointWriter | None = None  # made when training begins
+        self.bad_steps = BadSteps(world)
+        self._last_batches: list[Batch] = []  # of the last step, to explain it with
         self._asked_to_stop = self._stopped_by = 0  # signal numbers: this rank's, all ranks'
 
     # One step ---------------------------------------------------------------------------------
 
     def train_step(self, batches: Batches) -> dict[str, Tensor | float]:
-        """One update from `forwards` micro-batches; this rank's means, left on the device."""
+        """One update from `forwards` micro-batches; this rank's means, left on the device.
+
+        `skipped` is 1 where a loss or gradient was not finite and the update was left out.
+        """
         totals: dict[str, Tensor] = {}
         waited = 0.0
+        self._last_batches.clear()
         self.optimizer.set_rate(learning_rate(self.config, self.step))
         for forward in range(self.forwards):
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
+            self._last_batches.append(batch)
             losses = self.forward_losses(batch, self.sample_numbers(forward))
+            self.bad_steps.add(losses["loss"])
             self.engine.backward(losses["loss"])
+            if forward == self.forwards - 1:
+                self.optimizer.bad_loss = self.bad_steps.agree()
             self.engine.step()
             for name, value in losses.items():
                 share = value.detach() / self.forwards
                 totals[name] = totals[name] + share if name in totals else share
         self.step += 1
-        return {**totals, "data_wait_seconds": waited}
+        skipped = self.bad_steps.taken(grad_norm(self.engine))
+        return {**totals, "skipped": skipped, "data_wait_seconds": waited}
 
     def forward_losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
         """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch.
@@ -211,7 +225,9 @@ class Trainer:
     # The run ----------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the last step; returns 0, or 128 + the number of the signal that stopped it."""
+        """Train to the last step; returns 0, or what the process exits with: 130 after SIGINT,
+        REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
+        """
         config, world = self.config, self.world
         if world.is_first:
             _warn_of_changes(self.run, config)
@@ -247,7 +263,7 @@ class Trainer:
                 save_curves(telemetry.history(), self.run / "curves.png")
             if self._stopped_by:
                 telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
-                return 128 + self._stopped_by
+                return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
             self._say_what_is_there(telemetry)
         return 0
 
@@ -276,16 +292,30 @@ class Trainer:
         t, writer = self.config.training, self._open_writer()
         telemetry.start(self.step)
         meter = _Meter(t.global_batch)
+        earlier = [line["loss"] for line in telemetry.history()]
+        spikes = Spikes(self.config.survival.loss_spike, earlier)
+        skipped = self.step - self.whole.optimizer_step
         while self.step < t.steps:
             stop = self._ask_to_stop()
             metrics = self.train_step(batches)
             meter.add(metrics)
             telemetry.advance(self.step)
-            last = self.step == t.steps or stop()
+            last = stop() or self.step == t.steps
+            if last:
+                self._give_up_if_bad()
             if self.step % t.log_every == 0 or last:
                 rate = learning_rate(self.config, self.step - 1)
-                self.metrics = meter.read(self.step, rate, grad_norm(self.engine), self.world)
+                read = meter.read(self.step, rate, grad_norm(self.engine), self.world)
+                before, skipped = skipped, self.step - self.whole.optimizer_step
+                self.metrics = {**read, "skipped_steps": skipped}
                 telemetry.log(self.metrics)
+                if skipped > before:
+                    telemetry.warn(
+                        f"{skipped - before} step(s) up to step {self.step} had a loss or "
+                        f"gradients that are not finite and were skipped; {skipped} in all"
+                    )
+                if spike := spikes.check(self.step, self.metrics["loss"]):
+                    telemetry.warn(spike)
             if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
                 with meter.pause():
                     self._draw_samples(telemetry)
@@ -312,7 +342,7 @@ class Trainer:
     def _open_writer(self) -> CheckpointWriter:
         if self.writer is None:
             self.writer = CheckpointWriter(
-                self.run, self.whole, self.fixed, self.world, self._host_group, self.config.training
+                self.run, self.whole, self.fixed, self.world, self.host_group, self.config.training
             )
         return self.writer
 
@@ -411,27 +441,39 @@ class Trainer:
 
     def _ask_to_stop(self) -> Callable[[], bool]:
         """Ask all ranks, while the step runs, whether any was told to stop; call for the answer."""
-        flag = torch.tensor([self._asked_to_stop])
+        flag = torch.tensor([self._asked_to_stop, self.bad_steps.seen])
         work: Any = dist.all_reduce(
-            flag, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True
+            flag, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True
         )
 
         def answer() -> bool:
             work.wait()
-            self._stopped_by = int(flag)
+            self._stopped_by, bad = flag.tolist()
+            if self.world.device.type == "cpu":  # this step's own, alike on all ranks
+                bad = self.bad_steps.seen
+            if bad >= self.config.survival.bad_steps:
+                self._give_up_if_bad()
             return self._stopped_by > 0
 
         return answer
 
+    def _give_up_if_bad(self) -> None:
+        """Stop with a diagnosis where too many steps in a row were bad (collective)."""
+        in_row = self.bad_steps.in_row()
+        if in_row >= self.config.survival.bad_steps:
+            raise diagnosis(self, self._last_batches, in_row)
+
 
 class _Signals:
-    """SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGUSR1 (what SLURM sends before it takes the machine away) ask for a
+    stop after the step; a second one stops at once.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def __enter__(self) -> None:
-        self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         for number in self.before:
             signal.signal(number, self._handle)
 
@@ -458,16 +500,21 @@ class _Meter:
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         self.steps += 1
+        skipped = metrics["skipped"]
+        assert isinstance(skipped, Tensor)
         for name, value in metrics.items():
             if isinstance(value, Tensor):
+                if name != "skipped":  # what a skipped step lost says nothing
+                    value = torch.where(skipped > 0, 0.0, value.float())
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             else:
                 self.waited += value
 
     def read(self, step: int, lr: float, norm: float | Tensor, world: World) -> dict[str, float]:
         """Means over the steps and ranks since the last reading (collective)."""
+        taken = self.steps - self.sums.pop("skipped")
         names = list(self.sums)
-        means = torch.stack([self.sums[n].float() for n in names]) / self.steps
+        means = torch.stack([self.sums[n].float() for n in names]) / taken
         if world.size > 1:
             dist.all_reduce(means)
             means /= world.size

@@ -141,7 +141,7 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
         trainable,
         config.training.optimizer,
         ema_decay=config.training.ema,
-        max_norm=config.training.clip if _clips_itself(config) else 0.0,
+        max_norm=config.training.clip if _clips_itself(config) else None,
         kernels=config.kernels,
     )
     with _without_chatter():
@@ -151,6 +151,8 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
             config=deepspeed_config(config, world.size),
             dist_init_required=False,
         )
+    if engine.optimizer is not optimizer:
+        optimizer.engine_norm = lambda: getattr(engine.optimizer, "_global_grad_norm", None)
     optimizer.state.clear()  # what a wrapper's own dry step may have left
     return engine, optimizer
 

@@ -1,0 +1,65 @@
+"""Bad numbers, signals and lost ranks: what a run does about them."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from fastrepa.training.bad_steps import Spikes
+from tests.engine.training.runs import environment, metrics, tensors, train_command
+
+
+def faulty(run, fault, *overrides, ranks=1):
+    args = train_command(run, *overrides, ranks=ranks)
+    args[len(args) - 1 - args[::-1].index("fastrepa")] = "tests.engine.training.faulty"
+    return subprocess.run(
+        args, env=environment() | {"FAULT": fault}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks", "settings"),
+    [
+        # Stages of which DeepSpeed skips a bad step itself, and of which it does not.
+        ("nan 1 1 3 4", 2, ("zero.stage=1", "training.precision=bf16")),
+        ("loss 1 1 3 4", 2, ("zero.stage=3", "kernels=eager")),
+        ("nan 0 1 3 4", 1, ("zero.stage=0", "kernels=eager", "training.clip=0")),
+    ],
+)
+def test_a_bad_step_changes_nothing_and_two_in_a_row_end_the_run(tmp_path, fault, ranks, settings):
+    done = faulty(
+        tmp_path / "run", fault, "training.steps=8", "survival.bad_steps=2",
+        "training.checkpoint_every=1", *settings, ranks=ranks,
+    )  # fmt: skip
+    assert done.returncode, done.stdout + done.stderr
+    before, skipped, after = (tensors(tmp_path / "run", step) for step in (1, 2, 3))
+    names = [n for n in before if not n.startswith("rng")]
+    assert all(torch.equal(before[n], skipped[n]) for n in names)
+    assert sum(not torch.equal(before[n], after[n]) for n in names) > len(names) / 2
+    assert all(torch.isfinite(after[n]).all() for n in names)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines][:4] == [0, 1, 1, 2]
+    assert lines[1]["loss"] is None and lines[0]["loss"] is not None
+    assert "warning: 1 step(s) up to step 2" in done.stdout
+    error = next(line for line in done.stderr.splitlines() if "2 steps in a row" in line)
+    bad, kind = fault.split()[1], fault.split()[0]
+    assert "stopped at step " in error and f"rank {bad}: loss is" in error
+    assert "the last good checkpoint is" in error and "step_000000" in error
+    report = json.loads((tmp_path / "run/bad_step_0000005.json").read_text())["ranks"]
+    assert [bool(r["samples"]) for r in report] == [
+        kind == "nan" and str(r) == bad for r in range(ranks)
+    ]
+    if kind == "nan":
+        (sample,) = report[int(bad)]["samples"]
+        assert "train/shard-" in sample and "(its latent)" in sample and sample in error
+        assert "blocks.0.mlp.fc1.weight" in report[int(bad)]["gradients"]
+
+
+def test_a_spike_is_told_once_and_does_not_become_normal():
+    spikes = Spikes(6.0, [1.0, 1.1, 0.9] * 4)
+    assert spikes.check(13, 1.2) is None
+    assert "loss spike at step 14: 5" in spikes.check(14, 5.0)
+    assert spikes.check(15, 5.0) and spikes.check(16, 0.1) is None
+    assert Spikes(6.0, [1.0] * 9).check(10, 9.0) is None
+    assert Spikes(0.0, [1.0, 2.0] * 9).check(20, 99.0) is None
