@@ -253,10 +253,13 @@ class DataPipeline(Iterator[Batch]):
 
     def _decoded(self, decoder: _Decoder) -> tuple[_Host, Tensor]:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        problem = None
         try:
             host, images = decoder.take(stream)
         except Exception as error:
-            raise DataError(self._undecodable(decoder, error)) from None
+            problem = self._undecodable(decoder, error)
+        if problem:  # raised out here, it does not keep DALI alive in its context
+            raise DataError(problem)
         side = self._resolution
         for (shard, sample), shape in zip(host.slots.places, images.shape(), strict=True):
             if tuple(shape) != (3, side, side):

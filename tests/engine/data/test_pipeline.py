@@ -336,16 +336,17 @@ def test_no_thread_outlives_close(full_set: ShardSet, image: bool) -> None:
         return len(os.listdir("/proc/self/task"))
 
     take(full_set, 1)  # what libraries start once, and keep
+    time.sleep(0.2)  # a joined thread is the kernel's for a moment more
     before, files = tasks(), len(os.listdir("/proc/self/fd"))
     with open_pipeline(full_set, image=image, **EVERYTHING) as pipeline:
         batch = next(pipeline)
         assert len(readers()) == 3
-        assert tasks() > before
-    deadline = time.monotonic() + 5  # a joined thread is the kernel's for a moment more
+        assert tasks() >= before + 3
+    deadline = time.monotonic() + 5
     while tasks() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert tasks() == before
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert tasks() <= before
+    assert len(os.listdir("/proc/self/fd")) <= files
     pipeline.close()  # twice is once
     assert batch.label.min() >= 0
 
