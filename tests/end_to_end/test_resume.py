@@ -76,3 +76,26 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
     more = train(run, f"training.steps={stopped + 1}", "training.checkpoint_every=0", ranks=ranks)
     assert f"from step {stopped}" in more.stdout.replace("\n", " ")
     assert metrics(run)[-1]["step"] == stopped + 1
+
+
+def test_other_ranks_and_other_stages_continue_the_same_curve(tmp_path):
+    common = ("training.schedule.name=constant", "training.checkpoint_every=0")
+    train(tmp_path / "whole", *common, "training.steps=6", ranks=1)
+    legs = ((2, 2, 2), (4, 1, 3), (6, 4, 1))  # up to which step, on how many ranks, ZeRO stage
+    for steps, ranks, stage in legs:
+        settings = (*common, f"training.steps={steps}", f"zero.stage={stage}")
+        train(tmp_path / "moved", *settings, ranks=ranks)
+    whole, moved = (metrics(tmp_path / n) for n in ("whole", "moved"))
+    assert [m["step"] for m in moved] == [m["step"] for m in whole] == [1, 2, 3, 4, 5, 6]
+    for line, expected in zip(moved, whole, strict=True):
+        for key in ("loss", "velocity_loss", "alignment_loss", "grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-5), (line["step"], key)
+    assert whole[0]["loss"] != whole[-1]["loss"]
+    a, b = (tensors(tmp_path / n, 6) for n in ("whole", "moved"))
+    states = ("weights/", "ema/", "exp_avg/", "exp_avg_sq/")
+    assert {n for n in a if n.startswith(states)} == {n for n in b if n.startswith(states)}
+    for name in a:
+        if name.startswith("ema/"):
+            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6)
+    parts = [p.name for p in (tmp_path / "moved/checkpoints/step_0000006").glob("ema*")]
+    assert sorted(parts) == [f"ema-{i:05d}-of-00004.safetensors" for i in (1, 2, 3, 4)]
