@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -69,7 +71,9 @@ def open_data(
     if (folder / MANIFEST).exists():
         return ShardSet.open(folder, resolution=resolution, verify=verify)
     if (folder / LATENTS / LABELS).exists():
-        return ReferenceSet.open(folder, resolution=resolution)
+        # A million files take a while to look at: say so where a person watches.
+        watched = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        return ReferenceSet.open(folder, resolution=resolution, progress=watched)
     found = "is no data set" if folder.is_dir() else "no such folder"
     raise DataError(
         f"{folder}: {found}: neither {MANIFEST} (shards made by `fastrepa prepare`) nor "
