@@ -1,4 +1,4 @@
-"""The command line: `fastrepa train | prepare | data | sample | doctor`.
+"""The command line: `fastrepa train | prepare | data | sample | convert | doctor`.
 
 Imports of torch and its friends stay inside the commands, so that `--help` answers at once.
 """
@@ -301,6 +301,38 @@ def sample(
     if done.is_first:
         files = [str(p) for p in (done.grid, done.npz) if p]
         print(f"{done.num} images in {done.folder} ({done.seconds:.1f} s); {', '.join(files)}")
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
+    file: Annotated[Path, typer.Argument(help="The file to write, or with --from to read.")],
+    to: Annotated[
+        str | None, typer.Option("--to", help="reference (REPA's .pt) or safetensors.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="reference: a .pt of REPA's or bare weights.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of safetensors: ema or raw.")] = "ema",
+    config: Annotated[
+        Path | None, typer.Option(help="With --from: the new run's YAML configuration.")
+    ] = None,
+) -> None:
+    """Turn a run's newest checkpoint into one file, or a foreign file into a run to go on with."""
+    from fastrepa.errors import ConfigError
+
+    if (to is None) == (source is None):
+        raise ConfigError("convert: give one of --to reference|safetensors and --from reference")
+    if source not in (None, "reference"):
+        raise ConfigError(f"--from: {source!r} is not one of reference")
+    from fastrepa.training.exchange import export_run, import_reference
+
+    if to is not None:
+        state = export_run(run, file, to, weights=weights)
+        print(f"step {state.step} of {run} in {file}")
+    else:
+        state = import_reference(file, run, config)
+        print(f"{run} starts at step {state.step}: fastrepa train {run}/config.yaml")
 
 
 @app.command()

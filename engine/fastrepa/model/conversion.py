@@ -9,7 +9,9 @@ import argparse
 import pickle
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,34 +21,106 @@ from torch import Tensor, nn
 from fastrepa.errors import CheckpointError
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a foreign file holds, by the reference's names, on the CPU.
+
+    Of a bare state dict `model` and `ema` are the same, `steps` is 0 and the moments are empty.
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_step: int = 0
+    steps: int = 0
+
+
 def load_state_dict_file(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The generator's tensors by the reference's names, on the CPU, in the stored dtype.
 
     Reads safetensors, a bare state dict, or the reference's {model, ema, opt, args, steps}, where
     `ema` picks the averaged weights. Raises CheckpointError naming the file.
     """
+    stored = _read(Path(path))
+    if _is_training_file(stored):
+        stored = stored["ema" if ema else "model"]
+    return _tensors(stored, str(path))
+
+
+def load_reference(path: str | Path) -> Reference:
+    """A whole reference file, AdamW's moments included, or a bare state dict or safetensors."""
     path = Path(path)
+    stored = _read(path)
+    if not _is_training_file(stored):
+        bare = _tensors(stored, str(path))
+        return Reference(bare, bare)
+    model, ema = (_tensors(stored[key], f"{path}: {key}") for key in ("model", "ema"))
+    steps = stored.get("steps", 0)
+    if not isinstance(steps, int) or steps < 0:
+        raise CheckpointError(f"{path}: steps: expected a whole number, got {steps!r}")
+    opt = stored.get("opt") or {}
+    try:
+        # torch numbers an optimiser's parameters in the order of the module's own.
+        numbers = [n for group in opt.get("param_groups", []) for n in group["params"]]
+        moments = opt.get("state", {})
+        if moments and len(numbers) != len(model):
+            raise CheckpointError(
+                f"{path}: opt: {len(numbers)} parameters, the model has {len(model)}"
+            )
+        named = {
+            name: moments[number]
+            for name, number in zip(model, numbers, strict=False)
+            if number in moments
+        }
+        for name, states in named.items():
+            if any(states[k].shape != model[name].shape for k in ("exp_avg", "exp_avg_sq")):
+                raise CheckpointError(f"{path}: opt: the moments of {name} have another shape")
+        return Reference(
+            model,
+            ema,
+            exp_avg={n: m["exp_avg"] for n, m in named.items()},
+            exp_avg_sq={n: m["exp_avg_sq"] for n, m in named.items()},
+            optimizer_step=max((int(m["step"]) for m in named.values()), default=0),
+            steps=steps,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path}: opt: not the state of an AdamW ({e!r})") from None
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{path}: holds more than tensors, refused ({reason})") from None
     except (OSError, RuntimeError, EOFError, struct.error, SafetensorError) as e:
         raise CheckpointError(f"{path}: not a readable checkpoint ({e})") from None
-    if isinstance(stored, Mapping) and "model" in stored and "ema" in stored:
-        stored = stored["ema" if ema else "model"]
+
+
+def _is_training_file(stored: Any) -> bool:
+    return isinstance(stored, Mapping) and "model" in stored and "ema" in stored
+
+
+def _tensors(stored: Any, source: str) -> dict[str, Tensor]:
     if not isinstance(stored, Mapping) or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise CheckpointError(f"{path}: expected a state dict or {{model, ema, ...}} of tensors")
+        raise CheckpointError(f"{source}: expected a state dict or {{model, ema, ...}} of tensors")
     return {str(k).removeprefix("module."): v for k, v in stored.items()}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy `state` into `model`, strictly; CheckpointError names the first tensor that differs."""
+    check_weights(model, state, source=source)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """CheckpointError where names or shapes differ; the model may be on the meta device."""
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
@@ -58,15 +132,29 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
                 f"{source}: {name} is {list(state[name].shape)}, this model's is "
                 f"{list(own[name].shape)}: another architecture"
             )
-    model.load_state_dict(dict(state), strict=True)
 
 
 def save_reference(
-    path: str | Path, *, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], steps: int
+    path: str | Path,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    steps: int,
+    opt: Mapping[str, Any] | None = None,
+    args: argparse.Namespace | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what the reference's own scripts read: {model, ema, steps}, or bare EMA safetensors."""
+    """Write what the reference's own scripts read: {model, ema, opt, args, steps}, or bare EMA
+    safetensors with `metadata`. `opt` is a torch AdamW's state dict over the model's parameters.
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
-        save_file({k: v.contiguous() for k, v in ema.items()}, path)
-    else:
-        torch.save({"model": dict(model), "ema": dict(ema), "steps": steps}, path)
+        whole = {"format": "pt", **(metadata or {})}
+        save_file({k: v.contiguous() for k, v in ema.items()}, path, metadata=whole)
+        return
+    content: dict[str, Any] = {"model": dict(model), "ema": dict(ema), "steps": steps}
+    if opt is not None:
+        content["opt"] = dict(opt)
+    if args is not None:
+        content["args"] = args
+    torch.save(content, path)
