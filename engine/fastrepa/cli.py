@@ -68,7 +68,7 @@ def train(
     resolved = load_config(config, overrides or [])
     from fastrepa.training.zero import join_world, leave_world
 
-    world = join_world()
+    world = join_world(2 * resolved.survival.stall_seconds)
     try:
         if dry_run:
             from fastrepa.training.dry_run import dry_run as take_one_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -130,6 +131,7 @@ class Telemetry:
         self.console.print(text, soft_wrap=True, markup=False)
 
     def warn(self, text: str) -> None:
+        logging.getLogger("fastrepa").warning(text)  # rank_0.log
         self.say(f"warning: {text}")
 
     def start(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -39,6 +41,7 @@ from fastrepa.training.checkpoint import (
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.survival import RankLog, Watch
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, start_engine
@@ -84,7 +87,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, *, random_weights: bool = False) -> None:
         self.config, self.world = config, world
         # Small questions between hosts go over gloo, which does not make a GPU wait.
-        self.host_group: Any = dist.new_group(backend="gloo")
+        longest = timedelta(seconds=2 * config.survival.stall_seconds)
+        self.host_group: Any = dist.new_group(backend="gloo", timeout=longest)
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
         if world.device.type != "cuda" and config.attention.backend in ("cudnn", "efficient"):
@@ -228,6 +232,10 @@ class Trainer:
         """Train to the last step; returns 0, or what the process exits with: 130 after SIGINT,
         REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
         """
+        with contextlib.closing(RankLog(self.run, self.world)) as rank_log:
+            return self._train(rank_log)
+
+    def _train(self, rank_log: RankLog) -> int:
         config, world = self.config, self.world
         if world.is_first:
             _warn_of_changes(self.run, config)
@@ -257,8 +265,9 @@ class Trainer:
                 moments=self.cached_latents,
                 features=self.targets.columns,
             )
-            with pipeline as batches, _Signals(self):
-                self._loop(batches, telemetry)
+            watch = Watch(config.survival, world, self.host_group, rank_log)
+            with pipeline as batches, _Signals(self), watch:
+                self._loop(batches, telemetry, watch)
             if world.is_first and telemetry.history():
                 save_curves(telemetry.history(), self.run / "curves.png")
             if self._stopped_by:
@@ -288,7 +297,7 @@ class Trainer:
             f"  {_program('tensorboard')} --logdir {run}"
         )
 
-    def _loop(self, batches: Batches, telemetry: Telemetry) -> None:
+    def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
         telemetry.start(self.step)
         meter = _Meter(t.global_batch)
@@ -296,6 +305,7 @@ class Trainer:
         spikes = Spikes(self.config.survival.loss_spike, earlier)
         skipped = self.step - self.whole.optimizer_step
         while self.step < t.steps:
+            watch.progress(self.step)
             stop = self._ask_to_stop()
             metrics = self.train_step(batches)
             meter.add(metrics)
@@ -461,6 +471,7 @@ class Trainer:
         """Stop with a diagnosis where too many steps in a row were bad (collective)."""
         in_row = self.bad_steps.in_row()
         if in_row >= self.config.survival.bad_steps:
+            self._open_writer().settle()  # a save in flight is the last good one
             raise diagnosis(self, self._last_batches, in_row)
 
 

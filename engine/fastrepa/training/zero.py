@@ -11,8 +11,9 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -57,10 +58,16 @@ class World:
         return self.rank == 0
 
 
-def join_world() -> World:
-    """The world of torchrun, deepspeed or SLURM's environment variables, or a world of one."""
+def join_world(timeout_seconds: float = 1800.0) -> World:
+    """The world of torchrun, deepspeed or srun by their environment variables, or a world of one.
+
+    A collective that takes longer than the timeout is an error.
+
+    Raises ConfigError where srun's tasks were not told where to meet.
+    """
     deepspeed_logger.setLevel(logging.ERROR)
     env = os.environ
+    _take_over_slurm(env)
     size = int(env.get("WORLD_SIZE", "1"))
     rank, local_rank = int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -81,9 +88,29 @@ def join_world() -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
         with _without_chatter():
             deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, verbose=False
+                dist_backend=backend,
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=timeout_seconds),
             )
     return World(rank, size, local_rank, device)
+
+
+def _take_over_slurm(env: MutableMapping[str, str]) -> None:
+    """Say what srun says by torchrun's names. A batch script itself is not a task of a step."""
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if "RANK" in env or "SLURM_STEP_ID" not in env or tasks == "1":
+        return
+    missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env]
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}: not set, and srun started {tasks} tasks; export it in the batch script "
+            "as configs/cluster/slurm.sbatch does"
+        )
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
+    env.update({ours: env[theirs] for ours, theirs in names.items()}, WORLD_SIZE=tasks)
+    if env.get("SLURM_NTASKS_PER_NODE", "").isdigit():
+        env["LOCAL_WORLD_SIZE"] = env["SLURM_NTASKS_PER_NODE"]
 
 
 def leave_world() -> None:

@@ -1,7 +1,9 @@
 """Bad numbers, signals and lost ranks: what a run does about them."""
 
 import json
+import socket
 import subprocess
+from datetime import datetime
 
 import pytest
 import torch
@@ -63,3 +65,60 @@ def test_a_spike_is_told_once_and_does_not_become_normal():
     assert spikes.check(15, 5.0) and spikes.check(16, 0.1) is None
     assert Spikes(6.0, [1.0] * 9).check(10, 9.0) is None
     assert Spikes(0.0, [1.0, 2.0] * 9).check(20, 99.0) is None
+
+
+def two_processes(run, fault, *overrides, stop_after=60):
+    """Two ranks without an agent above them; (exit codes, stderr, seconds after the fault)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    args = train_command(run, "survival.timeout_seconds=4", *overrides)
+    args[args.index("fastrepa")] = "tests.engine.training.faulty"
+    # As srun names them: rank 0 finds its world by torchrun's names, so both ways are walked.
+    meet = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault}
+    names = [
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
+    ]
+    ranks = [
+        subprocess.Popen(
+            args, env=meet | n, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for n in names
+    ]
+    lost = int(fault.split()[1])
+    try:
+        out, err = ranks[1 - lost].communicate(timeout=stop_after)
+        code = ranks[1 - lost].returncode
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        rest = ranks[lost].communicate()
+    return code, out, err, ranks[lost].returncode, rest
+
+
+@pytest.mark.parametrize("fault", ["kill 1 2", "stop 0 2", "raise 1 2"])
+def test_a_lost_rank_ends_the_other_which_names_it(tmp_path, fault):
+    kind, lost, _ = fault.split()
+    run = tmp_path / "run"
+    code, out, err, _, rest = two_processes(run, fault, "training.steps=9", "zero.stage=1")
+    assert code == 76, (out, err, rest)
+    last = err.splitlines()[-1]
+    why = "failed: ValueError: planted" if kind == "raise" else "lost: "
+    assert f"rank {lost} (" in last and why in last and "step 3" in last
+    log = (run / f"rank_{1 - int(lost)}.log").read_text()
+    assert last.split(": ", 2)[2] in log and "most recent call first" in log
+    if lost == "0":
+        assert not out  # the other rank prints nothing but its error
+    # Found within the 4 seconds, and a little for what ends it.
+    assert seconds_between(log, metrics_time(run)) < 4 + 5
+
+
+def metrics_time(run):
+    return (run / "metrics.jsonl").stat().st_mtime
+
+
+def seconds_between(log, start):
+    line = next(x for x in reversed(log.splitlines()) if "every thread's stack" in x)
+    return datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S").timestamp() - start
