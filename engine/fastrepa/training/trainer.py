@@ -472,7 +472,6 @@ class Trainer:
         in_row = self.bad_steps.in_row()
         if in_row >= self.config.survival.bad_steps:
             self._open_writer().settle()  # a save in flight is the last good one
-            self._open_writer().settle()  # a save in flight is the last good one
             raise diagnosis(self, self._last_batches, in_row)
 
 
