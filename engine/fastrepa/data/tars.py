@@ -53,9 +53,9 @@ def is_header(block: bytes) -> bool:
     if len(block) < BLOCK or block == _ZERO:
         return False
     rest = block[:148] + block[156:]
-    unsigned = sum(rest) + 8 * ord(" ")
+    total = sum(rest) + 8 * ord(" ")
     # Some old programs summed signed bytes.
-    return wanted in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
+    return wanted == total or wanted == total - 256 * sum(byte > 127 for byte in rest)
 
 
 class _Scan:
