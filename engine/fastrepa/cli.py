@@ -106,6 +106,70 @@ BatchSizeOption = Annotated[int, typer.Option(help="Images per forward of codec 
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "8,64",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    checkpointing: Annotated[str, typer.Option(help="none or blocks (every block).")] = "none",
+    efficiency: Annotated[float, typer.Option(help="Of peak, the generator.")] = 0.4,
+    frozen_efficiency: Annotated[float, typer.Option(help="Of peak, encoders, codec.")] = 0.4,
+    hbm_efficiency: Annotated[float, typer.Option(help="Of HBM bandwidth.")] = 0.8,
+    link_efficiency: Annotated[float, typer.Option(help="Of link bandwidths.")] = 0.8,
+    overlap: Annotated[
+        float, typer.Option(help="Share of the compute that can hide communication.")
+    ] = 0.8,
+    nvlink_gbs: Annotated[
+        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+    ] = None,
+    network_gbs: Annotated[
+        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs that NVLink joins.")] = 8,
+    storage_gbs: Annotated[float, typer.Option(help="GB/s that each GPU's ranks read.")] = 0.25,
+    reserve_gb: Annotated[float, typer.Option(help="For CUDA, NCCL and fragmentation.")] = 4.0,
+    image_bytes: Annotated[
+        float | None, typer.Option(help="Of a stored image; default: the data set's mean.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw it here.")] = None,
+) -> None:
+    """Memory, time and cost of a recipe on GPUs that are not here, and the cheapest way that fits.
+
+    Nothing is trained and no GPU is used: it is arithmetic, and every assumption is printed.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.insight.plan import Assumptions, make_plan, parse_gpus
+    from fastrepa.insight.plan_report import print_plan
+
+    assumptions = Assumptions(
+        efficiency=efficiency,
+        frozen_efficiency=frozen_efficiency,
+        hbm_efficiency=hbm_efficiency,
+        link_efficiency=link_efficiency,
+        overlap=overlap,
+        nvlink=None if nvlink_gbs is None else 1e9 * nvlink_gbs,
+        network=None if network_gbs is None else 1e9 * network_gbs,
+        per_node=gpus_per_node,
+        storage=1e9 * storage_gbs,
+        reserve=1e9 * reserve_gb,
+        image_bytes=image_bytes,
+    )
+    result = make_plan(
+        resolved,
+        gpus=parse_gpus(gpus),
+        gpu=gpu,
+        checkpointing=checkpointing,
+        assumptions=assumptions,
+    )
+    print_plan(result, as_json=json, picture=png)
+
+
+@app.command()
 def prepare(
     source: Annotated[
         Path,

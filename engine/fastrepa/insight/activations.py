@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrepa.config import Config
@@ -54,29 +56,48 @@ def training_curve(
     )
     assert done == again
     first, second = BATCHES
-    per_image = [(h - l) / (second - first) for l, h in zip(low, high, strict=True)]
-    fixed = [l - first * p for l, p in zip(low, per_image, strict=True)]
+    per_image = [(b - a) / (second - first) for a, b in zip(low, high, strict=True)]
+    fixed = [a - first * p for a, p in zip(low, per_image, strict=True)]
     return Curve(tuple(fixed), tuple(per_image), tuple(done))
 
 
-def working_memory(
-    build: Callable[[], nn.Module], run: Callable[[Any, int], Any], dtype: torch.dtype
-) -> tuple[int, float, float]:
-    """(bytes of weights, fixed, per image) of a frozen network: what `run(network, batch)` needs at
-    its highest, outside autograd.
+@dataclass(frozen=True)
+class Frozen:
+    """A network that is only looked at: bytes of its weights, bytes of its forward at the highest
+    (fixed + batch * per_image), FLOPs per image.
     """
-    with torch.device("meta"):
+
+    weights: int
+    fixed: float
+    per_image: float
+    flops: int
+
+    def at(self, batch: int) -> float:
+        return self.fixed + batch * self.per_image
+
+
+def frozen_network(
+    build: Callable[[], nn.Module],
+    run: Callable[[Any, int, torch.dtype], Any],
+    dtype: torch.dtype,
+) -> Frozen:
+    """What `run(network, batch, dtype)` takes outside autograd; it makes its own input."""
+    with torch.device("meta"), torch.no_grad():
         network = build().eval()
+        # The counter knows attention's products best where they are written out.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run(network, 1, torch.float32)
     with FakeTensorMode(), torch.no_grad():
         _fake(network, dtype)
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
         peaks = []
         for batch in BATCHES:
             with _Meter(network) as meter:
-                run(network, batch)
+                run(network, batch, dtype)
             peaks.append(meter.peak)
     per_image = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
-    return weights, peaks[0] - BATCHES[0] * per_image, per_image
+    fixed = peaks[0] - BATCHES[0] * per_image
+    return Frozen(weights, fixed, per_image, counter.get_total_flops())
 
 
 class _Meter(TorchDispatchMode):
@@ -89,9 +110,7 @@ class _Meter(TorchDispatchMode):
         for tensor in (*module.parameters(), *module.buffers()):
             self._seen[tensor.untyped_storage()] = True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

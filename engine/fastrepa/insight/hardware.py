@@ -1,4 +1,4 @@
-"""GPUs and the links between them, as their makers describe them: datasheet values, nothing measured.
+"""GPUs and the links between them by their datasheets: nothing here was measured.
 
 Bandwidths of links are per direction. `collective_seconds` is the alpha-beta model: a latency per
 call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
@@ -71,8 +71,12 @@ class Links:
     network_latency: float = 15e-6
 
     def bandwidth(self, world: int) -> float:
-        """Of a ring over `world` GPUs: across servers every adapter carries one of the rings."""
-        return self.nvlink if world <= self.per_node else min(self.nvlink, self.network)
+        """That of rings over `world` GPUs. Across servers there is a ring per adapter, each with
+        its share of the data: a server's adapters together are what NVLink is compared with.
+        """
+        if world <= self.per_node:
+            return self.nvlink
+        return min(self.nvlink, self.per_node * self.network)
 
     def latency(self, world: int) -> float:
         """Of one pass down a tree over `world` GPUs."""

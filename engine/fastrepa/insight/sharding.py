@@ -1,0 +1,210 @@
+"""What DeepSpeed keeps on every GPU and sends between them, per ZeRO stage.
+
+The rules are those of DeepSpeed 0.19, read in its source and measured on it (test_plan.py):
+
+    stage  whole on every GPU     divided by the GPUs    sent per step
+    0      everything             -                      all_reduce of gradients
+    1      weights, gradients     masters, moments, EMA  the same, all_gather of weights
+    2      weights                gradients too          the same, all_reduce at every forward
+    3      -                      weights too            all_gather of weights and reduce_scatter
+                                                         of gradients at every forward
+
+DeepSpeed reduces gradients of stages 1 and 2 by all_reduce (its use_multi_rank_bucket_allreduce),
+so they send half as much again as the ZeRO paper's reduce_scatter would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastrepa.insight.activations import Curve
+
+# What DeepSpeed takes for settings that zero.deepspeed_config leaves out, in elements.
+ZERO_DEFAULTS: dict[str, Any] = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+STAGE0_BUCKET = 500_000_000  # a constant of DeepSpeed's engine
+
+PARTS = (
+    "weights", "gradients", "master weights", "Adam moments", "EMA", "activations", "encoders",
+    "codec", "communication buffers", "reserve",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Sizes of the generator's parameters, in elements."""
+
+    trained: tuple[int, ...]
+    fixed: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(self.trained)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A way to run: how many GPUs, ZeRO stage, images per GPU and forward, forwards per step.
+
+    zero: DeepSpeed's own settings, the dictionary `zero_optimization`.
+    """
+
+    world: int
+    stage: int
+    micro: int
+    forwards: int
+    checkpointing: str
+    bf16: bool
+    zero: Mapping[str, Any] = field(default_factory=dict)
+
+    def number(self, name: str) -> int:
+        return int(self.zero.get(name, ZERO_DEFAULTS[name]))
+
+    @property
+    def overlaps(self) -> bool:
+        return bool(self.zero.get("overlap_comm", self.stage == 3))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight, and of a gradient as it is made and sent."""
+        return 2 if self.bf16 else 4
+
+    def share(self, since: int) -> int:
+        """By how many GPUs what ZeRO divides from stage `since` on is divided."""
+        return self.world if self.stage >= since else 1
+
+    @property
+    def _sums_in_fp32(self) -> bool:
+        """zero.py asks for float32 sums where several bf16 gradients are added."""
+        return self.bf16 and self.stage > 0 and self.forwards > 1
+
+    def persistent(self, p: Parameters) -> int:
+        """Elements that stage 3 keeps whole because they are small."""
+        limit = self.number("stage3_param_persistence_threshold")
+        return sum(n for n in (*p.trained, *p.fixed) if n <= limit) if self.stage == 3 else 0
+
+    def reused(self, p: Parameters) -> int:
+        """Elements that stage 3 still holds when backward starts: those used again soon.
+
+        The way from a weight's forward to its backward passes all that come after it twice.
+        """
+        return min(p.numel, self.number("stage3_max_reuse_distance") // 2)
+
+
+def resident(s: Sharding, p: Parameters) -> dict[str, float]:
+    """Bytes per GPU that are there between steps, by part."""
+    w, n = s.itemsize, p.numel
+    gradients = 0.0
+    if s.stage == 3:
+        gradients = (4 if s._sums_in_fp32 else w) * n / s.world
+    elif s.stage == 1 and s._sums_in_fp32:
+        gradients = 4 * n  # whole: BF16_Optimizer divides the states alone
+    return {
+        "weights": w * ((n + sum(p.fixed)) / s.share(3) + s.persistent(p) * (1 - 1 / s.world)),
+        "gradients": gradients,
+        "master weights": 4 * n / s.share(1) if s.bf16 or s.stage else 0,
+        "Adam moments": 8 * n / s.share(1),
+        "EMA": 4 * n / s.share(1),
+        "communication buffers": w * s.number("reduce_bucket_size") if s.stage == 3 else 0,
+    }
+
+
+def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
+    """Bytes per GPU beside `resident` at the highest moment of forward and backward, by part."""
+    w, n, several = s.itemsize, p.numel, s.forwards > 1
+    bucket = w * s.number("reduce_bucket_size")
+    before, kept = 0.0, 0.0  # bytes of earlier forwards' gradients; bytes kept per new element
+    if s.stage < 2:
+        before, kept = (w * n, 0.0) if several else (0.0, w)
+    elif s.stage == 2:
+        size = (4 if s._sums_in_fp32 else w) / s.world
+        before, kept = (size * n, 0.0) if several else (0.0, size)
+    if s.stage == 0 or (s.stage == 1 and s._sums_in_fp32):
+        bucket = 0
+    elif s.stage == 3:
+        # reduce_scatter's input, beside the bucket that is always there.
+        bucket = min(bucket, w * n) if s.world > 1 else 0
+    elif s.overlaps:
+        bucket *= 2
+    gathered = 0.0
+    if s.stage == 3 and s.world > 1:
+        whole = min(n, s.reused(p) + s.number("stage3_prefetch_bucket_size"))
+        # Persistent weights and this GPU's own shards are counted where they reside.
+        gathered = w * max(0, whole - s.persistent(p))
+    moments = [
+        {
+            "activations": live,
+            "gradients": before + kept * done,
+            # The bucket is made for the first gradient that is ready.
+            "communication buffers": gathered + (bucket if i else 0),
+        }
+        for i, (live, done) in enumerate(zip(curve.at(s.micro), curve.done, strict=True))
+    ]
+    return max(moments, key=lambda m: sum(m.values()))
+
+
+def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
+    """Bytes per GPU beside `resident` while the optimiser updates: gradients and their copies."""
+    w, n = s.itemsize, p.numel
+    if s.stage == 0:
+        return {"gradients": w * n + (4 * n if s.bf16 else 0)}
+    if s.stage == 3:
+        part = min(n / s.world, s.number("sub_group_size"))
+        return {"gradients": (4 + (2 if s.bf16 else 0)) * part}
+    if s.stage == 1 and s._sums_in_fp32:
+        return {"gradients": w * n}
+    # The shard's gradients, then flattened, then in float32.
+    copies = 4 if s._sums_in_fp32 or not s.bf16 else 6
+    return {"gradients": ((4 if s._sums_in_fp32 else w) + copies) * n / s.world}
+
+
+@dataclass(frozen=True)
+class Message:
+    """Collectives of one kind in one step. size: bytes of the whole tensors, shards put together;
+    logged: bytes as DeepSpeed's comms logger counts them (a gather by the shard that goes in).
+    """
+
+    op: str
+    size: float
+    logged: float
+    calls: int
+    overlapped: bool
+
+    def sent(self, world: int) -> float:
+        """Bytes that each GPU sends in a ring."""
+        return (2 if self.op == "all_reduce" else 1) * self.size * (world - 1) / world
+
+
+def messages(s: Sharding, p: Parameters) -> list[Message]:
+    """What one step sends; norms and flags of a few bytes are left out."""
+    if s.world == 1:
+        return []
+    w, n = s.itemsize, p.numel
+    if s.stage == 0:
+        return [Message("all_reduce", w * n, w * n, math.ceil(n / STAGE0_BUCKET), s.overlaps)]
+    if s.stage < 3:
+        times = s.forwards if s.stage == 2 else 1
+        calls = times * math.ceil(n / s.number("reduce_bucket_size"))
+        return [
+            Message("all_reduce", w * n * times, w * n * times, calls, s.overlaps),
+            Message("all_gather_into_tensor", w * n, w * n / s.world, 1, False),
+        ]
+    everything, small = n + sum(p.fixed), s.persistent(p)
+    again = max(0, n - s.reused(p))  # let go after forward, wanted in backward
+    elements = small + s.forwards * (everything - small + min(again, everything - small))
+    gathers = math.ceil(elements / max(1, s.number("stage3_prefetch_bucket_size")))
+    scatters = s.forwards * math.ceil(n / s.number("reduce_bucket_size"))
+    return [
+        Message("all_gather_into_tensor", w * elements, w * elements / s.world, gathers, True),
+        Message(
+            "reduce_scatter_tensor", w * n * s.forwards, w * n * s.forwards, scatters, s.overlaps
+        ),
+    ]

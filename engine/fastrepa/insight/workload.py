@@ -1,0 +1,206 @@
+"""What one image of a configuration costs: parameters, FLOPs, memory, bytes read. Nothing is built
+that has values, and no weights are read or downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from fastrepa.config import Config
+from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, _random_sd_vae, codec_shape
+from fastrepa.data.columns import features_dtype, moments_dtype
+from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
+from fastrepa.errors import ConfigError
+from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.insight.sharding import Parameters
+from fastrepa.model.sit import SiT
+from fastrepa.vision.features import EncoderPlan, plan_encoder
+from fastrepa_kernels.cost import diffusion_transformer_flops
+from fastrepa_kernels.projector_alignment import projector_alignment_cost
+
+PIXEL_BYTES = 0.6
+"""Assumed bytes of an encoded image per pixel, where no data set is there to look at."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One configuration, whatever it runs on. FLOPs and bytes are per image.
+
+    forward_flops: of the generator and its projectors; block_flops: of its blocks alone, which
+    checkpointing computes again; training_flops: forward and backward. encoders and codec: those
+    that run in training, with their names; codec_decoder: what sampling runs.
+    """
+
+    config: Config
+    side: int
+    channels: int
+    encoder_widths: tuple[int, ...]
+    parameters: Parameters
+    forward_flops: int
+    block_flops: int
+    training_flops: int
+    encoders: tuple[tuple[str, Frozen], ...]
+    codec_weights: int
+    codec_encoder: Frozen | None
+    codec_decoder: Frozen | None
+    input_bytes: float
+    input_is: str
+
+    def curve(self, checkpointing: str) -> Curve:
+        return _curve(self.config, self.side, self.channels, self.encoder_widths, checkpointing)
+
+
+def measure_workload(config: Config, *, image_bytes: float | None = None) -> Workload:
+    """Take a configuration's measures. ConfigError where its shapes do not work.
+
+    image_bytes: of one stored image; by default the data set's mean where it is there already,
+    otherwise an assumption (PIXEL_BYTES).
+    """
+    m, resolution = config.model, config.data.resolution
+    channels, side = codec_shape(config.data.codec, resolution)
+    assert m.width and m.depth and m.patch
+    if side % m.patch:
+        raise ConfigError(
+            f"model.patch: {m.patch} does not divide the latent side {side} "
+            f"(data.resolution {resolution}, codec {config.data.codec.name})"
+        )
+    plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
+    widths = tuple(p.width for p in plans)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        model = SiT.from_config(config, side=side, channels=channels, encoder_widths=widths)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters = Parameters(
+        tuple(n for n, trained in sizes if trained), tuple(n for n, trained in sizes if not trained)
+    )
+
+    tokens, values = (side // m.patch) ** 2, m.patch**2 * channels
+    transformer = diffusion_transformer_flops(1, tokens, m.width, m.depth, patch_values=values)
+    ends = diffusion_transformer_flops(1, tokens, m.width, 0, patch_values=values)
+    projectors = sum(
+        projector_alignment_cost(
+            tokens, m.width, config.alignment.projector_width, z, 2, x_grad=False, weight_grad=False
+        ).flops
+        for z in widths
+    )
+    forward = transformer + projectors
+    # Nobody wants the gradient of the noisy latent or of the time's sines.
+    unwanted = 2 * m.width * (tokens * values + 256)
+
+    manifest = _manifest(config)
+    cached_latents = _latents_are_cached(config, manifest)
+    online = config.vision.targets == "online"
+    encoders = tuple(
+        (e.name, _encoder(plan, dtype))
+        for e, plan in zip(config.vision.encoders, plans, strict=True)
+        if online
+    )
+    codec_weights, encoder, decoder = 0, None, None
+    if config.data.codec.name == "sd-vae":
+        encoder, decoder = _autoencoder(resolution, dtype)
+        codec_weights = encoder.weights
+        encoder = None if cached_latents else encoder
+    size, described = _input(
+        config, plans, manifest, image_bytes, side=side, channels=channels,
+        image=not cached_latents or bool(encoders), latents=cached_latents,
+    )  # fmt: skip
+    return Workload(
+        config, side, channels, widths, parameters, forward, transformer - ends,
+        3 * forward - unwanted, encoders, codec_weights, encoder, decoder, size, described,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
+    return training_curve(
+        Config.model_validate_json(key, strict=False), side=side, channels=channels,
+        encoder_widths=widths, checkpointing=how,
+    )  # fmt: skip
+
+
+def _curve(config: Config, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
+    return _curve_of(config.model_dump_json(), side, channels, widths, how)
+
+
+def _encoder(plan: EncoderPlan, dtype: torch.dtype) -> Frozen:
+    def build() -> nn.Module:
+        network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
+        network.prune_intermediate_layers([plan.index], prune_norm=not plan.norm, prune_head=True)
+        return network
+
+    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        side = plan.input_side
+        return network.forward_intermediates(
+            torch.empty(batch, 3, side, side, dtype=dtype), indices=[plan.index], norm=plan.norm,
+            output_fmt="NCHW", intermediates_only=True,
+        )  # fmt: skip
+
+    return frozen_network(build, run, dtype)
+
+
+def _autoencoder(resolution: int, dtype: torch.dtype) -> tuple[Frozen, Frozen]:
+    """(encoding, decoding); both hold the weights of both halves, as a run does."""
+    side = resolution // SD_VAE_DOWN
+
+    def encode(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        return network.encode(torch.empty(batch, 3, resolution, resolution, dtype=dtype))
+
+    def decode(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
+
+    return tuple(frozen_network(_random_sd_vae, run, dtype) for run in (encode, decode))  # type: ignore[return-value]
+
+
+def _manifest(config: Config) -> Manifest | None:
+    folder = Path(config.data.path)
+    return load_manifest(folder) if (folder / MANIFEST).is_file() else None
+
+
+def _latents_are_cached(config: Config, manifest: Manifest | None) -> bool:
+    if config.data.codec.name == "pixel" or config.data.latents == "online":
+        return False
+    if config.data.latents == "cached":
+        return True
+    return manifest is not None and manifest.moments is not None
+
+
+def _input(
+    config: Config,
+    plans: list[EncoderPlan],
+    manifest: Manifest | None,
+    image_bytes: float | None,
+    *,
+    side: int,
+    channels: int,
+    image: bool,
+    latents: bool,
+) -> tuple[float, str]:
+    """(bytes per image, what they are)."""
+    size, parts = 0.0, []
+    if image:
+        if image_bytes is not None:
+            each, why = image_bytes, "as given"
+        elif manifest is not None:
+            each = sum(s.bytes for s in manifest.shards) / manifest.num_samples
+            why = f"mean of {config.data.path}"
+        else:
+            each = PIXEL_BYTES * config.data.resolution**2
+            why = f"assumed, {PIXEL_BYTES} a pixel"
+        size += each
+        parts.append(f"image {each:,.0f} ({why})")
+    if latents:
+        row = moments_dtype(channels, side).itemsize
+        size += row
+        parts.append(f"moments {row:,}")
+    if config.vision.targets == "cached":
+        rows = sum(features_dtype(p.own_grid[0] * p.own_grid[1], p.width).itemsize for p in plans)
+        size += rows
+        parts.append(f"features {rows:,}")
+    return size, " + ".join(parts)
