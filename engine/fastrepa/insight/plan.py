@@ -88,12 +88,15 @@ class Estimate:
     """One way to run on one number of GPUs.
 
     memory: bytes per GPU by part, at the moment (`moment`) of the peak; step: seconds by part,
-    waiting counted only where nothing else is done; hidden: seconds of communication under compute.
+    waiting counted only where nothing else is done; hidden: seconds of communication under compute;
+    activations: the most bytes of them at any moment, of the peak or not; sent: bytes per GPU and
+    step.
     """
 
     sharding: Sharding
     memory: dict[str, float]
     moment: str
+    activations: float
     step: dict[str, float]
     hidden: float
     sent: float
@@ -248,6 +251,7 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
         sharding=s,
         memory=memory,
         moment=moment,
+        activations=max(w.curve(s.checkpointing).at(s.micro)),
         step=step,
         hidden=hidden,
         sent=sum(m.sent(s.world) for m in sent),
@@ -345,6 +349,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "memory_bytes": e.memory,
             "memory_total_bytes": e.total,
             "memory_moment": e.moment,
+            "activations_bytes": e.activations,
             "step_seconds": e.step,
             "step_total_seconds": e.seconds,
             "hidden_communication_seconds": e.hidden,
@@ -408,7 +413,8 @@ def assumed(plan: Plan) -> list[tuple[str, str, str]]:
          "of the generator's time can hide communication that DeepSpeed overlaps "
          "(stage 3, or overlap_comm); below that none is hidden"),
         (_option("storage"), f"{a.storage / 1e9:g}", "GB/s read per GPU; assumed"),
-        (_option("image_bytes"), f"{w.input_bytes:,.0f}", f"bytes read per image: {w.input_is}"),
+        ("input", f"{w.input_bytes:,.0f}",
+         f"bytes read per image: {w.input_is} (an image: {_option('image_bytes')})"),
         (_option("reserve"), f"{a.reserve / 1e9:g}",
          "GB for CUDA, NCCL, libraries and fragmentation; assumed"),
         ("prepared", "latents " + _state(w.codec_encoder is None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ STEP_COLOURS = dict(
         strict=True,
     )
 )
-INK, PALE = "#222222", "#666666"
+INK, PALE, ALARM = "#222222", "#666666", "#c0392b"
+
+
+CLIP = 1.5  # bars that tower over the GPU's memory are cut off at this many times of it
 
 
 def save_plan_picture(plan: Plan, path: Path) -> None:
@@ -35,57 +38,44 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = plan.rows
-    figure = Figure(figsize=(max(11.0, 4 + 2.6 * len(rows)), 5.6), dpi=150)
+    pairs = [(row.configured, row.cheapest) for row in plan.rows]
+    figure = Figure(figsize=(max(10.0, 3 + 2.4 * len(pairs)), 6.0), dpi=150)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.79, bottom=0.2, wspace=0.18)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.8, bottom=0.23, wspace=0.12)
     memory, time = figure.subplots(1, 2)
-    ways = [(r.configured, r.cheapest) for r in rows]
-    _bars(
-        memory,
-        [[(e.memory if e else None) for e in pair] for pair in ways],
-        MEMORY_COLOURS, 1e9, "{:.1f} GB",
-    )  # fmt: skip
-    memory.axhline(plan.gpu.memory / 1e9, color="#c0392b", linewidth=1.2, linestyle=(0, (5, 3)))
+
+    capacity = plan.gpu.memory / 1e9
+    highest = max(e.total for pair in pairs for e in pair if e) / 1e9
+    top = min(max(highest, capacity), CLIP * capacity)
+    _bars(memory, pairs, _memory_parts, MEMORY_COLOURS, lambda e: f"{e.total / 1e9:.1f}", top)
+    memory.axhline(capacity, color=ALARM, linewidth=1.2, linestyle=(0, (5, 3)), zorder=3)
     memory.annotate(
-        f"{plan.gpu.memory / 1e9:.0f} GB", (1, plan.gpu.memory / 1e9),
-        xycoords=("axes fraction", "data"), xytext=(-3, 3), textcoords="offset points",
-        ha="right", fontsize=8, color="#c0392b",
+        f"{capacity:.0f} GB", (1, capacity), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+        textcoords="offset points", ha="right", fontsize=8, color=ALARM,
     )  # fmt: skip
-    highest = max(e.total for pair in ways for e in pair if e) / 1e9
-    memory.set_ylim(0, max(highest, plan.gpu.memory / 1e9) * 1.12)
+    longest = max(sum(_step_parts(e).values()) for pair in pairs for e in pair if e)
     _bars(
-        time,
-        [[(e.step if e else None) for e in pair] for pair in ways],
-        STEP_COLOURS, 1e-3, "{:,.0f} ms",
+        time, pairs, _step_parts, STEP_COLOURS, lambda e: _milliseconds(e.seconds),
+        longest,
     )  # fmt: skip
-    time.margins(y=0.12)
-    for axes, title in ((memory, "memory per GPU, GB"), (time, "one step, ms")):
+    for axes, title in (
+        (memory, "memory per GPU, GB"),
+        (time, "GPU time per image, ms (above the bars: one step)"),
+    ):
         axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-        axes.set_xticks(range(len(rows)), [_label(*pair) for pair in ways], fontsize=8)
-        axes.tick_params(axis="y", labelsize=8, color="#999999", labelcolor=PALE)
-        axes.tick_params(axis="x", length=0, labelcolor=INK)
+        axes.tick_params(axis="y", labelsize=8, length=0, labelcolor=PALE)
         axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#999999")
         axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
         axes.set_axisbelow(True)
-        handles, labels = axes.get_legend_handles_labels()
+        handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        names = [n for n in dict.fromkeys((*PARTS, *STEP_PARTS)) if n in handles]
         axes.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=8,
-            frameon=False, labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.4,
+            [handles[name] for name in names], names,
+            loc="upper center", bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8, frameon=False,
+            labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.4,
         )  # fmt: skip
-    c = plan.config
-    name = c.model.name or f"SiT {c.model.width} x {c.model.depth}"
-    figure.text(
-        0.06, 0.945, f"{name}, {plan.workload.parameters.numel / 1e6:,.0f} M parameters, "
-        f"batch {c.training.global_batch:,}, on {plan.gpu.title}",
-        fontsize=13, fontweight="bold", color=INK, va="center",
-    )  # fmt: skip
-    figure.text(
-        0.06, 0.895, "left of each pair: as configured; right: the cheapest setting that fits. "
-        f"Estimates from datasheet speeds at {plan.assumptions.efficiency:.0%} of peak, "
-        "not measurements.",
-        fontsize=9, color=PALE, va="center",
-    )  # fmt: skip
+    _heading(figure, plan)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     try:
@@ -94,50 +84,82 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
         raise ConfigError(f"--png: {path}: cannot be written ({error.strerror})") from None
 
 
+def _heading(figure: Any, plan: Plan) -> None:
+    c, w = plan.config, plan.workload
+    name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep"
+    figure.text(
+        0.05, 0.95, f"{name}, {w.parameters.numel / 1e6:,.0f} M parameters, batch "
+        f"{c.training.global_batch:,}, on {plan.gpu.title}",
+        fontsize=13, fontweight="bold", color=INK, va="center",
+    )  # fmt: skip
+    figure.text(
+        0.05, 0.915, "left of each pair: as configured; right: the cheapest setting that fits "
+        "(Z: ZeRO stage, forwards x micro-batch, ckpt: every block checkpointed)\n"
+        f"estimates from datasheet speeds at {plan.assumptions.efficiency:.0%} of peak; nothing "
+        "measured",
+        fontsize=8.5, color=PALE, va="top", linespacing=1.4,
+    )  # fmt: skip
+
+
+def _memory_parts(e: Estimate) -> dict[str, float]:
+    return {part: size / 1e9 for part, size in e.memory.items()}
+
+
+def _step_parts(e: Estimate) -> dict[str, float]:
+    images = e.sharding.micro * e.sharding.forwards  # per GPU
+    return {part: 1e3 * seconds / images for part, seconds in e.step.items()}
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{0 if seconds >= 0.1 else 1}f} ms"
+
+
 def _bars(
     axes: Any,
-    groups: Sequence[Sequence[dict[str, float] | None]],
+    pairs: Sequence[tuple[Estimate, Estimate | None]],
+    parts_of: Callable[[Estimate], dict[str, float]],
     colours: dict[str, str],
-    unit: float,
-    form: str,
+    total: Callable[[Estimate], str],
+    top: float,
 ) -> None:
-    """Pairs of stacked bars; a part that is nowhere visible is left out of the legend."""
-    width = 0.36
-    totals = [sum(parts.values()) for group in groups for parts in group if parts]
-    shown: set[str] = set()
-    for i, group in enumerate(groups):
-        for k, parts in enumerate(group):
-            x = i + (k - 0.5) * (width + 0.04)
-            if parts is None:
-                axes.annotate(
-                    "nothing\nfits", (x, 0), xytext=(0, 4), textcoords="offset points",
-                    ha="center", fontsize=8, color="#c0392b",
-                )  # fmt: skip
+    """Pairs of stacked bars up to `top`; a part that is nowhere visible gets no legend."""
+    width, shown = 0.38, set()
+    for i, pair in enumerate(pairs):
+        for k, estimate in enumerate(pair):
+            x = i + (k - 0.5) * (width + 0.05)
+            if estimate is None:
+                _write(axes, x, 0, "nothing\nfits", 4, ALARM)
                 continue
             bottom = 0.0
-            for part, colour in colours.items():
-                value = parts[part] / unit
-                if value * unit < 0.004 * max(totals):
-                    bottom += value
-                    continue
-                axes.bar(
-                    x, value, width, bottom=bottom, color=colour, edgecolor="white", linewidth=0.6,
-                    label=None if part in shown else part,
-                )  # fmt: skip
-                shown.add(part)
+            for part, value in parts_of(estimate).items():
+                value = min(value, top - bottom)
+                if value > 0.003 * top:
+                    axes.bar(
+                        x, value, width, bottom=bottom, color=colours[part], edgecolor="white",
+                        linewidth=0.5, label=None if part in shown else part,
+                    )  # fmt: skip
+                    shown.add(part)
                 bottom += value
-            axes.annotate(
-                form.format(bottom), (x, bottom), xytext=(0, 2.5), textcoords="offset points",
-                ha="center", fontsize=8, color=INK,
-            )  # fmt: skip
+            cut = sum(parts_of(estimate).values()) > 1.001 * top
+            _write(
+                axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, ALARM if cut else INK
+            )
+            s = estimate.sharding
+            how = "\nckpt" if s.checkpointing == "blocks" else ""
+            _write(axes, x, 0, f"Z{s.stage}\n{s.forwards}x{s.micro}{how}", -4, PALE)
+        count = pair[0].sharding.world
+        axes.annotate(
+            f"{count:,} GPU{'s' if count > 1 else ''}", (i, 0), xytext=(0, -36), va="top",
+            textcoords="offset points", ha="center", fontsize=9, fontweight="bold", color=INK,
+            annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xticks([])
+    axes.set_xlim(-0.6, len(pairs) - 0.4)
+    axes.set_ylim(0, 1.1 * top)
 
 
-def _label(configured: Estimate, cheapest: Estimate | None) -> str:
-    def way(e: Estimate) -> str:
-        s = e.sharding
-        how = ", ckpt" if s.checkpointing == "blocks" else ""
-        return f"Z{s.stage}, {s.forwards}x{s.micro}{how}"
-
-    count = configured.sharding.world
-    right = way(cheapest) if cheapest else "-"
-    return f"{count:,} GPU{'s' if count > 1 else ''}\n{way(configured)}  |  {right}"
+def _write(axes: Any, x: float, y: float, text: str, points: int, colour: str) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(0, points), textcoords="offset points", ha="center",
+        va="bottom" if points > 0 else "top", fontsize=7.5, color=colour, annotation_clip=False,
+    )  # fmt: skip

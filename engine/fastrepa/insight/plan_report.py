@@ -75,11 +75,15 @@ def _memory(plan: Plan) -> Table:
     capacity = plan.gpu.memory
     table.add_row("together", *(_fit(r.configured.total, capacity) for r in plan.rows))
     table.add_row("highest in", *(r.configured.moment for r in plan.rows))
-    other = plan.rows[0].other.sharding.checkpointing
-    label = "with every block checkpointed" if other == "blocks" else "without checkpointing"
-    table.add_row(f"{label}: activations",
-                  *(_gb(r.other.memory["activations"]) for r in plan.rows))  # fmt: skip
-    table.add_row(f"{label}: together", *(_fit(r.other.total, capacity) for r in plan.rows))
+    shown = "every block", "no block"
+    first, second = shown if plan.rows[0].other.sharding.checkpointing == "none" else shown[::-1]
+    table.add_section()
+    for label, which in ((first, "configured"), (second, "other")):
+        estimates = [getattr(r, which) for r in plan.rows]
+        table.add_row(
+            f"{label} checkpointed: activations", *(_gb(e.activations) for e in estimates)
+        )
+        table.add_row("    together", *(_fit(e.total, capacity) for e in estimates))
     return table
 
 

@@ -1,0 +1,133 @@
+"""Run as a program, in one process or under torchrun: real steps of real engines, measured.
+
+Arguments are JSON objects, one per case; the first rank prints one JSON object per case: bytes that
+torch's allocator held at the highest moment of a step, and what DeepSpeed's comms logger counted.
+"""
+
+import gc
+import json
+import sys
+
+import deepspeed.comm
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from fastrepa.config import config_from_dict
+from fastrepa.model.sit import SiT
+from fastrepa.training import zero
+
+SIDE, CHANNELS, WIDTHS = 16, 3, [96]
+
+
+def config_of(case):
+    model = {"width": 192, "depth": 6, "heads": 3, "patch": 2, "num_classes": 10}
+    world, micro, forwards = case["world"], case["micro"], case.get("forwards", 1)
+    return config_from_dict(
+        {
+            "run": "run",
+            "data": {"path": "data", "resolution": SIDE, "codec": {"name": "pixel"}},
+            "model": model | case.get("model", {}),
+            "alignment": {"projector_width": 256},
+            "training": {
+                "global_batch": world * micro * forwards,
+                "micro_batch": micro,
+                "precision": case.get("precision", "fp32"),
+            },
+            "zero": {"stage": case.get("stage", 0)},
+            "kernels": case.get("kernels", "fused"),
+        }
+    )
+
+
+def storages():
+    """Every live tensor's storage, by address."""
+    gc.collect()
+    out = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor):
+            for tensor in (item, item.grad if item.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    out[storage.data_ptr()] = storage
+    return out
+
+
+def highest(work):
+    """Bytes above what was held before, at the highest moment: of the allocator, ops' temporaries
+    included.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure(case, world):
+    config = config_of(case)
+    before = storages()  # held on to, so that no address is used again
+    torch.manual_seed(0)
+    model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
+    if case.get("checkpointing") == "blocks":
+        for block in model.blocks:
+            whole = block.forward
+            block.forward = lambda *args, whole=whole: checkpoint(whole, *args, use_reentrant=False)
+    engine, optimizer = zero.start_engine(model, config, world)
+    engine.train()
+    whole_tensors = zero.WholeTensors(engine, optimizer)
+    optimizer.set_rate(1e-4)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    tokens = (SIDE // model.patch) ** 2
+    micro, forwards = case["micro"], case.get("forwards", 1)
+
+    def step():
+        for _ in range(forwards):
+            x, t = torch.randn(micro, CHANNELS, SIDE, SIDE), torch.rand(micro)
+            labels = torch.randint(10, (micro,))
+            targets = [torch.randn(micro, tokens, z).to(dtype) for z in WIDTHS]
+            velocity, alignment = engine(x, t, labels, targets, t < 0.1)
+            engine.backward((velocity - x).square().mean() + 0.5 * alignment)
+            del velocity, alignment
+            engine.step()
+
+    step()
+    step()
+    resident = sum(s.nbytes() for at, s in storages().items() if at not in before)
+    peak = highest(step)
+    log = deepspeed.comm.comms_logger
+    log.comms_dict.clear()
+    log.enabled = log.prof_all = True
+    step()
+    log.enabled = log.prof_all = False
+    sent = {
+        op: sum(size * record[0] for size, record in sizes.items())
+        for op, sizes in log.comms_dict.items()
+    }
+    del whole_tensors
+    return {"resident": resident, "peak": resident + peak, "sent": sent}
+
+
+def main():
+    world = zero.join_world()
+    plain = zero.deepspeed_config
+    for text in sys.argv[1:]:
+        case = json.loads(text)
+
+        def with_settings(config, size, settings=case.get("zero", {})):
+            out = plain(config, size)
+            out["zero_optimization"] |= settings
+            return out
+
+        zero.deepspeed_config = with_settings
+        result = measure(case, world)
+        if world.is_first:
+            print("MEASURED " + json.dumps(result), flush=True)
+    zero.leave_world()
+
+
+if __name__ == "__main__":
+    main()
