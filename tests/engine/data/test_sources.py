@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,23 @@ def test_bad_ranges_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read_range(tmp_path / "pipe.png", 0, 1)
     with pytest.raises(FileNotFoundError):
         read_file(tmp_path / "absent.png")
+
+
+def test_bomb_stays_in_its_box_and_an_end_is_wanted(tmp_path: Path) -> None:
+    bomb = deflate(bytes(50_000_000))
+    (tmp_path / "bomb").write_bytes(bomb)
+    for inflated in (0, 1000):
+        tracemalloc.start()
+        with pytest.raises(DataError, match="does not inflate"):
+            read_range(tmp_path / "bomb", 0, len(bomb), inflated)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1_000_000
+    stream = zlib.compressobj(wbits=-15)
+    endless = stream.compress(b"x" * 100) + stream.flush(zlib.Z_SYNC_FLUSH)
+    (tmp_path / "endless").write_bytes(endless)
+    with pytest.raises(DataError, match="does not inflate"):
+        read_range(tmp_path / "endless", 0, len(endless), 100)
 
 
 def test_few_files_stay_open(tmp_path: Path) -> None:
