@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from fastrepa.data.class_sheet import class_sheet
 from fastrepa.data.entries import Listing, printable
 from fastrepa.data.index import KEY_DIGITS
@@ -250,8 +252,10 @@ def _finish(plan: Plan, folder: Path) -> None:
     for mark in done:
         counts.update(mark.counts)
         skipped.update(mark.skipped)
-    for label, name in enumerate(plan.classes):
+    # Numbered labels may leave some out; a class of the source that is lost would be missed.
+    for label in np.unique(plan.entries["label"]).tolist():
         if not counts[label]:
+            name = plan.classes[label]
             raise DataError(printable(f"{plan.root / name}: class without a readable image"))
     _write_sources(plan, folder / SOURCES, skipped.keys())
     rejected = [SkippedRecord(source=name, reason=reason) for name, reason in plan.rejected]

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastrepa.data.index import load_index
 from fastrepa.data.prepare import PrepareReport, prepare
 from fastrepa.data.shards import ShardSet
 from fastrepa.errors import DataError
-from tests.engine.data.trees import CLASS_SIZES, RESOLUTION, write_tree
+from tests.engine.data.trees import CLASS_SIZES, RESOLUTION, noise, write_tree
 
 
 def run(source: Path, out: Path, **options: Any) -> PrepareReport:
@@ -131,6 +132,18 @@ def test_shard_of_unreadable_images_is_left_out(tmp_path: Path) -> None:
     (tree / "a" / "05.png").write_bytes(b"x")
     message = refusal(tree, tmp_path / "none", skip_bad=True)
     assert message == f"{tree}/a: class without a readable image"
+
+
+def test_labels_that_leave_numbers_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, label in enumerate((0, 3, 3)):
+            Image.fromarray(noise(key, 16, 16)).save(tmp_path / "one.png")
+            tar.add(tmp_path / "one.png", f"{key}.png")
+            (tmp_path / "one.cls").write_text(str(label))
+            tar.add(tmp_path / "one.cls", f"{key}.cls")
+    report = run(tmp_path / "a.tar", tmp_path / "out")
+    assert report.counts == {"0": 1, "1": 0, "2": 0, "3": 2}
+    assert ShardSet.open(tmp_path / "out", verify="full").classes == ["0", "1", "2", "3"]
 
 
 def test_nothing_sensible_to_prepare(tree: Path, tmp_path: Path) -> None:
