@@ -71,9 +71,9 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         names = [n for n in dict.fromkeys((*PARTS, *STEP_PARTS)) if n in handles]
         axes.legend(
-            [handles[name] for name in names], names,
-            loc="upper center", bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8, frameon=False,
-            labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.4,
+            [handles[name] for name in names], names, loc="upper center",
+            bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8,
+            frameon=False, labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.4,
         )  # fmt: skip
     _heading(figure, plan)
     data = io.BytesIO()

@@ -155,7 +155,12 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
     """Bytes per GPU beside `resident` while the optimiser updates: gradients and their copies."""
     w, n = s.itemsize, p.numel
     if s.stage == 0:
-        return {"gradients": w * n + (4 * n if s.bf16 else 0)}
+        # all_reduce sends a flattened copy; after it the masters want float32.
+        sent = w * min(n, STAGE0_BUCKET) if s.world > 1 else 0
+        copies = 4 * n if s.bf16 else 0
+        if sent > copies:
+            return {"gradients": w * n, "communication buffers": sent}
+        return {"gradients": w * n + copies}
     if s.stage == 3:
         part = min(n / s.world, s.number("sub_group_size"))
         return {"gradients": (4 + (2 if s.bf16 else 0)) * part}

@@ -13,7 +13,14 @@ import timm
 import torch
 from torch import nn
 
-from fastrepa.config import Config
+from fastrepa.config import (
+    Config,
+    DataConfig,
+    SampleConfig,
+    TrainingConfig,
+    VisionConfig,
+    ZeroConfig,
+)
 from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, _random_sd_vae, codec_shape
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
@@ -120,13 +127,21 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
 @lru_cache(maxsize=8)
 def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
     return training_curve(
-        Config.model_validate_json(key, strict=False), side=side, channels=channels,
-        encoder_widths=widths, checkpointing=how,
-    )  # fmt: skip
+        Config.model_validate_json(key, strict=False),
+        side=side,
+        channels=channels,
+        encoder_widths=widths,
+        checkpointing=how,
+    )
 
 
 def _curve(config: Config, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
-    return _curve_of(config.model_dump_json(), side, channels, widths, how)
+    # What the generator's memory does not depend on must not make it be traced again.
+    training = TrainingConfig(precision=config.training.precision)
+    same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
+            "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
+    key = config.model_copy(update=same).model_dump_json()
+    return _curve_of(key, side, channels, widths, how)
 
 
 def _encoder(plan: EncoderPlan, dtype: torch.dtype) -> Frozen:

@@ -7,6 +7,7 @@ torch's allocator held at the highest moment of a step, and what DeepSpeed's com
 import gc
 import json
 import sys
+from functools import partial
 
 import deepspeed.comm
 import torch
@@ -97,11 +98,10 @@ def measure(case, world):
     step()
     step()
     resident = sum(s.nbytes() for at, s in storages().items() if at not in before)
-    peak = highest(step)
     log = deepspeed.comm.comms_logger
     log.comms_dict.clear()
     log.enabled = log.prof_all = True
-    step()
+    peak = highest(step)
     log.enabled = log.prof_all = False
     sent = {
         op: sum(size * record[0] for size, record in sizes.items())
@@ -111,18 +111,18 @@ def measure(case, world):
     return {"resident": resident, "peak": resident + peak, "sent": sent}
 
 
+def with_settings(plain, settings, config, size):
+    out = plain(config, size)
+    out["zero_optimization"] |= settings
+    return out
+
+
 def main():
     world = zero.join_world()
     plain = zero.deepspeed_config
     for text in sys.argv[1:]:
         case = json.loads(text)
-
-        def with_settings(config, size, settings=case.get("zero", {})):
-            out = plain(config, size)
-            out["zero_optimization"] |= settings
-            return out
-
-        zero.deepspeed_config = with_settings
+        zero.deepspeed_config = partial(with_settings, plain, case.get("zero", {}))
         result = measure(case, world)
         if world.is_first:
             print("MEASURED " + json.dumps(result), flush=True)

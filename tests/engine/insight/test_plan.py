@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,6 @@ TWO = [
     {"stage": 1, "micro": 16, "precision": "fp32", "kernels": "eager"},
     {"stage": 1, "micro": 8, "precision": "bf16", "forwards": 2},
     {"stage": 2, "micro": 4, "precision": "bf16", "forwards": 2},
-    {"stage": 2, "micro": 8, "precision": "fp32", "checkpointing": "blocks"},
     {"stage": 3, "micro": 8, "precision": "fp32"},
     {"stage": 3, "micro": 8, "precision": "bf16", "forwards": 2},
     {"stage": 3, "micro": 8, "precision": "bf16", "zero": LET_GO},
@@ -107,13 +107,33 @@ def predicted(case):
     return replace(s, zero={**s.zero, **case["zero"]}), p
 
 
+@cache
+def _curve(model, precision, kernels, checkpointing):
+    case = {
+        "world": 1,
+        "micro": 1,
+        "model": dict(model),
+        "precision": precision,
+        "kernels": kernels,
+    }
+    return training_curve(
+        config_of(case), side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+def curve_of(case):
+    """Stage and batch size do not matter to it."""
+    model = tuple(sorted(case.get("model", {}).items()))
+    return _curve(
+        model, case["precision"], case.get("kernels", "fused"), case.get("checkpointing", "none")
+    )
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_memory_is_what_the_allocator_held(measured, case):
     s, p = predicted(case)
-    curve = training_curve(
-        config_of(case), side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS,
-        checkpointing=s.checkpointing,
-    )  # fmt: skip
+    curve = curve_of(case)
     always = sum(resident(s, p).values())
     peak = always + max(sum(backward_peak(s, p, curve).values()), sum(update_peak(s, p).values()))
     real = measured[name(case)]
@@ -138,17 +158,6 @@ def test_defaults_are_deepspeeds():
     theirs = DeepSpeedZeroConfig(stage=3).model_dump(by_alias=True)
     assert {key: theirs[key] for key in ZERO_DEFAULTS} == ZERO_DEFAULTS
     assert [DeepSpeedZeroConfig(stage=s).overlap_comm for s in range(4)] == [False] * 3 + [True]
-
-
-def small_config(**sections):
-    tree = {
-        "run": "run", "data": {"path": "nowhere", "latents": "cached"},
-        "model": {"name": "SiT-B/2"}, "vision": {"targets": "cached", "encoders": []},
-        "training": {"global_batch": 512},
-    }  # fmt: skip
-    for section, values in sections.items():
-        tree[section] = {**tree.get(section, {}), **values}
-    return config_from_dict(tree)
 
 
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
@@ -176,3 +185,202 @@ def test_flops_against_torchs_counter(size):
     counted = forward.get_total_flops() / 2
     assert work.forward_flops == pytest.approx(counted, rel=0.01)
     assert work.training_flops == pytest.approx(counted + backward.get_total_flops() / 2, rel=0.01)
+
+
+def test_a_frozen_networks_memory_and_flops():
+    import timm
+
+    def build():
+        return timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
+
+    def run(network, batch, dtype):
+        return network(torch.empty(batch, 3, 64, 64, dtype=dtype))
+
+    frozen, real = frozen_network(build, run, torch.float32), build()
+    assert frozen.weights == sum(4 * p.numel() for p in real.parameters())
+    with torch.no_grad():
+        peak = highest(lambda: run(real, 32, torch.float32))
+    assert frozen.at(32) == pytest.approx(peak, rel=0.1)
+    d, t, blocks = 192, 17, 12
+    products = blocks * (12 * t * d * d + 2 * t * t * d) + 16 * 768 * d + d * 1000
+    assert frozen.flops == pytest.approx(2 * products, rel=0.01)
+
+
+def test_links():
+    links = Links(per_node=8, nvlink=400e9, network=40e9, nvlink_latency=0, network_latency=0)
+    inside = links.collective_seconds("all_reduce", 8e9, 1, 8)
+    assert inside == pytest.approx(2 * 8e9 * 7 / 8 / 400e9)
+    assert links.collective_seconds("all_gather_into_tensor", 8e9, 1, 8) == inside / 2
+    # Eight adapters of 40 GB/s are less than NVLink.
+    between = links.collective_seconds("all_reduce", 8e9, 1, 64)
+    assert between == pytest.approx(2 * 8e9 * 63 / 64 / 320e9)
+    late = replace(links, nvlink_latency=1e-6, network_latency=1e-3)
+    # One pass: 3 hops inside a server of 8, 3 between 8 servers.
+    assert late.latency(64) == pytest.approx(3 * 1e-6 + 3 * 1e-3)
+    assert late.collective_seconds("all_reduce", 0, 5, 64) == pytest.approx(10 * late.latency(64))
+    assert links.collective_seconds("all_reduce", 8e9, 1, 1) == 0
+
+
+@cache
+def planned(*overrides, gpus=(8, 64, 1024), gpu="h100", **assumptions):
+    """SiT-B on paper, from stored latents and features."""
+    recipe = ROOT / "configs/imagenet256_sit_b2_dinov2b.yaml"
+    common = ("data.path=nowhere", "data.latents=cached", "vision.targets=cached",
+              "training.global_batch=8192")  # fmt: skip
+    config = load_config(recipe, (*common, *overrides))
+    return make_plan(config, gpus=gpus, gpu=gpu, assumptions=Assumptions(**assumptions))
+
+
+def test_a_plan_adds_up():
+    plan = planned()
+    out = plan_as_dict(plan)
+    assert [p["gpus"] for p in out["plans"]] == [8, 64, 1024]
+    for row, text in zip(plan.rows, out["plans"], strict=True):
+        e = row.configured
+        assert sum(text["configured"]["memory_bytes"].values()) == pytest.approx(e.total)
+        assert sum(text["configured"]["step_seconds"].values()) == pytest.approx(e.seconds)
+        assert e.images_per_second * e.seconds == pytest.approx(8192)
+        assert e.days == pytest.approx(400_000 * e.seconds / 86_400)
+        assert e.gpu_hours == pytest.approx(24 * e.days * e.sharding.world)
+        rate = 8192 * plan.workload.training_flops / e.seconds / e.sharding.world
+        assert e.mfu == pytest.approx(rate / GPUS["h100"].bf16)
+        assert 0 < e.mfu < 0.4  # the assumed efficiency, less all that is not the generator
+    states = [r.configured.memory["Adam moments"] for r in plan.rows]
+    assert states == pytest.approx([8 * plan.workload.parameters.numel / n for n in (8, 64, 1024)])
+    json.dumps(out)
+
+
+def test_the_first_part_that_is_too_much_and_the_cheapest_way_that_fits():
+    plan = planned(gpus=(8,))
+    (row,) = plan.rows
+    e = row.configured
+    assert e.sharding.micro == 1024 and e.total > plan.gpu.memory
+    assert e.first_too_much(plan.gpu.memory) == "activations"
+    assert e.first_too_much(e.memory["weights"] / 2) == "weights"
+    assert e.first_too_much(e.total) is None
+    best = row.cheapest
+    assert best.total <= plan.gpu.memory and best.sharding.micro < 1024
+    # Checkpointing every block would fit with larger batches, at a third more arithmetic.
+    assert best.sharding.checkpointing == "none"
+    assert row.other.sharding.checkpointing == "blocks"
+    assert row.other.total < e.total / 2
+    assert row.other.step["recomputation"] > 0 == e.step["recomputation"]
+
+
+def test_nothing_fits():
+    (row,) = planned("model={width: 32768, depth: 8, heads: 256, patch: 2}", gpus=(8,)).rows
+    assert row.cheapest is None
+    assert row.configured.first_too_much(80e9) == "weights"
+    assert row.least.total > 80e9
+    assert row.least.sharding.stage == 3
+
+
+def test_assumptions_matter_where_they_should():
+    base = planned(gpus=(64,)).rows[0].configured
+    fast = planned(gpus=(64,), efficiency=0.8).rows[0].configured
+    assert fast.step["generator"] == pytest.approx(base.step["generator"] / 2)
+    assert fast.step["communication"] == base.step["communication"]
+    slow = planned(gpus=(64,), network=5e9).rows[0].configured
+    assert slow.step["communication"] > 5 * base.step["communication"]
+    waiting = planned(gpus=(64,), storage=1e6).rows[0].configured
+    read = 128 * planned(gpus=(64,)).workload.input_bytes / 1e6
+    assert waiting.seconds == pytest.approx(read)  # the step is hidden behind the reading
+    small = planned(gpus=(64,), reserve=0.0).rows[0].configured
+    assert base.total - small.total == 4e9
+    # Stage 3 gathers under the arithmetic where DeepSpeed may.
+    sharded = planned("zero.stage=3", gpus=(64,)).rows[0].configured
+    assert sharded.hidden > 0 == base.hidden
+    apart = planned("zero.stage=3", gpus=(64,), overlap=0.0).rows[0].configured
+    assert apart.step["communication"] == pytest.approx(
+        sharded.step["communication"] + sharded.hidden
+    )
+
+
+def test_frozen_networks_run_only_where_nothing_is_stored():
+    recipe = ROOT / "configs/imagenet256_sit_b2_dinov2b.yaml"
+    common = ["data.path=nowhere", "data.latents=online", "vision.targets=online"]
+    work = measure_workload(load_config(recipe, common))
+    # DINOv2-B at 224 px: 12 blocks of 257 tokens and the patch embedding.
+    blocks = 12 * (12 * 257 * 768**2 + 2 * 257**2 * 768)
+    assert work.encoders[0][1].flops == pytest.approx(2 * (blocks + 256 * 588 * 768), rel=0.01)
+    # Stable Diffusion's encoder at 256 px: its first two convolutions alone are 39 GFLOP.
+    assert work.codec_encoder.flops > 2 * 256**2 * 9 * 128 * (3 + 128)
+    assert work.codec_weights == 2 * work_parameters()
+    assert "image" in work.input_is and "moments" not in work.input_is
+    stored = planned(gpus=(8,)).workload
+    assert stored.encoders == () and stored.codec_encoder is None
+    assert stored.codec_weights == work.codec_weights  # sampling decodes
+    assert stored.input_bytes == 8 * 32 * 32 * 2 + 4 + 256 * (768 + 2) + 4
+
+
+def work_parameters():
+    from fastrepa.data.codec import _random_sd_vae
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in _random_sd_vae().parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "0"], ["--gpus", "0", "between 1 and"]),
+        (["--gpus", "8,many"], ["--gpus", "'many'", "8,64,512"]),
+        (["--gpus", "8,-2"], ["--gpus", "-2"]),
+        (["--gpus", "3"], ["--gpus", "3", "training.global_batch", "16", "=18"]),
+        (["--gpus", "8", "training.micro_batch=4"], ["training.micro_batch", "4", "2 images"]),
+        (["--gpu", "h300"], ["--gpu", "'h300'", "a100, h100, h200, b200", "did you mean"]),
+        (["--checkpointing", "all"], ["--checkpointing", "'all'", "none, blocks"]),
+        (["--efficiency", "1.4"], ["--efficiency", "1.4", "between 0 and 1"]),
+        (["--overlap", "nan"], ["--overlap", "nan"]),
+        (["--network-gbs", "0"], ["--network-gbs", "above 0"]),
+        (["--reserve-gb", "-1"], ["--reserve-gb", "0 or more"]),
+        (["--gpus-per-node", "0"], ["--gpus-per-node", "1 or more"]),
+        (["--gpus", "2", "--png", "/proc/no/plan.png"], ["--png", "/proc/no/plan.png"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_line(monkeypatch, capsys, options, words):
+    if "--gpus" not in options:
+        options = [*options, "--gpus", "2"]
+    assert run_command(monkeypatch, *options) == 1
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.startswith("fastrepa: error: ") and out.err.count("\n") == 1
+    for word in words:
+        assert word in out.err
+
+
+def test_on_the_screen_as_json_and_as_a_picture(monkeypatch, capsys, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "plan.png"
+    assert run_command(monkeypatch, "--gpus", "2,1", "--gpu", "A100", "--png", str(picture)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("A100 SXM 80 GB", "Adam moments", "images/s", "MFU", "GPU-hours", "cheapest",
+                 "datasheet", "--efficiency", "nothing here was measured"):  # fmt: skip
+        assert word in text
+    with Image.open(picture) as image:
+        assert image.width > 1200
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    assert run_command(monkeypatch, "--gpus", "1", "--json") == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["plans"][0]["configured"]["fits"]
+    assert out["gpu"]["name"] == "H100 SXM 80 GB"
+
+
+def run_command(monkeypatch, *arguments):
+    """The console script's exit code."""
+    from fastrepa.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["fastrepa", "plan", str(QUICKSTART), *arguments])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code or 0
+    return 0
+
+
+def test_numbers_of_gpus():
+    assert parse_gpus("64, 8,64") == [8, 64]
+    with pytest.raises(ConfigError, match="--gpus: ''"):
+        parse_gpus("8,")
