@@ -272,7 +272,7 @@ def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, flo
     samples = w.config.training.sample_every > 0
     moments = {
         "backward": backward_peak(s, p, w.curve(s.checkpointing)),
-        "optimiser": update_peak(s, p),
+        "update": update_peak(s, p),
         "encoding": {
             "encoders": max((f.at(s.micro) for _, f in w.encoders), default=0.0),
             "codec": w.codec_encoder.at(s.micro) if w.codec_encoder else 0.0,

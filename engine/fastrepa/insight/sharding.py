@@ -132,8 +132,12 @@ def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
     elif s.stage == 3:
         # reduce_scatter's input, beside the bucket that is always there.
         bucket = min(bucket, w * n) if s.world > 1 else 0
-    elif s.overlaps:
-        bucket *= 2
+    else:
+        if s.overlaps:
+            bucket *= 2
+        if s.stage == 2:
+            # all_reduce sends a flattened copy of what is in the bucket.
+            bucket += min(w * s.number("reduce_bucket_size"), w * n)
     gathered = 0.0
     if s.stage == 3 and s.world > 1:
         whole = min(n, s.reused(p) + s.number("stage3_prefetch_bucket_size"))
@@ -152,7 +156,9 @@ def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
 
 
 def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
-    """Bytes per GPU beside `resident` while the optimiser updates: gradients and their copies."""
+    """Bytes per GPU beside `resident` when backward is over: gradients, and their copies on the way
+    to the optimiser.
+    """
     w, n = s.itemsize, p.numel
     if s.stage == 0:
         # all_reduce sends a flattened copy; after it the masters want float32.
@@ -168,7 +174,14 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
         return {"gradients": w * n}
     # The shard's gradients, then flattened, then in float32.
     copies = 4 if s._sums_in_fp32 or not s.bf16 else 6
-    return {"gradients": ((4 if s._sums_in_fp32 else w) + copies) * n / s.world}
+    update = ((4 if s._sums_in_fp32 else w) + copies) * n / s.world
+    if s.stage == 1:
+        # Before that they leave the whole ones by way of the bucket, whose flattened copy takes
+        # the place of those in it until the sending is over.
+        bucket, leaving = w * s.number("reduce_bucket_size"), w * n * (1 + 1 / s.world)
+        if bucket + leaving > update:
+            return {"gradients": leaving, "communication buffers": bucket}
+    return {"gradients": update}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ONE = [
 TWO = [
     {"stage": 0, "micro": 4, "precision": "fp32"},
     # So few images that the gradients are the peak.
-    {"stage": 1, "micro": 1, "precision": "fp32", "zero": {"reduce_bucket_size": 4_000_000}},
+    {"stage": 1, "micro": 1, "precision": "fp32", "zero": {"reduce_bucket_size": 500_000}},
     {"stage": 1, "micro": 8, "precision": "bf16", "forwards": 2},
     {"stage": 2, "micro": 4, "precision": "bf16", "forwards": 2},
     {"stage": 3, "micro": 8, "precision": "fp32"},
@@ -138,7 +138,7 @@ def test_memory_is_what_the_allocator_held(measured, case):
     always = sum(resident(s, p).values())
     peak = always + max(sum(backward_peak(s, p, curve).values()), sum(update_peak(s, p).values()))
     real = measured[name(case)]
-    # 10 % is promised; the worst of these is 4.5 % off, by the buffers inside fused operations.
+    # 10 % is promised; the worst of these is 4 % off, by the buffers inside fused operations.
     assert always == pytest.approx(real["resident"], rel=0.03)
     assert peak == pytest.approx(real["peak"], rel=0.06)
     assert peak > 1.1 * always  # or the activations would not have been tested
