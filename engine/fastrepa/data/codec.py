@@ -95,7 +95,7 @@ def build_codec(
     channels, side = codec_shape(config, resolution)
     if config.name == "pixel":
         return PixelCodec(resolution, side)
-    vae = _random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
+    vae = random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
     identity = encoder_digest(vae)  # of the fp32 weights, before they are cast
     # nn.Module's own `to`: diffusers' warns about every cast.
     return SdVaeCodec(nn.Module.to(vae, device, dtype), channels, side, identity)
@@ -206,7 +206,7 @@ def _autoencoder_class() -> Any:
     return AutoencoderKL
 
 
-def _random_sd_vae() -> nn.Module:
+def random_sd_vae() -> nn.Module:
     """The architecture of stabilityai/sd-vae-ft-mse (83.7 M parameters), seeded weights."""
     autoencoder = _autoencoder_class()
     widths = (128, 256, 512, 512)

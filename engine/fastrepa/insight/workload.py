@@ -21,7 +21,7 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
-from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, _random_sd_vae, codec_shape
+from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, random_sd_vae
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.errors import ConfigError
@@ -170,7 +170,7 @@ def _autoencoder(resolution: int, dtype: torch.dtype) -> tuple[Frozen, Frozen]:
     def decode(network: Any, batch: int, dtype: torch.dtype) -> Any:
         return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
 
-    return tuple(frozen_network(_random_sd_vae, run, dtype) for run in (encode, decode))  # type: ignore[return-value]
+    return tuple(frozen_network(random_sd_vae, run, dtype) for run in (encode, decode))  # type: ignore[return-value]
 
 
 def _manifest(config: Config) -> Manifest | None:

@@ -29,6 +29,7 @@ from fastrepa.data.shards import ShardSet
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.vision.features import build_encoder
 from fastrepa.vision.quantise import dequantise
+from tests.engine.data.autoencoder import small_vae
 from tests.engine.data.trees import RESOLUTION
 from tests.engine.training.runs import ROOT, command, environment
 
@@ -92,26 +93,12 @@ def test_features_are_the_encoders_of_both_views(make_set: MakeSet) -> None:
 
 
 @pytest.fixture
-def small_vae(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real class of autoencoder, seeded, at a width that a CPU encodes in no time."""
-    from diffusers import AutoencoderKL
-
-    def build(weights: str) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(len(weights))
-            return AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(8, 8, 16, 16),
-                layers_per_block=1,
-                norm_num_groups=4,
-                latent_channels=4,
-            )
-
-    monkeypatch.setattr(codec_room, "_pretrained_sd_vae", build)
+def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any `data.codec.weights` are those of a small autoencoder."""
+    monkeypatch.setattr(codec_room, "_pretrained_sd_vae", lambda weights: small_vae(len(weights)))
 
 
-@pytest.mark.usefixtures("small_vae")
+@pytest.mark.usefixtures("small_weights")
 def test_latents_in_batches_are_those_of_one_image_at_a_time(make_set: MakeSet) -> None:
     """error(batches, float64) <= 2 error(one at a time, float64) + the rounding to fp16."""
     shards = make_set()
@@ -137,7 +124,7 @@ def test_latents_in_batches_are_those_of_one_image_at_a_time(make_set: MakeSet) 
     assert not torch.equal(stored[:, 0], stored[:, 1])
 
 
-@pytest.mark.usefixtures("small_vae")
+@pytest.mark.usefixtures("small_weights")
 def test_a_second_column_leaves_the_first_alone_and_a_repeat_does_nothing(
     make_set: MakeSet,
 ) -> None:

@@ -316,10 +316,10 @@ def test_frozen_networks_run_only_where_nothing_is_stored():
 
 
 def work_parameters():
-    from fastrepa.data.codec import _random_sd_vae
+    from fastrepa.data.codec import random_sd_vae
 
     with torch.device("meta"):
-        return sum(p.numel() for p in _random_sd_vae().parameters())
+        return sum(p.numel() for p in random_sd_vae().parameters())
 
 
 @pytest.mark.parametrize(
