@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa import __version__
-from fastrepa.errors import FastrepaError
+from fastrepa.errors import FastrepaError, print_error
 
 app = typer.Typer(
     name="fastrepa",
@@ -414,9 +414,7 @@ def main() -> None:
     try:
         app()
     except FastrepaError as e:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"fastrepa: error{where}: {' '.join(str(e).split())}", file=sys.stderr)
+        print_error(e, int(os.environ.get("RANK", "0")))
         sys.exit(1)
     except KeyboardInterrupt:
         print("fastrepa: interrupted", file=sys.stderr)

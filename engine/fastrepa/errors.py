@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -28,6 +29,14 @@ class CheckpointError(FastrepaError):
 
 class TrainingError(FastrepaError):
     """A run that cannot go on: a rank was lost, or its numbers are not finite any more."""
+
+
+def print_error(text: object, rank: int) -> None:
+    """Print an error on one line of stderr, naming every rank but the first."""
+    where = f" (rank {rank})" if rank else ""
+    # One write, the line's end included: ranks share the terminal.
+    sys.stderr.write(f"fastrepa: error{where}: {' '.join(str(text).split())}\n")
+    sys.stderr.flush()
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ import faulthandler
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from fastrepa.config import SurvivalConfig
-from fastrepa.errors import FastrepaError
+from fastrepa.errors import FastrepaError, print_error
 from fastrepa.training.zero import World
 
 LOST = 76  # exit code: a rank was lost; the launch files start the run again
@@ -209,7 +208,7 @@ class Watch:
     def _end(self, verdict: str) -> NoReturn:
         text = f"{verdict}; stopped in step {self._step + 1}, the same command continues"
         self.log.stacks(text)
-        print(f"fastrepa: error (rank {self.world.rank}): {text}", file=sys.stderr, flush=True)
+        print_error(text, self.world.rank)
         os._exit(self._code)
 
 
