@@ -143,7 +143,7 @@ class PixelCodec:
             raise ValueError(
                 f"image_u8 must be {self.side * self._block} px square, got {list(image_u8.shape)}"
             )
-        return z
+        return z.contiguous()  # the image was channels last
 
     def decode(self, z: Tensor) -> Tensor:
         return unit_to_image(z)
