@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files are shared out over this many processes.
+TEST_PROCESSES ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: quickstart test lint types bench clean help
@@ -23,7 +25,7 @@ quickstart: $(READY)
 	@$(BIN)/fastrepa train configs/quickstart.yaml
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
