@@ -93,6 +93,84 @@ def rates(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
+def faults(records: list[Record]) -> str:
+    """What was injected, how often, what happened, what was lost (benchmarks/faults.py)."""
+    first = records[0]
+    commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
+    parts = [
+        f"### faults, {first['shape']}\n",
+        f"{first['device']}, torch {first['torch']}, {first['utc']}, commit {commit}\n",
+        "| injected | times | what happened | what was lost |\n|---|---|---|---|",
+    ]
+    parts += [row for r in records for row in [_fault(r)] if row]
+    for r in records:
+        if r["provider"] == "save":
+            seconds = r["seconds"]
+            parts.append(
+                f"\nA save of {r['shape']} ({r['bytes'] / 1e9:.1f} GB, {r['count']} saves): "
+                f"{_middle([s['save'] for s in seconds]):.1f} s. The step waits for "
+                f"{_middle([s['copy'] for s in seconds]):.2f} s of it ({r['share_copied']:.1%}); "
+                f"with what it slows the steps beside it ({r['step_seconds']:.1f} s each), "
+                f"{_middle(r['cost_seconds']):.2f} s ({r['share']:.1%})."
+            )
+    return "\n".join([*parts, ""])
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _fault(r: Record) -> str | None:
+    name = r["provider"]
+    if name.startswith("SIGKILL"):
+        kinds = ", ".join(f"{n} x {code}" for code, n in sorted(r["survivor_codes"].items()))
+        same = "bit for bit" if not r["different"] and r["same_losses"] else "NOT"
+        times = f"{r['count']}, {r['during_save']} of them while a checkpoint was written"
+        happened = (
+            f"resumed every time; the rank that was left ended after {r['survivor_seconds']:.1f} s "
+            f"at most ({r['one_rank']} times, exit code {kinds})"
+        )
+        lost = (
+            f"{r['steps_lost']} of {r['steps']} steps were taken again, {r['steps_lost_most']} at "
+            f"most; {r['tensors']} tensors (weights, EMA, optimiser) equal an undisturbed run's "
+            f"{same}"
+        )
+    elif name in ("host killed", "link pulled"):
+        times = str(r["count"])
+        sides = " and ".join(
+            e.split("error")[1].split(" lost:")[0].lstrip("( :").replace("rank 1): ", "")
+            for lines in r["errors"]
+            for e in lines
+        )
+        happened = (
+            f"the other side ended after {r['seconds']:.1f} s naming {sides}; training again "
+            f"{r['took_up_seconds']:.0f} s later"
+        )
+        lost = f"{r['step'] - r['resumed']} steps since the checkpoint"
+    elif name == "disk full":
+        times = str(r["count"])
+        happened = (
+            f"a warning, {len(r['logged'])} of {r['last']} steps logged; saved again once there "
+            "was room"
+        )
+        lost = "nothing"
+    elif name == "flipped byte":
+        times = str(r["count"])
+        happened = "refused by name with a warning, the checkpoint before it used"
+        lost = f"the steps from {r['before']} to {r['last']}"
+    elif "fault" in r:
+        times = str(r["count"])
+        after = f" after {r['seconds']:.1f} s" if r["seconds"] is not None else ""
+        said = r["errors"][0].split(": ", 2)[2].split(";")[0] if r["errors"] else "saved"
+        happened = f"the others ended{after} with exit code {r['code']}: {said.rstrip('.')}"
+        lost = f"{r['step'] - r['resumed']} steps"
+        if any(r["codes_again"]):
+            happened += "; DID NOT RESUME"
+    else:
+        return None
+    return f"| {name} | {times} | {happened} | {lost} |"
+
+
 def plot(records: list[Record], path: Path) -> None:
     """Median milliseconds of every provider, one group of bars per case and shape."""
     import matplotlib
@@ -130,7 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     timed = [r for r in records if "p50_ms" in r]
     counted = [r for r in records if "p50_images_per_s" in r]
-    print("\n".join(make(part) for make, part in ((markdown, timed), (rates, counted)) if part))
+    injected = [r for r in records if r["case"] == "faults"]
+    parts = ((markdown, timed), (rates, counted), (faults, injected))
+    print("\n".join(make(part) for make, part in parts if part))
     if options.plot is not None and timed:
         plot(timed, options.plot)
     return 0

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastrepa import __version__
 from fastrepa.errors import FastrepaError, print_error
+from fastrepa.exit_codes import for_launcher
 
 app = typer.Typer(
     name="fastrepa",
@@ -66,6 +67,7 @@ def train(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
+    from fastrepa.training.survival import watched
     from fastrepa.training.zero import join_world, leave_world
 
     world = join_world(2 * resolved.survival.stall_seconds)
@@ -79,7 +81,8 @@ def train(
             return
         from fastrepa.training.trainer import Trainer
 
-        code = Trainer(resolved, world).train()
+        with watched(resolved, world) as watch:
+            code = Trainer(resolved, world, watch.group).train(watch)
     finally:
         leave_world()
     if code:
@@ -415,10 +418,12 @@ def main() -> None:
         app()
     except FastrepaError as e:
         print_error(e, int(os.environ.get("RANK", "0")))
-        sys.exit(1)
+        sys.exit(for_launcher(1))
     except KeyboardInterrupt:
         print("fastrepa: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(for_launcher(130))
+    except SystemExit as e:
+        sys.exit(for_launcher(e.code) if isinstance(e.code, int) else e.code)
 
 
 def _print_dry_run(result: object, global_batch: int) -> None:

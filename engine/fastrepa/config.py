@@ -185,7 +185,7 @@ class SurvivalConfig(_Section):
     """When a run that is in trouble says so, and when it stops."""
 
     timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
-        60.0, description="a rank that is silent for this long ends the run on all others"
+        60.0, description="within this time of a rank's loss the run has ended on all others"
     )
     stall_seconds: Annotated[float, Field(gt=0.0)] = Field(
         900.0, description="a step that takes longer is reported with every rank's stack"

@@ -2,10 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.engine.training.runs import ROOT, environment, metrics, train_command
@@ -69,27 +72,79 @@ def test_slurm_saves_on_its_signal_and_is_queued_again(tmp_path):
 
 def test_slurm_queues_an_error_of_the_user_not_again(tmp_path):
     scontrol = f"echo 127.0.0.1; [[ $1 == show ]] || touch {tmp_path}/asked"
-    for code, asked in ((1, False), (76, True)):
+    for code, asked in (
+        (1, False),
+        (130, False),
+        (76, True),
+        (134, True),
+        (137, True),
+        (143, True),
+    ):
         env = on_path(tmp_path / f"bin{code}", srun=f"exit {code}", scontrol=scontrol)
         env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0"}
         assert launched("slurm.sbatch", ["x.yaml"], env).returncode == code
         assert (tmp_path / "asked").exists() == asked
+        (tmp_path / "asked").unlink(missing_ok=True)
+    env = on_path(tmp_path / "often", srun="exit 76", scontrol=scontrol) | {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0", "SLURM_RESTART_COUNT": "100",
+    }  # fmt: skip
+    assert launched("slurm.sbatch", ["x.yaml"], env).returncode == 76
+    assert not (tmp_path / "asked").exists()
     header = re.findall(r"^#SBATCH --(\S+)", (CLUSTER / "slurm.sbatch").read_text(), re.M)
     assert {"signal=USR1@120", "requeue", "open-mode=append"} <= set(header)
 
 
-def test_torchrun_trains_through_its_rendezvous(tmp_path):
+def test_torchrun_saves_on_a_signal_and_says_so(tmp_path):
     env = on_path(tmp_path / "bin") | {
         "RDZV": "127.0.0.1:0", "NNODES": "1", "NPROC_PER_NODE": "1",
     }  # fmt: skip
-    done = launched("torchrun.sh", arguments(tmp_path / "run", "training.steps=1"), env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(metrics(tmp_path / "run")) == 1
+    run = tmp_path / "run"
+    args = ["bash", str(CLUSTER / "torchrun.sh"), *arguments(run, "training.steps=9999")]
+    launcher = subprocess.Popen(args, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    try:
+        while launcher.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGUSR1)  # would end torchrun itself, and leave the ranks
+        out, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75, out  # torchrun's own is 1
+    assert "saved; the same command continues" in out
+    step = metrics(run)[-1]["step"]
+    assert (run / f"checkpoints/step_{step:07d}/manifest.json").is_file()
+    # A user's error: its own code, and it is not tried again.
+    done = launched("torchrun.sh", arguments(run, "training.stepz=9"), env)
+    assert done.returncode == 1
+    assert done.stderr.count("training.stepz: unknown key") == 1, done.stderr
     assert "RDZV" in launched("torchrun.sh", [], on_path(tmp_path / "none")).stderr
 
 
+@pytest.mark.parametrize(
+    ("noted", "code", "starts"),
+    [
+        # What the ranks noted, what the launch file ends with, how often it started torchrun.
+        (["76", "", "0"], 0, 3),  # a rank was lost, then an agent without a word, then it went well
+        (["76"] * 9, 76, 3),
+        (["75"], 75, 1),
+        (["1"], 1, 1),
+    ],
+)
+def test_torchrun_is_started_again_after_a_loss_only(tmp_path, noted, code, starts):
+    for number, text in enumerate(noted):
+        (tmp_path / f"noted{number}").write_text(f"{text}\n" if text else "")
+    count = f"$(ls {tmp_path} | grep -c start)"
+    torchrun = f"""number={count}; touch {tmp_path}/start$number
+        cat {tmp_path}/noted$number >>"$FASTREPA_EXIT_CODES"
+        [[ $TORCH_DISABLE_SHARE_RDZV_TCP_STORE == 1 && $(cat {tmp_path}/noted$number) == 0 ]]"""
+    env = on_path(tmp_path / "bin", torchrun=torchrun, setsid='exec "$@"')
+    env |= {"RDZV": "node0:1", "NNODES": "2", "MAX_RESTARTS": "2"}
+    done = launched("torchrun.sh", ["x.yaml"], env)
+    assert done.returncode == code, done.stderr
+    assert len(list(tmp_path.glob("start*"))) == starts
+
+
 def test_deepspeed_starts_a_saved_run_again_and_no_failed_one(tmp_path):
-    for code, starts in ((75, 3), (1, 1)):
+    for code, starts in ((75, 3), (247, 3), (1, 1)):
         said = tmp_path / f"said{code}"
         env = on_path(tmp_path / f"bin{code}", deepspeed=f'echo "$@" >> {said}; exit {code}')
         done = launched("deepspeed.sh", ["x.yaml", "a=1"], env | {"MAX_RESTARTS": "2"})

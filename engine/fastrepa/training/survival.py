@@ -14,6 +14,8 @@ import socket
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,22 +23,48 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from fastrepa.config import SurvivalConfig
-from fastrepa.errors import FastrepaError, print_error
+from fastrepa.config import Config, SurvivalConfig
+from fastrepa.errors import CheckpointError, FastrepaError, print_error
+from fastrepa.exit_codes import LOST, for_launcher
 from fastrepa.training.zero import World
 
-LOST = 76  # exit code: a rank was lost; the launch files start the run again
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
 log = logging.getLogger("fastrepa")
 
 
+@contextmanager
+def watched(config: Config, world: World) -> Iterator[Watch]:
+    """A run from before its building to after its last save: its rank's log, and the watch."""
+    with (
+        closing(RankLog(Path(config.run), world)) as rank_log,
+        Watch(config.survival, world, host_group_of(config), rank_log) as watch,
+    ):
+        yield watch
+
+
+def host_group_of(config: Config) -> Any:
+    """A gloo group of all ranks, whose collectives may take two stalled steps (collective)."""
+    return dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=2 * config.survival.stall_seconds)
+    )
+
+
 class RankLog:
-    """RUN/rank_N.log: this rank's warnings, errors and stacks. Only the first rank prints too."""
+    """RUN/rank_N.log: this rank's warnings, errors and stacks. Only the first rank prints too.
+
+    Raises CheckpointError where the run folder is not writable.
+    """
 
     def __init__(self, run: Path, world: World) -> None:
         self.path = run / f"rank_{world.rank}.log"
-        run.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        probe = run / f".writable_{world.rank}"
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+            self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        except OSError as e:
+            raise CheckpointError(f"{run}: the run folder is not writable ({e})") from None
         self._handler = logging.StreamHandler(self.file)
         form = f"%(asctime)s {socket.gethostname()} rank {world.rank}: %(message)s"
         self._handler.setFormatter(logging.Formatter(form))
@@ -56,8 +84,9 @@ class RankLog:
     def stacks(self, why: str) -> None:
         """Where every thread of this process is."""
         log.error("%s; every thread's stack:", why)
-        self.file.flush()
-        faulthandler.dump_traceback(self.file, all_threads=True)
+        with suppress(OSError):  # a full disk must not stop what comes after
+            self.file.flush()
+            faulthandler.dump_traceback(self.file, all_threads=True)
 
     def close(self) -> None:
         warnings.showwarning = self._show
@@ -68,22 +97,26 @@ class RankLog:
 class Watch:
     """Ends this process, or explains its error, where another rank is lost (collective to enter).
 
-    group: a gloo group of all ranks. A rank that is silent for `timeout_seconds`, or that fails, is
-    named on every other. A step of more than `stall_seconds` puts every rank's stack in its log.
+    group: a gloo group of all ranks. Where a rank is silent or fails, all others have ended, naming
+    it, within `timeout_seconds`. A step (or the building before the first) of more than
+    `stall_seconds` puts every rank's stack in its log.
     """
 
     def __init__(self, config: SurvivalConfig, world: World, group: Any, rank_log: RankLog) -> None:
         self.config, self.world, self.group, self.log = config, world, group, rank_log
-        self.interval = min(1.0, config.timeout_seconds / 5)
+        self.interval = min(1.0, config.timeout_seconds / 10)
+        # What is left is for noticing it, for the others to read it and for ending.
+        self.silence = config.timeout_seconds - 4 * self.interval
         self._done = threading.Event()
         self._verdict: str | None = None
         self._code, self._leaving = LOST, False
         self._heard = self._progressed = time.monotonic()
-        self._step, self._stall = -1, ""
+        self._doing, self._stall = "the start", ""
+        self._explained = False
 
     def __enter__(self) -> Watch:
         if self.world.size == 1:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            self._start(self._watch)
             return self
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         names: list[Any] = [None] * self.world.size
@@ -102,21 +135,41 @@ class Watch:
         self._store.set(f"beat/{self.world.rank}", "0")
         dist.barrier(group=self.group)
         self._heard = time.monotonic()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+        self._start(self._beat, self._watch)
         return self
+
+    def _start(self, *loops: Callable[[], None]) -> None:
+        self._threads = [threading.Thread(target=f, name="watch", daemon=True) for f in loops]
+        for thread in self._threads:
+            thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Explains an error: one that another rank caused is raised as a TrainingError of it."""
-        if self.world.size == 1 or e is None:
-            if self.world.size > 1:
-                dist.barrier(group=self.group)  # the store goes with the first rank
-            self._done.set()
+        if e is not None:
+            self._explain(e)
+        elif self.world.size > 1:
+            dist.barrier(group=self.group)  # the store goes with the first rank
+        self._done.set()
+        for thread in self._threads:
+            # One that is inside the store when Python ends would abort the process.
+            thread.join(self.config.timeout_seconds)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Explains an error where it happens, before what is around it is torn down."""
+        try:
+            yield
+        except BaseException as e:
+            self._explain(e)
+            raise
+
+    def _explain(self, e: BaseException) -> None:
+        """Tell the others of this rank's error; end with theirs where it came from them."""
+        if self._explained or self.world.size == 1:
             return
-        self._leaving = True
-        log.error("stopped by an error", exc_info=(kind, e, tb))  # type: ignore[arg-type]
+        self._explained = self._leaving = True
+        log.error("stopped by an error", exc_info=e)
         if not isinstance(e, FastrepaError) and _is_of_peers(e):
             ends = time.monotonic() + self.config.timeout_seconds + 2 * self.interval
             while self._verdict is None and time.monotonic() < ends:
@@ -130,13 +183,15 @@ class Watch:
         time.sleep(2 * self.interval)  # the first rank's store must outlive the reading of it
         self._done.set()
         # Leaving a process group may hang like any collective.
-        last_resort = threading.Timer(self.config.timeout_seconds, os._exit, (1,))
+        last_resort = threading.Timer(
+            self.config.timeout_seconds, lambda: os._exit(for_launcher(1) if code == 1 else 1)
+        )
         last_resort.daemon = True
         last_resort.start()
 
     def progress(self, step: int) -> None:
         """The main thread is about to take this step."""
-        self._step, self._progressed = step, time.monotonic()
+        self._doing, self._progressed = f"step {step + 1}", time.monotonic()
 
     # In threads -------------------------------------------------------------------------------
 
@@ -169,7 +224,7 @@ class Watch:
                     self._verdict = f"{self._names[0]} is lost: its process has ended"
                 return
             self._heard = now
-            silent = [r for r, (_, at) in last.items() if now - at > self.config.timeout_seconds]
+            silent = [r for r, (_, at) in last.items() if now - at > self.silence]
             if silent and self._verdict is None:
                 self._tell(self._lost(silent), LOST)
 
@@ -177,16 +232,17 @@ class Watch:
         while not self._done.wait(self.interval / 2):
             now = time.monotonic()
             if self.world.size > 1:
-                if self._verdict is None and now - self._heard > self.config.timeout_seconds:
+                if self._verdict is None and now - self._heard > self.silence:
                     self._verdict = self._lost([0])
                 if self._verdict:
-                    time.sleep(2 * self.interval)  # for the others to read it
+                    if self.world.is_first:
+                        time.sleep(2 * self.interval)  # for the others to read it
                     if not self._leaving:
                         self._end(self._verdict)
             if now - self._progressed > self.config.stall_seconds:
                 self._progressed = now
                 seconds = self.config.stall_seconds
-                why = f"step {self._step + 1} has taken more than {seconds:g} s"
+                why = f"{self._doing} has taken more than {seconds:g} s"
                 if self.world.is_first:
                     print(f"warning: {why}; see {self.log.path}", flush=True)
                 if self.world.size == 1:
@@ -196,7 +252,7 @@ class Watch:
 
     def _lost(self, ranks: list[int]) -> str:
         names = ", ".join(self._names[r] for r in ranks)
-        return f"{names} lost: silent for {self.config.timeout_seconds:g} s"
+        return f"{names} lost: silent for {self.silence:g} s"
 
     def _tell(self, verdict: str, code: int) -> None:
         self._code, self._verdict = code, verdict
@@ -206,10 +262,12 @@ class Watch:
             log.error("the heartbeat store does not answer: %s", _line(e))
 
     def _end(self, verdict: str) -> NoReturn:
-        text = f"{verdict}; stopped in step {self._step + 1}, the same command continues"
+        text = f"{verdict}; stopped in {self._doing}"
+        if self._code == LOST:
+            text += ", the same command continues"
         self.log.stacks(text)
         print_error(text, self.world.rank)
-        os._exit(self._code)
+        os._exit(for_launcher(self._code))
 
 
 def _is_of_peers(e: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,6 +104,7 @@ class Telemetry:
         if not active:
             return
         self.metrics_path = run / "metrics.jsonl"
+        self._unwritten = ""  # lines that wait for room on a full disk
         self._drop_undone(start_step)
         earlier = self.history()
         self._seconds_before = earlier[-1].get("seconds", 0.0) if earlier else 0.0
@@ -161,15 +164,18 @@ class Telemetry:
         if not self.active:
             return
         metrics = {**metrics, "seconds": self._seconds_before + time.monotonic() - self._began}
-        with self.metrics_path.open("a", encoding="utf-8") as f:
-            # NaN is no JSON: null, which `history` turns back.
-            line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            f.write(json.dumps(line) + "\n")
+        # NaN is no JSON: null, which `history` turns back.
+        line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append(json.dumps(line) + "\n")
         step = int(metrics["step"])
         numbers = {k: v for k, v in metrics.items() if k != "step"}
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
+            try:
+                for key, value in numbers.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            except OSError as e:  # its thread has ended and takes no more
+                self._tensorboard = None
+                self.warn(f"{self.run / 'tensorboard'}: cannot be written ({e}); it ends here")
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         shown = {
@@ -185,6 +191,29 @@ class Telemetry:
             rest = (self.steps - step) * metrics["step_seconds"]
             figures = " · ".join(f"{k} {v}" for k, v in shown.items() if v is not None)
             self.say(f"step {step}/{self.steps} · {figures} · ETA {rest / 60:.1f} min")
+
+    def _append(self, line: str) -> None:
+        """To metrics.jsonl; on a full disk lines wait, whole, until there is room again."""
+        waiting, self._unwritten = self._unwritten, self._unwritten + line
+        path = self.metrics_path
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            if not waiting:
+                self.warn(f"{path}: cannot be written ({e}); training goes on, lines wait")
+
+    @contextlib.contextmanager
+    def dispensable(self, name: str) -> Iterator[None]:
+        """Around writing what training can do without: where it cannot be, that is a warning."""
+        try:
+            yield
+        except OSError as e:
+            self.warn(f"{self.run / name}: cannot be written ({e}); training goes on")
 
     def picture(self, tag: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard too."""

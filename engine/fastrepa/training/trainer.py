@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -25,6 +23,7 @@ from fastrepa.data.codec import build_codec
 from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.pipeline import Batch, DataPipeline
 from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.exit_codes import REQUEUE
 from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.sit import SiT
@@ -41,7 +40,7 @@ from fastrepa.training.checkpoint import (
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.objective import Objective, lognormal_time
-from fastrepa.training.survival import RankLog, Watch
+from fastrepa.training.survival import Watch, host_group_of
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, start_engine
@@ -55,7 +54,6 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-REQUEUE = 75  # EX_TEMPFAIL: saved, and to be started again
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
 
 
@@ -84,11 +82,17 @@ class Trainer:
     written: what a dry run needs.
     """
 
-    def __init__(self, config: Config, world: World, *, random_weights: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        host_group: Any = None,
+        *,
+        random_weights: bool = False,
+    ) -> None:
         self.config, self.world = config, world
         # Small questions between hosts go over gloo, which does not make a GPU wait.
-        longest = timedelta(seconds=2 * config.survival.stall_seconds)
-        self.host_group: Any = dist.new_group(backend="gloo", timeout=longest)
+        self.host_group = host_group or host_group_of(config)
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
         if world.device.type != "cuda" and config.attention.backend in ("cudnn", "efficient"):
@@ -97,7 +101,6 @@ class Trainer:
                 f"on {world.device.type} use 'auto', 'flash' or 'math'"
             )
         if not random_weights:  # what fails cheaply comes first
-            self._check_run_folder()
             self.shards = self._open_shards()
         self.objective = Objective(config.objective)
         self.random = KeyedRandom(config.seed)
@@ -228,14 +231,10 @@ class Trainer:
 
     # The run ----------------------------------------------------------------------------------
 
-    def train(self) -> int:
+    def train(self, watch: Watch) -> int:
         """Train to the last step; returns 0, or what the process exits with: 130 after SIGINT,
         REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
         """
-        with contextlib.closing(RankLog(self.run, self.world)) as rank_log:
-            return self._train(rank_log)
-
-    def _train(self, rank_log: RankLog) -> int:
         config, world = self.config, self.world
         if world.is_first:
             _warn_of_changes(self.run, config)
@@ -265,11 +264,11 @@ class Trainer:
                 moments=self.cached_latents,
                 features=self.targets.columns,
             )
-            watch = Watch(config.survival, world, self.host_group, rank_log)
-            with pipeline as batches, _Signals(self), watch:
+            with pipeline as batches, _Signals(self), watch.guard():
                 self._loop(batches, telemetry, watch)
             if world.is_first and telemetry.history():
-                save_curves(telemetry.history(), self.run / "curves.png")
+                with telemetry.dispensable("curves.png"):
+                    save_curves(telemetry.history(), self.run / "curves.png")
             if self._stopped_by:
                 telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
                 return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
@@ -405,16 +404,6 @@ class Trainer:
             )
         return shards
 
-    def _check_run_folder(self) -> None:
-        if self.world.is_first:
-            probe = self.run / ".writable"
-            try:
-                self.run.mkdir(parents=True, exist_ok=True)
-                probe.write_bytes(b"x" * 4096)
-                probe.unlink()
-            except OSError as e:
-                raise CheckpointError(f"{self.run}: the run folder is not writable ({e})") from None
-
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """A grid from the averaged weights, in eval mode: samples/step_*.png (collective)."""
         config, world = self.config, self.world
@@ -440,9 +429,10 @@ class Trainer:
             for numbers, part in parts:
                 grid[numbers] = part
             path = self.run / "samples" / f"step_{self.step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            save_grid(grid, path)
-            telemetry.picture("samples", path, self.step)
+            with telemetry.dispensable(f"samples/{path.name}"):
+                path.parent.mkdir(exist_ok=True)
+                save_grid(grid, path)
+                telemetry.picture("samples", path, self.step)
 
     # Stopping ---------------------------------------------------------------------------------
 

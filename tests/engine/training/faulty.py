@@ -1,7 +1,8 @@
-"""`fastrepa` with a fault planted in one rank: FAULT="KIND RANK STEP [STEP ...]", steps from 0.
+"""`fastrepa` with faults planted in it: FAULT="KIND RANK WHEN [WHEN ...][; ...]".
 
-nan: the first sample's latent. loss: the loss, not its gradients. raise: an error in mid-step;
-kill, stop, usr1: that signal to itself. sleep: half a minute.
+WHEN is a step, from 0; `build`, while the engine is built; or `last`, as the last save begins.
+nan: the first sample's latent. loss: the loss, not its gradients. raise: an error; kill, stop,
+usr1: that signal to itself. sleep: six seconds.
 """
 
 import os
@@ -11,41 +12,61 @@ import time
 import torch
 
 from fastrepa.cli import main
+from fastrepa.training import trainer as training
 from fastrepa.training.trainer import Trainer
 
-kind, rank, *steps = os.environ["FAULT"].split()
+FAULTS = [fault.split() for fault in os.environ["FAULT"].split(";")]
+NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "usr1": signal.SIGUSR1}
 
 
-def act(trainer, z):
-    if trainer.world.rank != int(rank) or str(trainer.step) not in steps:
-        return z
-    if kind == "nan":
-        z = z.clone()
-        z[0, 0, 0, 0] = torch.nan
-    elif kind == "raise":
-        raise ValueError("planted")
-    elif kind == "sleep":
-        time.sleep(30)
-    elif kind in ("kill", "stop", "usr1"):
-        numbers = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "usr1": signal.SIGUSR1}
-        os.kill(os.getpid(), numbers[kind])
-    return z
+def due(rank, when):
+    return [kind for kind, at, *times in FAULTS if int(at) == rank and str(when) in times]
+
+
+def act(rank, when):
+    for kind in due(rank, when):
+        if kind == "raise":
+            raise ValueError("planted")
+        if kind == "sleep":
+            time.sleep(6)
+        if kind in NUMBERS:
+            os.kill(os.getpid(), NUMBERS[kind])
 
 
 def plant(trainer, *args, **kwargs):
-    forward, latents = trainer.forward_losses, trainer.codec.latents
+    forward, latents, save = trainer.forward_losses, trainer.codec.latents, trainer.save
+    rank = trainer.world.rank
+
+    def faulty_latents(*a):
+        act(rank, trainer.step)
+        z = latents(*a)
+        if "nan" in due(rank, trainer.step):
+            z = z.clone()
+            z[0, 0, 0, 0] = torch.nan
+        return z
 
     def faulty_forward(batch, samples):
         losses = forward(batch, samples)
-        if kind == "loss" and trainer.world.rank == int(rank) and str(trainer.step) in steps:
+        if "loss" in due(rank, trainer.step):
             # Infinite itself, with every gradient as it was.
             losses["loss"] = losses["loss"] + torch.tensor(torch.inf)
         return losses
 
-    trainer.forward_losses = faulty_forward
-    trainer.codec.latents = lambda *a: act(trainer, latents(*a))
+    def faulty_save(**options):
+        if options.get("wait"):
+            act(rank, "last")
+        return save(**options)
+
+    trainer.forward_losses, trainer.codec.latents = faulty_forward, faulty_latents
+    trainer.save = faulty_save
     return train(trainer, *args, **kwargs)
 
 
+def faulty_start(model, config, world):
+    act(world.rank, "build")
+    return start_engine(model, config, world)
+
+
 train, Trainer.train = Trainer.train, plant
+start_engine, training.start_engine = training.start_engine, faulty_start
 main()
