@@ -22,14 +22,12 @@ from tests.engine.training.runs import (
 LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_checkpoints=2")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "precision", "count"), [(2, 3, "bf16", 3), (2, 2, "fp32", 1)]
-)
-def test_killed_and_continued_equals_undisturbed(tmp_path, ranks, stage, precision, count):
+def test_killed_and_continued_equals_undisturbed(tmp_path):
+    # benchmarks/records/faults_cpu.jsonl has 25 kills, in two stages.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
-    arguments += [f"zero.stage={stage}", f"training.precision={precision}"]
-    done = kills(tmp_path, arguments, count=count, steps=10, seed=time.time_ns(), size=ranks)
-    assert done["count"] == count
+    arguments += ["zero.stage=3", "training.precision=bf16"]
+    done = kills(tmp_path, arguments, count=3, steps=10, seed=time.time_ns())
+    assert done["count"] == 3
     assert done["different"] == [], done["lives"]
     assert done["same_losses"] and done["tensors"] > 100
     assert done["during_save"] >= 1, done["lives"]  # the first of them waits for a save

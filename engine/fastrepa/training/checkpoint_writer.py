@@ -1,9 +1,9 @@
 """Saving beside training: a step pays for the copy to host memory, threads do the rest.
 
-Every rank copies whole tensors one after the other, keeps those that are its to write, and goes on
-training while a thread writes, hashes and flushes them. Once all ranks are done, which they ask one
-another between steps, the first one writes the manifest, renames the folder and drops what the
-policy keeps no longer.
+Every rank copies its own fragments of all tensors and goes on training, while a thread makes whole
+tensors of everybody's (fragments.py), writes, hashes and flushes them. Once all ranks are done,
+which they ask one another between steps, the first one writes the manifest, renames the folder and
+drops what the policy keeps no longer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from fastrepa.training.checkpoint import (
     rng_state,
     superseded,
 )
-from fastrepa.training.writing import HostTensors, flush_folder, in_background, write_durably
+from fastrepa.training.fragments import Fragments
+from fastrepa.training.writing import (
+    HostTensors,
+    flush_folder,
+    in_background,
+    timed,
+    write_durably,
+)
 from fastrepa.training.zero import KINDS, WholeTensors, World
 
 PARTIAL = ".partial_"
@@ -47,8 +54,9 @@ class CheckpointWriter:
 
     `fixed` are the tensors that are not trained, by name. `group` is a gloo group of all ranks.
     A rank holds its share of every kind in host memory for as long as it trains: 16 bytes per
-    parameter over the number of ranks. `seconds` says what the last save cost this rank, by part:
-    copy is what the step waited for, save all of it until the folder had its name.
+    parameter over the number of ranks, and what it sends to others (Fragments). `seconds` says what
+    the last save cost this rank, by part: copy is what the step waited for, save all of it until
+    the folder had its name.
     """
 
     def __init__(
@@ -64,7 +72,8 @@ class CheckpointWriter:
         self.policy = policy
         self.seconds: dict[str, float] = {}
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in whole.params.items()}
-        mine = shares(shapes, world.size)[world.rank]
+        self._fragments = Fragments(whole, shapes, world, group)
+        mine = self._fragments.mine
         pin = world.device.type == "cuda"
         self._host: dict[str, HostTensors] = {}
         for kind in KINDS:
@@ -87,11 +96,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         self._state, self._final = state, checkpoint_path(self.run, state.step)
         self._partial = self._final.with_name(PARTIAL + self._final.name)
-        for kind, host in self._host.items():
-            for name in self.whole.params:
-                value = self.whole.get(name, kind)
-                if name in host.views:
-                    host.put(name, value)
+        self._fragments.copy(self._host)
         copied = None
         if self.world.device.type == "cuda":
             copied = torch.cuda.Event()
@@ -178,6 +183,8 @@ class CheckpointWriter:
         """This rank's files; returns their digests by name."""
         if copied is not None:
             copied.synchronize()
+        with timed(self.seconds, "exchange"):
+            self._fragments.exchange(self._host)
         self._partial.mkdir(parents=True, exist_ok=True)
         rank, size = self.world.rank, self.world.size
         digests = {}
@@ -228,19 +235,6 @@ class CheckpointWriter:
                 shutil.rmtree(path)
         except (OSError, CheckpointError) as e:  # the save itself is done
             self._warn(f"{self.run / 'checkpoints'}: an old checkpoint stays ({e})")
-
-
-def shares(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[str]]:
-    """Names for each of `size` writers, nearly equal in elements: the largest first, each to the
-    writer that has least.
-    """
-    order = {name: i for i, name in enumerate(shapes)}
-    loads, out = [0] * size, [[] for _ in range(size)]  # type: list[int], list[list[str]]
-    for name in sorted(shapes, key=lambda n: (-torch.Size(shapes[n]).numel(), order[n])):
-        least = loads.index(min(loads))
-        loads[least] += torch.Size(shapes[name]).numel()
-        out[least].append(name)
-    return [sorted(names, key=order.__getitem__) for names in out]
 
 
 def _nothing() -> None:

@@ -70,12 +70,12 @@ def write_durably(
             for first in range(0, len(chunk), CHUNK):
                 piece = memoryview(chunk)[first : first + CHUNK]
                 size += len(piece)
-                with _timed(seconds, "sha256"):
+                with timed(seconds, "sha256"):
                     digest.update(piece)
-                with _timed(seconds, "write"):
+                with timed(seconds, "write"):
                     while len(piece):  # a nearly full disk takes a part, and then says so
                         piece = piece[f.write(piece) :]
-        with _timed(seconds, "fsync"):
+        with timed(seconds, "fsync"):
             os.fsync(f.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -103,7 +103,7 @@ def in_background(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-class _timed:
+class timed:
     """Adds the time spent inside to seconds[part]."""
 
     def __init__(self, seconds: dict[str, float], part: str) -> None:

@@ -31,6 +31,8 @@ from deepspeed.utils import (
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -244,6 +246,26 @@ class WholeTensors:
         if kind == WEIGHT:
             return safe_get_full_fp32_param(p).detach()
         return safe_get_full_optimizer_state(p, kind).detach()
+
+    def local(self, name: str, kind: str) -> tuple[int, Tensor]:
+        """This rank's fragment of a tensor: where it begins in the flattened whole, and its float32
+        values [n], n = 0 where it has none. Asks no other rank.
+        """
+        p = self.params[name]
+        if self._masters is not None:
+            return 0, self.get(name, kind).flatten()
+        if self.stage < 3:
+            part = p._hp_mapping
+            if part is None:
+                return 0, torch.empty(0)
+            values = part.get_hp_fragment(None if kind == WEIGHT else kind)
+            return part.lp_fragment_address.start, values.detach()
+        if kind == WEIGHT:
+            values = safe_get_local_fp32_param(p).detach()
+        else:
+            values = safe_get_local_optimizer_state(p, kind).detach()
+        start = values.numel() * dist.get_rank()
+        return start, values[: max(0, p.ds_numel - start)]  # the last slices are padded
 
     @torch.no_grad()
     def set(self, name: str, kind: str, value: Tensor) -> None:

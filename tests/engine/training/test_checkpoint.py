@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -29,10 +31,11 @@ from fastrepa.training.checkpoint import (
     read_state,
     superseded,
 )
-from fastrepa.training.checkpoint_writer import CheckpointWriter, shares
+from fastrepa.training.checkpoint_writer import CheckpointWriter
+from fastrepa.training.fragments import shares
 from fastrepa.training.writing import HostTensors, write_durably
 from fastrepa.training.zero import KINDS, WholeTensors, join_world, start_engine
-from tests.engine.training.runs import ROOT, SMALL
+from tests.engine.training.runs import ROOT, SMALL, environment
 
 SHAPES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=6),
@@ -122,7 +125,15 @@ def test_polls_between_steps_finish_a_save_and_never_wait_for_it(writer, tmp_pat
         if not checkpoints(tmp_path):
             threading.Event().wait(0.005)
     assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, 1)]
-    assert {"copy", "write", "sha256", "fsync", "finish", "save"} == writer.seconds.keys()
+    assert {
+        "copy",
+        "exchange",
+        "write",
+        "sha256",
+        "fsync",
+        "finish",
+        "save",
+    } == writer.seconds.keys()
 
 
 def test_the_next_save_waits_for_the_one_before_and_old_ones_go(writer, tmp_path):
@@ -185,6 +196,17 @@ def test_nothing_is_removed_while_the_new_one_reads_back_damaged(
     writer.settle(required=True)
     assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 3)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "3"]
+
+
+def test_three_ranks_save_what_they_hold_in_every_stage(tmp_path):
+    # Three: no tensor's size divides by it, so slices are padded and partitions cut tensors.
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+         "-m", "tests.engine.training.saved_fragments", str(tmp_path)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stage ") == 4
 
 
 def test_what_a_killed_process_left_is_cleared_away(engine, tmp_path):
