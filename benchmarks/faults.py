@@ -1,10 +1,11 @@
 """Faults in small real runs, and what came of each, to benchmarks/records/.
 
-    python -m benchmarks.faults [kills] [hosts] [ranks] [files] [saves] [--kills 25] [--record FILE]
+    python -m benchmarks.faults [kills2] [kills3] [hosts] [ranks] [files] [saves] [--kills 25]
 
-    kills   a run of two processes is killed again and again (SIGKILL, to one rank or to both, while
-            a checkpoint is being written, in mid-step, at any moment), started again each time, and
-            compared bit by bit with an undisturbed one.
+    kills2  a run of two processes, in ZeRO-2, is killed again and again (SIGKILL, to one rank or to
+            both, while a checkpoint is being written, in mid-step, at any moment), started again
+            each time, and compared bit by bit with an undisturbed one.
+    kills3  the other half of the kills, in ZeRO-3.
     hosts   two hosts in network namespaces: one is killed, then the link is pulled (two_hosts.py).
     ranks   one of two is frozen (SIGSTOP), fails while the engine is built, is lost as the last
             save begins, is told to stop (SIGUSR1), reads NaN.
@@ -386,39 +387,36 @@ def _shape(arguments: list[str]) -> str:
     return f"SiT {found['model.width']} wide, {found['model.depth']} deep, batch of 8"
 
 
-def measure(what: list[str], count: int, folder: Path) -> list[dict[str, Any]]:
-    """The records of these parts."""
+def measure(part: str, count: int, folder: Path) -> list[dict[str, Any]]:
+    """The records of one part; of `count` kills each stage's are about half."""
     fixed = {"case": "faults", "direction": "survived", "dtype": "fp32", "shape": _shape(RUN)}
     records: list[dict[str, Any]] = []
-    if "kills" in what:
-        for stage, share in ((2, count - count // 2), (3, count // 2)):
-            arguments = [*RUN, f"zero.stage={stage}", "training.precision=fp32"]
-            done = kills(folder / f"kills{stage}", arguments, count=share, steps=30, seed=stage)
-            done["stage"] = stage
-            records.append(fixed | {"provider": f"SIGKILL, ZeRO-{stage}"} | done)
-            print(records[-1], flush=True)
-    if "hosts" in what:
+    if part in ("kills2", "kills3"):
+        stage = int(part[-1])
+        share = count - count // 2 if stage == 2 else count // 2
+        arguments = [*RUN, f"zero.stage={stage}", "training.precision=fp32"]
+        done = kills(folder / part, arguments, count=share, steps=30, seed=stage)
+        records.append(fixed | {"provider": f"SIGKILL, ZeRO-{stage}", "stage": stage} | done)
+    if part == "hosts":
         if reason := refusal():
             raise SystemExit(reason)
         (folder / "hosts").mkdir()
         *faults, end = lose_hosts(folder / "hosts", [*RUN, "training.precision=fp32"])
         for done in faults:
             records.append(fixed | {"provider": done["fault"], "count": 1} | done | {"end": end})
-            print(records[-1], flush=True)
-    if "ranks" in what:
+    if part == "ranks":
         common = [*RUN, "training.precision=fp32", "training.steps=6", "survival.bad_steps=2"]
         for number, (provider, fault) in enumerate(RANKS):
             done = planted(folder / f"ranks{number}", fault, common)
             records.append(fixed | {"provider": provider, "count": 1} | done)
-            print(records[-1], flush=True)
-    if "files" in what:
+    if part == "files":
         done = disk_full_and_flipped_byte(folder / "files", [*RUN, "training.precision=fp32"])
         for provider in ("disk full", "flipped byte"):
             records.append(fixed | {"provider": provider, "count": 1} | done)
-        print(records[-1], flush=True)
-    if "saves" in what:
+    if part == "saves":
         overrides = [
-            "model.name=SiT-B/2", "training.global_batch=2", "training.steps=31",
+            "model.width=768", "model.depth=12", "model.heads=12", "model.patch=2",
+            "training.global_batch=2", "training.steps=31",
             "training.checkpoint_every=10", "training.log_every=1", "training.sample_every=0",
             "training.tensorboard=false", "sample.num=1", "sample.steps=1",
             "training.precision=fp32", "zero.stage=1", *RUN[1:2],
@@ -433,7 +431,6 @@ def measure(what: list[str], count: int, folder: Path) -> list[dict[str, Any]]:
         cost = json.loads(done.stdout.splitlines()[-1])
         named = {"provider": "save", "shape": "SiT-B/2, batch of 2"}
         records.append(fixed | named | {"count": len(cost["seconds"])} | cost)
-        print(records[-1], flush=True)
     return records
 
 
@@ -443,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = ("kills", "hosts", "ranks", "files", "saves")
+    parts = ("kills2", "kills3", "hosts", "ranks", "files", "saves")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--record", type=Path, default=RECORDS / "faults_cpu.jsonl")
@@ -451,7 +448,10 @@ def main(arguments: list[str] | None = None) -> int:
     context = environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts or parts:
-            append(options.record, measure([part], options.kills, Path(folder)), context)
+            records = measure(part, options.kills, Path(folder))
+            append(options.record, records, context)
+            for record in records:
+                print(json.dumps({k: v for k, v in record.items() if k != "lives"}), flush=True)
     return 0
 
 

@@ -123,12 +123,12 @@ def _middle(values: list[float]) -> float:
 def _fault(r: Record) -> str | None:
     name = r["provider"]
     if name.startswith("SIGKILL"):
-        kinds = ", ".join(f"{n} x {code}" for code, n in sorted(r["survivor_codes"].items()))
+        codes = " and ".join(sorted(r["survivor_codes"]))
         same = "bit for bit" if not r["different"] and r["same_losses"] else "NOT"
         times = f"{r['count']}, {r['during_save']} of them while a checkpoint was written"
         happened = (
             f"resumed every time; the rank that was left ended after {r['survivor_seconds']:.1f} s "
-            f"at most ({r['one_rank']} times, exit code {kinds})"
+            f"at most ({r['one_rank']} times, exit code {codes})"
         )
         lost = (
             f"{r['steps_lost']} of {r['steps']} steps were taken again, {r['steps_lost_most']} at "
@@ -142,8 +142,9 @@ def _fault(r: Record) -> str | None:
             for lines in r["errors"]
             for e in lines
         )
+        who = "both sides" if " and " in sides else "the other side"
         happened = (
-            f"the other side ended after {r['seconds']:.1f} s naming {sides}; training again "
+            f"{who} ended after {r['seconds']:.1f} s, naming {sides}; training again "
             f"{r['took_up_seconds']:.0f} s later"
         )
         lost = f"{r['step'] - r['resumed']} steps since the checkpoint"

@@ -174,6 +174,12 @@ def test_the_pytorchjob_runs_train_with_what_the_operator_sets():
     (container,) = pod["containers"]
     assert container["name"] == "pytorch"
     assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == spec["nprocPerNode"]
+    # As torchrun.sh has it: without, ranks that are started again find their predecessors.
+    script = (CLUSTER / "torchrun.sh").read_text()
+    assert {v["name"]: v["value"] for v in container["env"]} == {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110",
+    }  # fmt: skip
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script and "SAVE_SECONDS:=110" in script
     mounted = {m["name"] for m in container["volumeMounts"]}
     assert mounted == {v["name"] for v in pod["volumes"]} and "shm" in mounted
     from fastrepa.config import load_config

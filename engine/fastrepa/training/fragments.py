@@ -62,7 +62,7 @@ class Fragments:
         pin = world.device.type == "cuda"
         self._staged = {k: torch.empty(staged, pin_memory=pin).fill_(0) for k in KINDS}
         self._place = {name: (at, count) for name, _, at, count in self._sent}
-        self._group = dist.new_group(backend="gloo", timeout=WAIT) if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
 
     def copy(self, host: Mapping[str, HostTensors]) -> None:
         """This rank's fragments to host memory, without waiting for a GPU or another rank."""
