@@ -35,6 +35,8 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -277,6 +279,17 @@ class WholeTensors:
             target.copy_(value)
             return
         value = value.to(self._device(), torch.float32)
+        if self.stage == 3:
+            # DeepSpeed's own setter of whole tensors fails where a size does not divide by the
+            # ranks: a slice is set instead, padded as it is kept.
+            size = p.ds_tensor.numel()
+            mine = value.flatten()[size * dist.get_rank() :][:size]
+            mine = torch.nn.functional.pad(mine, (0, size - mine.numel()))
+            if kind == WEIGHT:
+                safe_set_local_fp32_param(p, mine)
+            else:
+                safe_set_local_optimizer_state(p, mine, kind)
+            return
         if kind == WEIGHT:
             safe_set_full_fp32_param(p, value)
         else:
