@@ -269,22 +269,8 @@ class Trainer:
                 self.meter.flops = image_flops(
                     config, world.device, cached_latents=self.cached_latents
                 )
-            pipeline = DataPipeline(
-                self.shards,
-                config.data,
-                global_batch=config.training.global_batch,
-                micro_batch=self.micro,
-                rank=world.rank,
-                world=world.size,
-                seed=config.seed,
-                start_step=self.step,
-                device=world.device,
-                image=not self.cached_latents or self.targets.need_images,
-                moments=self.cached_latents,
-                features=self.targets.columns,
-            )
             watch = Watch(config.survival, world, self.host_group, rank_log)
-            with pipeline as batches, _Signals(self), watch:
+            with self.open_pipeline() as batches, _Signals(self), watch:
                 self._loop(batches, telemetry, watch)
             if world.is_first and telemetry.history():
                 save_curves(telemetry.history(), self.run / "curves.png")
@@ -293,6 +279,23 @@ class Trainer:
                 return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
             self._say_what_is_there(telemetry)
         return 0
+
+    def open_pipeline(self) -> DataPipeline:
+        """The run's batches on this rank, from its step on."""
+        return DataPipeline(
+            self.shards,
+            self.config.data,
+            global_batch=self.config.training.global_batch,
+            micro_batch=self.micro,
+            rank=self.world.rank,
+            world=self.world.size,
+            seed=self.config.seed,
+            start_step=self.step,
+            device=self.world.device,
+            image=not self.cached_latents or self.targets.need_images,
+            moments=self.cached_latents,
+            features=self.targets.columns,
+        )
 
     def _say_what_is_there(self, telemetry: Telemetry) -> None:
         """What the finished run did, where to look, and what to try next."""

@@ -295,7 +295,7 @@ def time_collectives(region: Region) -> None:
     backend = deepspeed_comm.cdb
     if not isinstance(backend, _TimedBackend):
         backend = deepspeed_comm.cdb = _TimedBackend(backend)
-    backend.region = weakref.WeakMethod(region)  # type: ignore[arg-type]
+    backend.region = weakref.WeakMethod(region)
 
 
 class _TimedBackend:
