@@ -79,7 +79,9 @@ def read_trace(
         return at >= 0 and time < windows[at][1]
 
     region_at = _regions([e for e in host if e.name.startswith(REGION)])
-    wanted = {name for name, _, _ in counted}
+    wanted = {name: name for name, _, _ in counted}
+    # torch calls some operations of one tensor so directly that only their autograd shows.
+    wanted |= {f"GeneratedBackwardFor_{n.replace('::', '_')}_default": n for n in wanted}
     part_of: dict[int, str] = {}  # by autograd's sequence numbers
     for e in host:
         if e.sequence_nr >= 0 and not e.name.startswith("autograd::"):
@@ -110,7 +112,7 @@ def read_trace(
             if not part and region == "backward":
                 numbers = (a.sequence_nr for a in _ancestors(op) if a.sequence_nr >= 0)
                 part = part_of.get(next(numbers, -1), "")
-            key = key_of[op.id] = op.name, region, part
+            key = key_of[op.id] = wanted.get(op.name, op.name), region, part
             calls[key] += 1
             if not on_gpu:
                 seconds[key] += op.time_range.elapsed_us() / 1e6
