@@ -1,4 +1,4 @@
-"""The command line: `fastrepa train | prepare | data | sample | convert | doctor`.
+"""The command line: `fastrepa train | plan | profile | prepare | data | sample | convert | doctor`.
 
 Imports of torch and its friends stay inside the commands, so that `--help` answers at once.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -170,6 +172,68 @@ def plan(
         assumptions=assumptions,
     )
     print_plan(result, as_json=json, picture=png)
+
+
+@app.command()
+def profile(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    against: Annotated[
+        str | None, typer.Option(help="eager: the eager kernels too, side by side.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_profile, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Where every millisecond of a training step goes: by region, part and kernel, with idle gaps.
+
+    Takes real steps and writes a trace, two pictures and profile.json into a folder; the run's own
+    folder is not touched. Data and encoder weights that are not here are replaced by random ones.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
+    from fastrepa.insight.profile import profile_run
+    from fastrepa.insight.profile_report import print_profile
+    from fastrepa.training.zero import join_world, leave_world
+
+    world = join_world(2 * resolved.survival.stall_seconds)
+    try:
+        with _progress("profiling", shown=world.is_first) as progress:
+            report = profile_run(
+                resolved,
+                world,
+                steps=steps,
+                warmup=warmup,
+                out=out or Path(f"{config.stem}_profile"),
+                against=against,
+                progress=progress,
+            )
+        if report is not None:
+            print_profile(report, as_json=json)
+    finally:
+        leave_world()
+
+
+@contextmanager
+def _progress(title: str, *, shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, where that is a terminal, moved by (what, share done)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
+    visible = shown and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
+        task = bar.add_task(title, total=1.0)
+
+        def move(what: str, share: float) -> None:
+            bar.update(task, completed=share, description=f"{title}: {what}")
+
+        yield move
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Commands that explain: doctor."""
+"""Commands that explain: doctor, plan, profile."""

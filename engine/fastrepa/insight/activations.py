@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrepa.config import Config
+from fastrepa.model.flops import counted_flops
 from fastrepa.model.sit import SiT
 
 CHECKPOINTING = ("none", "blocks")
@@ -82,11 +81,7 @@ def frozen_network(
     dtype: torch.dtype,
 ) -> Frozen:
     """What `run(network, batch, dtype)` takes outside autograd; it makes its own input."""
-    with torch.device("meta"), torch.no_grad():
-        network = build().eval()
-        # The counter knows attention's products best where they are written out.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            run(network, 1, torch.float32)
+    flops, network = counted_flops(build, lambda network: run(network, 1, torch.float32))
     with FakeTensorMode(), torch.no_grad():
         _fake(network, dtype)
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -97,7 +92,7 @@ def frozen_network(
             peaks.append(meter.peak)
     per_image = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
     fixed = peaks[0] - BATCHES[0] * per_image
-    return Frozen(weights, fixed, per_image, counter.get_total_flops())
+    return Frozen(weights, fixed, per_image, flops)
 
 
 class _Meter(TorchDispatchMode):

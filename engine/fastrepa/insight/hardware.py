@@ -7,6 +7,7 @@ call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from fastrepa.errors import ConfigError, nearest
@@ -58,6 +59,24 @@ def find_gpu(name: str) -> GPU:
             f"--gpu: {name!r} is not one of {', '.join(GPUS)}{nearest(name.lower(), GPUS)}"
         )
     return GPUS[name.lower()]
+
+
+# torch's names of the devices that GPUS is about; PCIe and NVL cards are slower and not among them
+# (of the A100 all forms have the same rates).
+DEVICE_NAMES = (
+    (re.compile(r"\bA100\b"), "a100"),
+    (re.compile(r"\bH100\b.*\bHBM3\b"), "h100"),
+    (re.compile(r"\bH200\b(?! NVL)"), "h200"),
+    (re.compile(r"\bB200\b"), "b200"),
+)
+
+
+def peak_flops(device_name: str, *, bf16: bool) -> float | None:
+    """The datasheet's FLOP/s of a device by torch's name for it; None where GPUS has no row."""
+    for pattern, row in DEVICE_NAMES:
+        if pattern.search(device_name):
+            return GPUS[row].bf16 if bf16 else GPUS[row].fp32
+    return None
 
 
 @dataclass(frozen=True)

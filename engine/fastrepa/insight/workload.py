@@ -4,8 +4,9 @@ that has values, and no weights are read or downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, rando
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.errors import ConfigError
+from fastrepa.generation.sampler import forwards_per_image
 from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
 from fastrepa.insight.sharding import Parameters
+from fastrepa.model.flops import counted_flops, model_flops
 from fastrepa.model.sit import SiT
 from fastrepa.vision.features import EncoderPlan, plan_encoder
-from fastrepa_kernels.cost import diffusion_transformer_flops
-from fastrepa_kernels.projector_alignment import projector_alignment_cost
 
 PIXEL_BYTES = 0.6
 """Assumed bytes of an encoded image per pixel, where no data set is there to look at."""
@@ -41,8 +42,9 @@ class Workload:
     """One configuration, whatever it runs on. FLOPs and bytes are per image.
 
     forward_flops: of the generator and its projectors; block_flops: of its blocks alone, which
-    checkpointing computes again; training_flops: forward and backward. encoders and codec: those
-    that run in training, with their names; codec_decoder: what sampling runs.
+    checkpointing computes again; training_flops: forward and backward; sampling_flops: by the
+    configuration's `sample`, decoding left out. encoders and codec: those that run in training,
+    with their names; codec_decoder: what sampling runs.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Workload:
     forward_flops: int
     block_flops: int
     training_flops: int
+    sampling_flops: int
     encoders: tuple[tuple[str, Frozen], ...]
     codec_weights: int
     codec_encoder: Frozen | None
@@ -88,24 +91,17 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
         tuple(n for n, trained in sizes if trained), tuple(n for n, trained in sizes if not trained)
     )
 
-    tokens, values = (side // m.patch) ** 2, m.patch**2 * channels
-    transformer = diffusion_transformer_flops(1, tokens, m.width, m.depth, patch_values=values)
-    ends = diffusion_transformer_flops(1, tokens, m.width, 0, patch_values=values)
-    projectors = sum(
-        projector_alignment_cost(
-            tokens, m.width, config.alignment.projector_width, z, 2, x_grad=False, weight_grad=False
-        ).flops
-        for z in widths
-    )
-    forward = transformer + projectors
-    # Nobody wants the gradient of the noisy latent or of the time's sines.
-    unwanted = 2 * m.width * (tokens * values + 256)
+    flops = model_flops(config, side=side, channels=channels, encoder_widths=widths)
+    sampling = flops.transformer * forwards_per_image(
+        config.sample.sampler, config.sample.steps, config.sample.cfg,
+        config.sample.guidance_low, config.sample.guidance_high,
+    )  # fmt: skip
 
     manifest = _manifest(config)
     cached_latents = _latents_are_cached(config, manifest)
     online = config.vision.targets == "online"
     encoders = tuple(
-        (e.name, _encoder(plan, dtype))
+        (e.name, frozen_network(*_encoder(plan), dtype))
         for e, plan in zip(config.vision.encoders, plans, strict=True)
         if online
     )
@@ -119,8 +115,8 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
         image=not cached_latents or bool(encoders), latents=cached_latents,
     )  # fmt: skip
     return Workload(
-        config, side, channels, widths, parameters, forward, transformer - ends,
-        3 * forward - unwanted, encoders, codec_weights, encoder, decoder, size, described,
+        config, side, channels, widths, parameters, flops.forward, flops.blocks, flops.training,
+        sampling, encoders, codec_weights, encoder, decoder, size, described,
     )  # fmt: skip
 
 
@@ -144,7 +140,20 @@ def _curve(config: Config, side: int, channels: int, widths: tuple[int, ...], ho
     return _curve_of(key, side, channels, widths, how)
 
 
-def _encoder(plan: EncoderPlan, dtype: torch.dtype) -> Frozen:
+def frozen_flops(config: Config, plans: Sequence[EncoderPlan], *, cached_latents: bool) -> int:
+    """FLOPs per image of the forwards of encoders and codec, where training runs them."""
+    runs = []
+    if config.vision.targets == "online":
+        runs += [_encoder(plan) for plan in plans]
+    if config.data.codec.name == "sd-vae" and not cached_latents:
+        runs.append((random_sd_vae, _encode(config.data.resolution)))
+    return sum(counted_flops(build, partial(run, batch=1, dtype=torch.float32))[0]
+               for build, run in runs)  # fmt: skip
+
+
+def _encoder(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callable[..., Any]]:
+    """(build, run), as the engine builds and runs it."""
+
     def build() -> nn.Module:
         network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
         network.prune_intermediate_layers([plan.index], prune_norm=not plan.norm, prune_head=True)
@@ -157,20 +166,25 @@ def _encoder(plan: EncoderPlan, dtype: torch.dtype) -> Frozen:
             output_fmt="NCHW", intermediates_only=True,
         )  # fmt: skip
 
-    return frozen_network(build, run, dtype)
+    return build, run
+
+
+def _encode(resolution: int) -> Callable[..., Any]:
+    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        return network.encode(torch.empty(batch, 3, resolution, resolution, dtype=dtype))
+
+    return run
 
 
 def _autoencoder(resolution: int, dtype: torch.dtype) -> tuple[Frozen, Frozen]:
     """(encoding, decoding); both hold the weights of both halves, as a run does."""
     side = resolution // SD_VAE_DOWN
 
-    def encode(network: Any, batch: int, dtype: torch.dtype) -> Any:
-        return network.encode(torch.empty(batch, 3, resolution, resolution, dtype=dtype))
-
     def decode(network: Any, batch: int, dtype: torch.dtype) -> Any:
         return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
 
-    return tuple(frozen_network(random_sd_vae, run, dtype) for run in (encode, decode))  # type: ignore[return-value]
+    runs = (_encode(resolution), decode)
+    return tuple(frozen_network(random_sd_vae, run, dtype) for run in runs)  # type: ignore[return-value]
 
 
 def _manifest(config: Config) -> Manifest | None:

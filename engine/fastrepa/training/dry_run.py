@@ -37,18 +37,20 @@ class DryRun:
     """Estimated bytes per rank, by part."""
 
 
-class _RandomBatches:
-    """Batches of noise, with what the trainer would read from a prepared set."""
+class RandomBatches:
+    """Batches of `size` noise images, with what the trainer would read from a prepared set."""
 
-    def __init__(self, config: Config, trainer: Trainer, device: torch.device) -> None:
-        self.config, self.trainer, self.device = config, trainer, device
+    def __init__(
+        self, config: Config, trainer: Trainer, device: torch.device, size: int = BATCH
+    ) -> None:
+        self.config, self.trainer, self.device, self.size = config, trainer, device, size
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __next__(self) -> Batch:
         r, codec = self.config.data.resolution, self.trainer.codec
         moments = None
         if self.trainer.cached_latents:
-            moments = torch.rand(BATCH, 2 * codec.channels, codec.side, codec.side)
+            moments = torch.rand(self.size, 2 * codec.channels, codec.side, codec.side)
         return Batch(
             image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
             moments=None if moments is None else moments.to(self.device),
@@ -61,13 +63,13 @@ class _RandomBatches:
         )
 
     def _stored(self, tokens: int, width: int) -> StoredFeatures:
-        scale = torch.ones(BATCH, tokens, dtype=torch.float16, device=self.device)
+        scale = torch.ones(self.size, tokens, dtype=torch.float16, device=self.device)
         return StoredFeatures(scale, self._integers(-127, 128, (tokens, width), torch.int8))
 
     def _integers(
         self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        size = (BATCH, *shape)
+        size = (self.size, *shape)
         values = torch.randint(low, high, size, dtype=dtype, generator=self.generator)
         return values.to(self.device)
 
@@ -80,7 +82,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
     trainer = Trainer(config_from_dict(tree), world, random_weights=True)
-    batches = _RandomBatches(config, trainer, world.device)
+    batches = RandomBatches(config, trainer, world.device)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
     # torch's counter cannot look into fused operations: the same products, counted unfused.

@@ -33,6 +33,7 @@ from rich.text import Text
 from fastrepa import __version__
 from fastrepa.config import Config
 from fastrepa.errors import FastrepaError
+from fastrepa.training.meters import NAMES
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
@@ -172,7 +173,8 @@ class Telemetry:
         if self._tensorboard is not None:
             try:
                 for key, value in numbers.items():
-                    self._tensorboard.add_scalar(key, value, step)
+                    group = "share of time/" if key in NAMES else ""
+                    self._tensorboard.add_scalar(group + key, value, step)
             except OSError as e:  # its thread has ended and takes no more
                 self._tensorboard = None
                 self.warn(f"{self.run / 'tensorboard'}: cannot be written ({e}); it ends here")
@@ -182,6 +184,8 @@ class Telemetry:
             "loss": f"{metrics['loss']:.4f}",
             "align": f"{metrics['alignment_loss']:.3f}" if "alignment_loss" in metrics else None,
             "img/s": f"{metrics['images_per_s']:.0f}",
+            "MFU": f"{metrics['mfu']:.1%}" if "mfu" in metrics else None,
+            "memory": f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB",
             "skipped": f"{metrics['skipped_steps']:.0f}" if metrics["skipped_steps"] else None,
             "data wait": f"{100 * metrics['data_wait']:.0f}%",
         }

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,11 +38,19 @@ from fastrepa.training.checkpoint import (
     read_state,
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
+from fastrepa.training.meters import SAMPLING, Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.survival import Watch, host_group_of
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
-from fastrepa.training.zero import WholeTensors, World, grad_norm, micro_batch, start_engine
+from fastrepa.training.zero import (
+    WholeTensors,
+    World,
+    grad_norm,
+    micro_batch,
+    start_engine,
+    time_collectives,
+)
 
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
@@ -154,6 +161,8 @@ class Trainer:
         if checkpoint:
             load_engine_state(checkpoint, self.whole, read_state(checkpoint), world)
         self.resumed_from = checkpoint
+        self.meter = Meter(world, config.training.global_batch)
+        time_collectives(self.meter.region)
         self.metrics: dict[str, float] = {}  # the last logged line
         self.writer: CheckpointWriter | None = None  # made when training begins
         self.bad_steps = BadSteps(world)
@@ -162,32 +171,34 @@ class Trainer:
 
     # One step ---------------------------------------------------------------------------------
 
-    def train_step(self, batches: Batches) -> dict[str, Tensor | float]:
+    def train_step(self, batches: Batches) -> dict[str, Tensor]:
         """One update from `forwards` micro-batches; this rank's means, left on the device.
 
         `skipped` is 1 where a loss or gradient was not finite and the update was left out.
         """
         totals: dict[str, Tensor] = {}
-        waited = 0.0
+        region = self.meter.region
         self._last_batches.clear()
         self.optimizer.set_rate(learning_rate(self.config, self.step))
         for forward in range(self.forwards):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - began
+            with region("data_wait"):
+                batch = next(batches)
             self._last_batches.append(batch)
             losses = self.forward_losses(batch, self.sample_numbers(forward))
             self.bad_steps.add(losses["loss"])
-            self.engine.backward(losses["loss"])
+            with region("backward"):
+                self.engine.backward(losses["loss"])
             if forward == self.forwards - 1:
-                self.optimizer.bad_loss = self.bad_steps.agree()
-            self.engine.step()
+                with region("communication"):
+                    self.optimizer.bad_loss = self.bad_steps.agree()
+            with region("optimiser"):
+                self.engine.step()
             for name, value in losses.items():
                 share = value.detach() / self.forwards
                 totals[name] = totals[name] + share if name in totals else share
         self.step += 1
         skipped = self.bad_steps.taken(grad_norm(self.engine))
-        return {**totals, "skipped": skipped, "data_wait_seconds": waited}
+        return {**totals, "skipped": skipped}
 
     def forward_losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
         """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch.
@@ -195,26 +206,29 @@ class Trainer:
         samples [B] int64: the samples' numbers within the step's global batch, which key their
         noise, time and label dropout.
         """
-        draw, step = self.random, self.step
-        targets = self.targets(batch)
+        draw, step, region = self.random, self.step, self.meter.region
+        with region("encoder"):
+            targets = self.targets(batch)
         shape = (self.codec.channels, self.codec.side, self.codec.side)
         with torch.no_grad():
             latent_noise = (
                 draw.normal(Stream.LATENT, step, samples, shape) if self.codec.stochastic else None
             )
-            z = self.codec.latents(batch.image_u8, batch.moments, latent_noise)
+            with region("codec"):
+                z = self.codec.latents(batch.image_u8, batch.moments, latent_noise)
             t = self._times(samples)
             noise = draw.normal(Stream.NOISE, step, samples, shape)
             x_t, velocity_target = self.objective.interpolate(z, noise, t)
             drop = draw.uniform(Stream.LABEL_DROP, step, samples) < self.config.model.label_dropout
-        if targets:
-            velocity, alignment = self.engine(x_t, t, batch.label, targets, drop)
-        else:
-            velocity, alignment = self.engine(x_t, t, batch.label, None, drop), None
-        velocity_loss = self.objective.velocity_loss(velocity, velocity_target)
-        if alignment is None:
-            return {"loss": velocity_loss, "velocity_loss": velocity_loss}
-        loss = velocity_loss + self.config.alignment.weight * alignment
+        with region("forward"):
+            if targets:
+                velocity, alignment = self.engine(x_t, t, batch.label, targets, drop)
+            else:
+                velocity, alignment = self.engine(x_t, t, batch.label, None, drop), None
+            velocity_loss = self.objective.velocity_loss(velocity, velocity_target)
+            if alignment is None:
+                return {"loss": velocity_loss, "velocity_loss": velocity_loss}
+            loss = velocity_loss + self.config.alignment.weight * alignment
         return {"loss": loss, "velocity_loss": velocity_loss, "alignment_loss": alignment}
 
     def sample_numbers(self, forward: int) -> Tensor:
@@ -250,21 +264,11 @@ class Trainer:
                 )
                 self._say_what_is_there(telemetry)
                 return 0
-            pipeline = DataPipeline(
-                self.shards,
-                config.data,
-                global_batch=config.training.global_batch,
-                micro_batch=self.micro,
-                rank=world.rank,
-                world=world.size,
-                seed=config.seed,
-                start_step=self.step,
-                device=world.device,
-                image=not self.cached_latents or self.targets.need_images,
-                moments=self.cached_latents,
-                features=self.targets.columns,
-            )
-            with pipeline as batches, _Signals(self), watch.guard():
+            if world.is_first:
+                self.meter.flops = image_flops(
+                    config, world.device, cached_latents=self.cached_latents
+                )
+            with self.open_pipeline() as batches, _Signals(self), watch.guard():
                 self._loop(batches, telemetry, watch)
             if world.is_first and telemetry.history():
                 with telemetry.dispensable("curves.png"):
@@ -274,6 +278,23 @@ class Trainer:
                 return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
             self._say_what_is_there(telemetry)
         return 0
+
+    def open_pipeline(self) -> DataPipeline:
+        """The run's batches on this rank, from its step on."""
+        return DataPipeline(
+            self.shards,
+            self.config.data,
+            global_batch=self.config.training.global_batch,
+            micro_batch=self.micro,
+            rank=self.world.rank,
+            world=self.world.size,
+            seed=self.config.seed,
+            start_step=self.step,
+            device=self.world.device,
+            image=not self.cached_latents or self.targets.need_images,
+            moments=self.cached_latents,
+            features=self.targets.columns,
+        )
 
     def _say_what_is_there(self, telemetry: Telemetry) -> None:
         """What the finished run did, where to look, and what to try next."""
@@ -299,7 +320,8 @@ class Trainer:
     def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
         telemetry.start(self.step)
-        meter = _Meter(t.global_batch)
+        meter = self.meter
+        meter.reset()
         earlier = [line["loss"] for line in telemetry.history()]
         spikes = Spikes(self.config.survival.loss_spike, earlier)
         skipped = self.step - self.whole.optimizer_step
@@ -314,7 +336,7 @@ class Trainer:
                 self._give_up_if_bad()
             if self.step % t.log_every == 0 or last:
                 rate = learning_rate(self.config, self.step - 1)
-                read = meter.read(self.step, rate, grad_norm(self.engine), self.world)
+                read = meter.read(self.step, rate, grad_norm(self.engine))
                 before, skipped = skipped, self.step - self.whole.optimizer_step
                 self.metrics = {**read, "skipped_steps": skipped}
                 telemetry.log(self.metrics)
@@ -326,13 +348,14 @@ class Trainer:
                 if spike := spikes.check(self.step, self.metrics["loss"]):
                     telemetry.warn(spike)
             if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
-                with meter.pause():
+                with meter.region(SAMPLING):
                     self._draw_samples(telemetry)
             if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
-                with meter.pause():
+                with meter.region("checkpoint"):
                     self.save(wait=last)
             else:
-                writer.poll()
+                with meter.region("checkpoint"):
+                    writer.poll()
             if last:
                 return
 
@@ -447,7 +470,8 @@ class Trainer:
         )
 
         def answer() -> bool:
-            work.wait()
+            with self.meter.region("communication"):
+                work.wait()
             self._stopped_by, bad = flag.tolist()
             if self.world.device.type == "cpu":  # this step's own, alike on all ranks
                 bad = self.bad_steps.seen
@@ -485,69 +509,6 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.trainer.request_stop(number)
         signal.signal(number, self.before[signal.Signals(number)])
-
-
-class _Meter:
-    """Sums metrics between two log lines without waiting for the device."""
-
-    def __init__(self, global_batch: int) -> None:
-        self.global_batch = global_batch
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.paused = 0, 0.0, 0.0
-        self.began = time.perf_counter()
-
-    def add(self, metrics: dict[str, Tensor | float]) -> None:
-        self.steps += 1
-        skipped = metrics["skipped"]
-        assert isinstance(skipped, Tensor)
-        for name, value in metrics.items():
-            if isinstance(value, Tensor):
-                if name != "skipped":  # what a skipped step lost says nothing
-                    value = torch.where(skipped > 0, 0.0, value.float())
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-            else:
-                self.waited += value
-
-    def read(self, step: int, lr: float, norm: float | Tensor, world: World) -> dict[str, float]:
-        """Means over the steps and ranks since the last reading (collective)."""
-        taken = self.steps - self.sums.pop("skipped")
-        names = list(self.sums)
-        means = torch.stack([self.sums[n].float() for n in names]) / taken
-        if world.size > 1:
-            dist.all_reduce(means)
-            means /= world.size
-        values = dict(zip(names, means.tolist(), strict=True))
-        seconds = max(time.perf_counter() - self.began - self.paused, 1e-9)
-        out = {
-            "step": step,
-            **values,
-            "grad_norm": float(norm),
-            "lr": lr,
-            "images_per_s": self.steps * self.global_batch / seconds,
-            "step_seconds": seconds / self.steps,
-            "data_wait": self.waited / seconds,
-        }
-        self._reset()
-        return out
-
-    def pause(self) -> _Pause:
-        return _Pause(self)
-
-
-class _Pause:
-    """Time inside is no training time: sampling, saving."""
-
-    def __init__(self, meter: _Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.paused += time.perf_counter() - self.began
 
 
 def _shared_checkpoint(run: Path, world: World) -> Path | None:

@@ -1,0 +1,73 @@
+"""flops: counts against torch's counter over what the engine really runs, within 1 %."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastrepa.config import EncoderConfig, config_from_dict
+from fastrepa.generation.sampler import sample
+from fastrepa.insight.workload import frozen_flops, measure_workload
+from fastrepa.model.sit import SiT
+from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
+
+
+def config_of(encoder, **keys):
+    return config_from_dict(
+        {
+            "run": "run",
+            "data": {"path": "nowhere", "codec": {"name": "pixel", "side": 32}},
+            "vision": {"encoders": [encoder] if encoder else []},
+            "model": {"name": "SiT-S/2"},
+            "kernels": "eager",
+            **keys,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dinov2-vit-s", "dinov2-vit-b", "dinov2-vit-l", "dinov2reg-vit-b", "clip-vit-l", "mae-vit-l",
+     "tf_efficientnet_lite0"],
+)  # fmt: skip
+def test_encoders(name):
+    """The engine's own encoder, preprocessing and tokens included, on two images."""
+    import timm
+
+    encoder = {"name": name}
+    plan = plan_encoder(EncoderConfig(**encoder), resolution=256)
+    with torch.device("meta"), torch.no_grad():
+        network = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
+        _cut(network, plan.index, plan.norm)
+        frozen = FrozenEncoder(
+            network, plan, name=name, digest="", grid=plan.own_grid[0], rule="exact",
+            resolution=256, dtype=torch.float32, device="meta",
+        )  # fmt: skip
+        images = torch.empty(2, 3, 256, 256, dtype=torch.uint8)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            frozen(images)
+    ours = frozen_flops(config_of(encoder), [plan], cached_latents=False)
+    assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    assert ours > 1e8
+    cached = config_of(None, vision={"encoders": [encoder], "targets": "cached"})
+    assert frozen_flops(cached, [plan], cached_latents=False) == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": "ode", "steps": 3, "cfg": 1.0},
+        {"sampler": "heun", "steps": 3, "cfg": 1.8, "guidance_low": 0.1, "guidance_high": 0.7},
+        {"sampler": "sde", "steps": 4, "cfg": 1.8},
+    ],
+    ids=lambda s: s["sampler"],
+)
+def test_sampling(settings):
+    shape = {"width": 96, "depth": 2, "heads": 3, "patch": 4, "num_classes": 8}
+    config = config_of(None, sample=settings, model=shape)
+    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[]).eval()
+    noise, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(model, noise, labels, null_label=8, step_noise=lambda _: noise, **settings)
+    counted = counter.get_total_flops() / 2
+    assert measure_workload(config).sampling_flops == pytest.approx(counted, rel=0.01)
