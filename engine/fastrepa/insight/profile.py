@@ -286,13 +286,6 @@ def _ms(seconds: float) -> str:
 # The trainer ------------------------------------------------------------------------------------
 
 
-class _Unsaved(Trainer):
-    """A trainer that leaves no run folder behind."""
-
-    def _check_run_folder(self) -> None:
-        return
-
-
 @contextmanager
 def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, list[str]]]:
     """(trainer, its batches, what is real): data and weights are the real ones where they are here;
@@ -308,12 +301,12 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
         )
         if real:
             open_data(config.data.path, resolution=config.data.resolution)
-            trainer: Trainer = _Unsaved(config, world)
+            trainer = Trainer(config, world)
             said.append(f"data: read from {config.data.path}")
             with trainer.open_pipeline() as pipeline:
                 yield trainer, pipeline, said
             return
-        trainer = _Unsaved(config, world, random_weights=True)
+        trainer = Trainer(config, world, random_weights=True)
         why = "its autoencoder is not here" if not codec_here else "it is not here"
         said.append(f"data: noise instead of {config.data.path} ({why}); its reading is not timed")
         size = micro_batch(config, world.size)[0]
