@@ -10,7 +10,7 @@
     ranks   one of two is frozen (SIGSTOP), fails while the engine is built, is lost as the last
             save begins, is told to stop (SIGUSR1), reads NaN.
     files   a byte of the newest checkpoint is flipped; the disk is full while one is written.
-    saves   what a save costs the steps beside it, of SiT-B/2.
+    saves   what a save costs the steps beside it, of SiT-B/4.
 
 `python -m benchmarks.report` prints the table. tests/end_to_end run the same functions, smaller.
 """
@@ -415,7 +415,7 @@ def measure(part: str, count: int, folder: Path) -> list[dict[str, Any]]:
             records.append(fixed | {"provider": provider, "count": 1} | done)
     if part == "saves":
         overrides = [
-            "model.width=768", "model.depth=12", "model.heads=12", "model.patch=2",
+            "model.width=768", "model.depth=12", "model.heads=12",
             "training.global_batch=2", "training.steps=31",
             "training.checkpoint_every=10", "training.log_every=1", "training.sample_every=0",
             "training.tensorboard=false", "sample.num=1", "sample.steps=1",
@@ -429,7 +429,7 @@ def measure(part: str, count: int, folder: Path) -> list[dict[str, Any]]:
         if done.returncode:
             raise RuntimeError(done.stderr)
         cost = json.loads(done.stdout.splitlines()[-1])
-        named = {"provider": "save", "shape": "SiT-B/2, batch of 2"}
+        named = {"provider": "save", "shape": "SiT-B/4, batch of 2"}
         records.append(fixed | named | {"count": len(cost["seconds"])} | cost)
     return records
 
