@@ -392,6 +392,12 @@ def data_encode(
         print_encoded(report, Console(highlight=False))
 
 
+EmaOption = Annotated[
+    str | None,
+    typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
+]
+
+
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -408,6 +414,7 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
+    ema: EmaOption = None,
 ) -> None:
     """Draw images from a run's averaged weights; settings left out are the run's own."""
     from fastrepa.generation.generate import sample_run
@@ -419,6 +426,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         npz=npz,
+        ema=ema,
         num=num,
         sampler=sampler,
         steps=steps,

@@ -339,7 +339,7 @@ def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
 # The command -------------------------------------------------------------------------------------
 
 
-def fake_run(run: Any, device: torch.device) -> tuple[SiT, Config, Any]:
+def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
     info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3)
     return tiny_model().to(device), tiny_config(), info
 
