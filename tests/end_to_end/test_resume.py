@@ -36,7 +36,10 @@ def killed_run(run, *overrides, ranks, after):
     ("ranks", "stage", "precision"), [(1, 1, "bf16"), (2, 2, "fp32"), (2, 3, "bf16")]
 )
 def test_killed_and_continued_equals_undisturbed(tmp_path, ranks, stage, precision):
-    settings = (f"training.steps={STEPS}", f"zero.stage={stage}", f"training.precision={precision}")
+    settings = (
+        f"training.steps={STEPS}", f"zero.stage={stage}", f"training.precision={precision}",
+        "training.ema=[0.99, {sigma_rel: 0.1}]",
+    )  # fmt: skip
     train(tmp_path / "whole", *settings, ranks=ranks)
     after = random.Random(f"{ranks}{stage}{time.time_ns()}").randint(2, STEPS - 2)
     killed_run(tmp_path / "killed", *settings, ranks=ranks, after=after)
@@ -49,9 +52,9 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, ranks, stage, precisi
     assert [m["step"] for m in b] == [m["step"] for m in a] == list(range(1, STEPS + 1))
     assert [m["loss"] for m in b] == [m["loss"] for m in a]
     first, last = tensors(tmp_path / "whole", 2), whole
-    assert not torch.equal(
-        first["ema/blocks.0.mlp.fc1.weight"], last["ema/blocks.0.mlp.fc1.weight"]
-    )
+    for average in ("ema", "ema_sigma_rel_0.1"):
+        name = f"{average}/blocks.0.mlp.fc1.weight"
+        assert not torch.equal(first[name], last[name])
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])

@@ -218,7 +218,7 @@ def sample_run(
     for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
     """
     # Imported here: they bring DeepSpeed, which takes seconds that `generate` alone need not wait.
-    from fastrepa.training import checkpoint, zero
+    from fastrepa.training import averages, checkpoint, zero
 
     started = time.perf_counter()
     run = Path(run)
@@ -241,7 +241,7 @@ def sample_run(
     record = {
         "run": str(run),
         "checkpoint_step": info.step,
-        "ema": ema or str(config.training.ema[0]),
+        "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
         "seed": seed,
         "batch_size": batch_size,
         **config.sample.model_dump(),

@@ -55,6 +55,7 @@ class RunState:
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last logged line
     emas: dict[str, Any] = field(default_factory=dict)  # kind -> 0.9999, {"sigma_rel": 0.05}, ...
+    ema_since: dict[str, int] = field(default_factory=dict)  # updates taken before it began, if any
     format: int = FORMAT
 
 
@@ -108,6 +109,9 @@ def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: W
     """
     emas = whole.optimizer.emas
     sources, said = resumed_emas(emas, stored_emas(state.emas, emas[0]), state.step)
+    for kind, source in sources.items():
+        since = state.optimizer_step if source == WEIGHT else state.ema_since.get(source, 0)
+        whole.optimizer.ema_since |= {kind: since} if since else {}
     for kind in whole.kinds:
         stored = StoredTensors(path, sources.get(kind, kind))
         for name in whole.params:

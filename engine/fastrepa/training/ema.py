@@ -72,6 +72,7 @@ class AdamWEMA(torch.optim.AdamW):
             fused=True,
         )
         self.emas, self.ema_keys = tuple(emas), ema_keys(emas)
+        self.ema_since: dict[str, int] = {}  # of those that began after so many updates
         self.max_norm, self.kernels = max_norm, kernels
         self._decays = [_decay(e) for e in emas]
         self._global_grad_norm: Tensor | None = None  # DeepSpeed reads this name
@@ -159,7 +160,8 @@ class AdamWEMA(torch.optim.AdamW):
         adamw_ema_(
             params,
             [p.grad for p in params],
-            *([self.state[p][key] for p in params] for key in MOMENTS),
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
             [[self.state[p][key] for p in params] for key in self.ema_keys],
             step=step,
             lr=group["lr"],

@@ -394,6 +394,7 @@ class Trainer:
             versions=versions(),
             metrics=self.metrics,
             emas=recorded(self.config.training.ema),
+            ema_since=self.optimizer.ema_since,
         )
 
     def first_line(self) -> str:

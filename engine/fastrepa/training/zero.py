@@ -1,4 +1,5 @@
 """DeepSpeed, in this file only: the world, the engine's dictionary, and whole tensors in and out.
+Its files are zero_format.py's.
 
 A parameter's whole float32 weight and optimiser states can be read and written under every ZeRO
 stage through `WholeTensors`; checkpoints are made of nothing else.
