@@ -127,7 +127,7 @@ def read_zero(folder: Path) -> Reference:
             )
         fixed = _fixed(main, [_load(f) for f in models if f.name.startswith("zero_pp")])
         record = main.get(RECORD)
-        weights = {n: v.float() for n, v in fixed.items()} | states["fp32"]
+        weights = {n: v.detach().float() for n, v in fixed.items()} | states["fp32"]
         averages = {}
         if record is not None:  # one of ours
             kinds = record["emas"] or (EMA,)
@@ -157,7 +157,8 @@ def _read_universal(zero: Path) -> tuple[dict[str, dict[str, Tensor]], int]:
         for key in STATES:
             if (parameter / f"{key}.pt").is_file():
                 value = _load(parameter / f"{key}.pt")
-                states[key][parameter.name] = value["param"] if isinstance(value, dict) else value
+                value = value["param"] if isinstance(value, dict) else value
+                states[key][parameter.name] = value.detach()
         if (parameter / "step.pt").is_file():
             count = _load(parameter / "step.pt")
     return states, int(count)
@@ -185,7 +186,7 @@ def _read_partitions(
                 spans = {n: (a.start, a.numel) for n, a in mapping.items()}
             for key, tensor in tensors.items():
                 for name, (start, numel) in spans.items():
-                    pieces[key][name].append(tensor[start : start + numel])
+                    pieces[key][name].append(tensor.detach()[start : start + numel])
     states = {
         key: {n: torch.cat(p)[: shapes[n].numel()].view(shapes[n]) for n, p in named.items()}
         for key, named in pieces.items()

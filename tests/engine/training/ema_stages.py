@@ -85,7 +85,8 @@ def main(run):
             channels=CHANNELS, encoder_widths=[], classes=[], world_size=world.size,
             emas=recorded(config.training.ema),
         )  # fmt: skip
-        writer = CheckpointWriter(Path(run), whole, fixed, world, group, TrainingConfig())
+        policy = TrainingConfig(keep_checkpoints=0)
+        writer = CheckpointWriter(Path(run), whole, fixed, world, group, policy)
         writer.save(state)
         writer.settle(required=True)
         previous = checkpoint_path(Path(run), step)
