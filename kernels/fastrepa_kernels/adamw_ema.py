@@ -83,6 +83,10 @@ class _Rates(NamedTuple):
     root: float  # 1 / sqrt(1 - b2^t)
     ema_rests: tuple[float, ...]  # 1 - ema_decay of each average
 
+    @classmethod
+    def of(cls, flat: Sequence[float]) -> _Rates:
+        return cls(flat[0], flat[1], flat[2], flat[3], tuple(flat[4:]))
+
 
 @triton.jit
 def _adamw_ema_kernel(
@@ -151,8 +155,9 @@ def _adamw_ema_(
 ) -> None:
     count = len(params)
     of_param = [emas[i::count] for i in range(count)]
-    lists = (params, grads, exp_avg, exp_avg_sq, low_precision or [None] * count, of_param)
-    numbers = _Rates(*rates[:4], tuple(rates[4:]))
+    low: Sequence[Any] = low_precision or [None] * count
+    lists = (params, grads, exp_avg, exp_avg_sq, low, of_param)
+    numbers = _Rates.of(rates)
     for *entry, averages in zip(*lists, strict=True):
         if not entry[0].numel():
             continue
@@ -182,8 +187,8 @@ def _step_torch(entry, averages, control, rates, betas, eps) -> None:
         keep, *values = control.tolist()
         if keep == 0.0:
             return
-        rates = _Rates(*values[:4], tuple(values[4:]))
-    flat = [None if t is None else t.view(-1) for t in (*entry, *averages)]
+        rates = _Rates.of(values)
+    flat: list[Any] = [None if t is None else t.view(-1) for t in (*entry, *averages)]
     p = flat[0]
     room = min(CPU_BLOCK, p.numel())
     s, u = (torch.empty(room, dtype=p.dtype, device=p.device) for _ in range(2))
@@ -319,7 +324,7 @@ def adamw_ema_(
     """
     several = isinstance(ema_decay, list | tuple)
     decays = [] if ema is None else _decays(ema_decay)
-    averages = list(ema) if several and ema is not None else [ema] * len(decays)
+    averages: list[Any] = list(ema) if several and ema is not None else [ema] * len(decays)
     if len(averages) != len(decays) or len(decays) > MAX_EMAS:
         raise ValueError(
             f"adamw_ema_: ema must have an entry for each of at most {MAX_EMAS} decays; "
