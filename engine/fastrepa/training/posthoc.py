@@ -71,7 +71,7 @@ def combination(
     return x, float(np.sqrt(max(0.0, missed) / square))
 
 
-def _inner(t_a, gamma_a, t_b, gamma_b):  # type: ignore[no-untyped-def]
+def _inner(t_a, gamma_a, t_b, gamma_b):
     """The integral of p_a p_b over tau. In logarithms: t^gamma is beyond float64 soon."""
     log = (gamma_a + gamma_b + 1) * np.log(np.minimum(t_a, t_b))
     log = log - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
