@@ -249,7 +249,7 @@ def _control(device, step, lr, betas, weight_decay, grad_scale, decays, skip) ->
             1 - rate * weight_decay,
             rate / (1 - scalar(betas[0]) ** t),
             (1 - scalar(betas[1]) ** t).rsqrt(),
-            *(1 - scalar(d) for d in decays),
+            *(scalar(1 - d) for d in decays),
         ]
     ).to(torch.float32)
 

@@ -74,7 +74,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.emas, self.ema_keys = tuple(emas), ema_keys(emas)
         self.ema_since: dict[str, int] = {}  # of those that began after so many updates
         self.max_norm, self.kernels = max_norm, kernels
-        self._decays = [_decay(e) for e in emas]
+        self._gammas = [None if e.sigma_rel is None else power_gamma(e.sigma_rel) for e in emas]
         self._global_grad_norm: Tensor | None = None  # DeepSpeed reads this name
         self.engine_norm: Callable[[], Tensor | float | None] = lambda: None
         self.bad_loss: Tensor | None = None
@@ -116,9 +116,9 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _average(self, params: list[Tensor], bad: Tensor | None) -> None:
         """Move every EMA towards the weights, each in a pass of its own."""
-        step = self._updates(self.state[params[0]]["step"])
-        for key, decay in zip(self.ema_keys, self._decays, strict=True):
-            rest: Any = 1.0 - decay(step)
+        decays = self._decays(self.state[params[0]]["step"])
+        for key, decay in zip(self.ema_keys, decays, strict=True):
+            rest: Any = 1.0 - decay
             if bad is not None:
                 rest = ((~bad) * torch.as_tensor(rest, device=bad.device)).float()
                 rest = [rest.to(p.device) for p in params]
@@ -135,15 +135,21 @@ class AdamWEMA(torch.optim.AdamW):
         bad = bad_norm(0.0 if norm is None else norm)
         return bad if self.bad_loss is None else bad.to(self.bad_loss.device) | self.bad_loss
 
-    @staticmethod
-    def _updates(step: Tensor | int) -> Any:
-        """The number of this update, as exact as a decay near 1 needs; no wait for a GPU.
+    def _decays(self, step: Tensor | int) -> list[Any]:
+        """Of every EMA at update number `step`; does not wait for a GPU.
 
-        At least 1: where even the first was skipped, nothing is made of it.
+        The update counts as the first where even that one was skipped: nothing is made of it.
         """
-        if isinstance(step, int) or step.device.type == "cpu":
-            return max(1, int(step))
-        return step.double().clamp(min=1)
+        t: Any = None
+        if any(self._gammas):
+            if isinstance(step, int) or step.device.type == "cpu":
+                t = max(1, int(step))
+            else:
+                t = step.double().clamp(min=1)  # a decay near 1 needs more than float32
+        return [
+            ema.decay if gamma is None else power_decay(t, gamma)
+            for ema, gamma in zip(self.emas, self._gammas, strict=True)
+        ]
 
     def _fused_step(self, group: dict[str, Any], bad: Tensor | None) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -168,17 +174,9 @@ class AdamWEMA(torch.optim.AdamW):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            ema_decay=[decay(self._updates(step)) for decay in self._decays],
+            ema_decay=self._decays(step),
             skip=bad,
         )
-
-
-def _decay(ema: EmaConfig) -> Callable[[Any], Any]:
-    """The decay at update t; t is a number or a scalar tensor."""
-    if ema.sigma_rel is None:
-        return lambda t: ema.decay
-    gamma = power_gamma(ema.sigma_rel)
-    return lambda t: power_decay(t, gamma)
 
 
 def bad_norm(norm: Tensor | float) -> Tensor:
