@@ -32,11 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastrepa.config import Config
+from fastrepa.config import Config, EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import Reference
 from fastrepa.training.checkpoint import RunState, StoredTensors
-from fastrepa.training.ema import EMA, MOMENTS
+from fastrepa.training.ema import EMA, MOMENTS, ema_keys
 from fastrepa.training.zero import WEIGHT
 
 RECORD = "fastrepa"  # of ours among DeepSpeed's keys; load_checkpoint returns it as client state
@@ -113,12 +113,12 @@ def read_zero(folder: Path) -> Reference:
         raise CheckpointError(f"{folder}: no DeepSpeed checkpoint (no *_model_states.pt)")
     whole = tag / "mp_rank_00_model_states.pt"
     main = _load(whole if whole in models else models[0])
-    if main.get("mp_world_size", 1) != 1 or any("mp_rank_00" not in f.name for f in models):
-        raise CheckpointError(f"{tag}: tensor or pipeline parallel, which no SiT of ours is")
     partitions = sorted(tag.glob("*_optim_states.pt"), key=_rank)
     try:
+        if main["mp_world_size"] != 1 or any("mp_rank_00" not in f.name for f in models):
+            raise CheckpointError(f"{tag}: tensor or pipeline parallel, which no SiT of ours is")
         if (tag / "zero").is_dir():
-            states, step = _read_universal(tag / "zero")
+            states, step = _read_universal(tag / "zero", _shapes(main))
         elif partitions:
             states, step = _read_partitions(main, partitions)
         else:
@@ -126,10 +126,10 @@ def read_zero(folder: Path) -> Reference:
                 f"{tag}: no ZeRO states in it (no zero/, no *_optim_states.pt): stage 0 has none"
             )
         fixed = _fixed(main, [_load(f) for f in models if f.name.startswith("zero_pp")])
-        record = main.get(RECORD)
+        record = _record(main)
         weights = {n: v.detach().float() for n, v in fixed.items()} | states["fp32"]
         averages = {}
-        if record is not None:  # one of ours
+        if record:  # one of ours
             kinds = record["emas"] or (EMA,)
             averages = {kind: _safetensors(tag / f"{kind}.safetensors") for kind in kinds}
         return Reference(
@@ -140,14 +140,16 @@ def read_zero(folder: Path) -> Reference:
             optimizer_step=step,
             steps=int(main["global_steps"]),
             emas=averages,
-            record=record["emas"] if record else {},
-            ema_since=record["ema_since"] if record else {},
+            record=record.get("emas", {}),
+            ema_since=record.get("ema_since", {}),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise CheckpointError(f"{tag}: not a DeepSpeed checkpoint that is known ({e!r})") from None
 
 
-def _read_universal(zero: Path) -> tuple[dict[str, dict[str, Tensor]], int]:
+def _read_universal(
+    zero: Path, shapes: Mapping[str, torch.Size]
+) -> tuple[dict[str, dict[str, Tensor]], int]:
     """(whole tensors by state and parameter, updates taken)."""
     states: dict[str, dict[str, Tensor]] = {key: {} for key in STATES}
     step = _load(zero / "optimizer_state.pt")
@@ -158,7 +160,9 @@ def _read_universal(zero: Path) -> tuple[dict[str, dict[str, Tensor]], int]:
             if (parameter / f"{key}.pt").is_file():
                 value = _load(parameter / f"{key}.pt")
                 value = value["param"] if isinstance(value, dict) else value
-                states[key][parameter.name] = value.detach()
+                # Flat where it was made of stage 3; what is not trained has no shape of its own.
+                shape = shapes.get(parameter.name, value.shape)
+                states[key][parameter.name] = value.detach().view(shape)
         if (parameter / "step.pt").is_file():
             count = _load(parameter / "step.pt")
     return states, int(count)
@@ -168,7 +172,7 @@ def _read_partitions(
     main: Mapping[str, Any], files: list[Path]
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
     """The same of ZeRO's own files, one per rank: flat, concatenated in the order of the ranks."""
-    shapes = {n: torch.Size(s) for group in main["param_shapes"] for n, s in group.items()}
+    shapes = _shapes(main)
     pieces: dict[str, dict[str, list[Tensor]]] = {key: {n: [] for n in shapes} for key in STATES}
     step: Any = 0
     for file in track(files, "reading", transient=True):
@@ -194,6 +198,11 @@ def _read_partitions(
     return states, int(step)
 
 
+def _shapes(main: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Of every trained parameter."""
+    return {n: torch.Size(s) for group in main["param_shapes"] for n, s in group.items()}
+
+
 def _spans_of_stage_3(
     shapes: Mapping[str, tuple[int, ...]], ranks: int
 ) -> dict[str, tuple[int, int]]:
@@ -208,7 +217,7 @@ def _spans_of_stage_3(
 
 def _fixed(main: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What is in the module and was not trained; stage 3 has cut that too."""
-    trained = {n for group in main["param_shapes"] for n in group}
+    trained = _shapes(main).keys()
     buffers = set(main["buffer_names"])
     fixed = {
         n: v for n, v in main["module"].items() if n not in trained | buffers and v.numel() > 0
@@ -218,6 +227,18 @@ def _fixed(main: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str,
             flat = torch.cat([r["frozen_param_fragments"][name].flatten() for r in ranks])
             fixed[name] = flat[: torch.Size(shape).numel()].view(shape)
     return fixed
+
+
+def _record(main: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is ours in it, empty in other people's. Names of averages become names of files, so they
+    must be those that their values have.
+    """
+    record: Mapping[str, Any] = main.get(RECORD, {})
+    for kind, value in record.get("emas", {}).items():
+        ema = EmaConfig.model_validate(value)
+        if kind not in ema_keys((ema, ema)):
+            raise ValueError(f"{kind!r} is not the name of an average")
+    return record
 
 
 def _tag(folder: Path) -> Path:

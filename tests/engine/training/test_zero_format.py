@@ -1,20 +1,24 @@
 """To DeepSpeed's checkpoint folders and back, with real DeepSpeed engines on two ranks."""
 
 import argparse
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from fastrepa.cli import app
+from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.training.checkpoint import StoredTensors, newest_checkpoint, read_state
 from fastrepa.training.exchange import export_run, import_reference
 from fastrepa.training.zero import KINDS
 from fastrepa.training.zero_format import read_zero
-from tests.engine.training.runs import ROOT, command, environment
-from tests.engine.training.test_exchange import Payload, config, model_and_file  # noqa: F401
+from tests.engine.training.runs import ROOT, SMALL, environment
+from tests.engine.training.test_exchange import Payload, model_and_file
 
 CASES = ("1-fp32", "1-bf16-sums", "2-bf16", "3-fp32")
 
@@ -22,9 +26,6 @@ CASES = ("1-fp32", "1-bf16-sums", "2-bf16", "3-fp32")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A run of one checkpoint (step 7, one update) and its zero folder: (run, folder, config)."""
-    from fastrepa.config import load_config, save_config
-    from tests.engine.training.runs import SMALL
-
     home = tmp_path_factory.mktemp("zero")
     path = home / "small.yaml"
     save_config(load_config(ROOT / "configs/quickstart.yaml", ["run=elsewhere", *SMALL]), path)
@@ -103,20 +104,37 @@ def test_what_deepspeed_made_universal_is_read_too(saved, tmp_path, case):
 
 
 def test_our_own_folder_comes_back_with_every_average(exported, tmp_path):
+    """Through the command line; a second average is laid beside the first."""
     run, folder, path = exported
-    again = tmp_path / "again"
-    done = subprocess.run(
-        command("convert", again, folder, "--from", "zero", "--config", path),
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "starts at step 7" in done.stdout
-    a, b = newest_checkpoint(run), newest_checkpoint(again)
+    shutil.copytree(folder, tmp_path / "two")
+    tag = tmp_path / "two/global_step7"
+    second = {n: v + 3 for n, v in load_file(tag / "ema.safetensors").items()}
+    save_file(second, tag / "ema_sigma_rel_0.1.safetensors")
+    states = torch.load(tag / "mp_rank_00_model_states.pt", weights_only=True)
+    emas = {"ema": 0.9, "ema_sigma_rel_0.1": {"sigma_rel": 0.1}}
+    states["fastrepa"] |= {"emas": emas, "ema_since": {"ema_sigma_rel_0.1": 3}}
+    torch.save(states, tag / "mp_rank_00_model_states.pt")
+
+    again, out, last = tmp_path / "again", tmp_path / "out", tmp_path / "last"
+    words = ["convert", again, tmp_path / "two", "--from", "zero", "--config", path]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert "starts at step 7" in done.output
+    done = CliRunner().invoke(app, ["convert", str(again), str(out), "--to", "zero"])
+    assert done.exit_code == 0, done.output
+    import_reference(out, last, path, source="zero")
+    a, b = newest_checkpoint(run), newest_checkpoint(last)
     for kind in KINDS:
         ours, theirs = StoredTensors(a, kind), StoredTensors(b, kind)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(theirs[n], v) for n, v in ours.items()), kind
-    assert (read_state(b).optimizer_step, read_state(b).samples_seen) == (1, 56)
+    state = read_state(b)
+    assert (state.optimizer_step, state.samples_seen) == (1, 56)
+    assert (state.emas, state.ema_since) == (emas, {"ema_sigma_rel_0.1": 3})
+    export_run(last, tmp_path / "power.safetensors", "safetensors", ema="sigma_rel=0.1")
+    assert all(torch.equal(v, second[n]) for n, v in load_file(
+        tmp_path / "power.safetensors").items())  # fmt: skip
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_what_cannot_be_read_is_named(exported, saved, tmp_path):
@@ -138,11 +156,18 @@ def test_what_cannot_be_read_is_named(exported, saved, tmp_path):
     refused("tensor or pipeline parallel", empty)
     torch.save({"module": {}, "mp_world_size": 1}, empty / "mp_rank_00_model_states.pt")
     refused("no ZeRO states in it", empty)
+    torch.save([1], empty / "mp_rank_00_model_states.pt")
+    refused("not a DeepSpeed checkpoint that is known", empty)
+    shutil.copytree(folder / "global_step7", tmp_path / "forged")
+    states = torch.load(folder / "global_step7/mp_rank_00_model_states.pt", weights_only=True)
+    states["fastrepa"]["emas"] = {"../ema": 0.9}
+    torch.save(states, tmp_path / "forged/mp_rank_00_model_states.pt")
+    refused(r"'\.\./ema' is not the name of an average", tmp_path / "forged")
     (empty / "latest").write_text("../elsewhere")
     refused(r"names '\.\./elsewhere'", empty)
     with pytest.raises(CheckpointError, match="exists already"):
         export_run(exported[0], folder, "zero")
-    with pytest.raises(ConfigError, match="--ema: a zero folder has every average"):
+    with pytest.raises(ConfigError, match="--ema: a zero folder has every stored average"):
         export_run(exported[0], tmp_path / "z", "zero", ema="0.9")
     with pytest.raises(ConfigError, match="--from: 'zero3' is not one of reference, zero"):
         import_reference(folder, tmp_path / "never", path, source="zero3")
