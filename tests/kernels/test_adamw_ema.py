@@ -105,19 +105,20 @@ def test_one_of_several_averages_is_the_one_alone(place_fp32):
     assert all(map(torch.equal, alone, (*several[:4], several[4][0])))
 
 
-def test_power_decay_averages_with_weights_that_grow_as_a_power():
-    """e_T = sum_t w_t p_t with w_t proportional to a power function: with gamma 1 the continuous
-    profile is 2 t / T^2, and what the first update holds is the weights alone.
+@pytest.mark.parametrize("gamma", [0.2, 6.94])
+def test_power_decay_averages_with_a_power_function(gamma):
+    """The average of update T is the sum of w_t p_t, and w_t the integral of the profile
+    (gamma + 1) tau^gamma / T^(gamma + 1) from t - 1 to t: the first update takes the weights whole.
     """
-    count, gamma = 400, 1.0
+    count = 400
     weights = torch.zeros(count, dtype=torch.float64)
     for t in range(1, count + 1):
         decay = power_decay(t, gamma)
         weights *= decay
         weights[t - 1] = 1 - decay
     assert power_decay(1, gamma) == 0.0
-    expected = 2 * torch.arange(1, count + 1, dtype=torch.float64) / count**2
-    assert torch.allclose(weights, expected, rtol=0, atol=1.0 / count**2)
+    integral = (torch.arange(count + 1, dtype=torch.float64) / count) ** (gamma + 1)
+    assert torch.allclose(weights, integral.diff(), rtol=1e-9, atol=0)
 
 
 def test_many_steps_against_torch_adamw(place_fp32):
