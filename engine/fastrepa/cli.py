@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -483,7 +484,11 @@ def convert(
     from fastrepa.training.exchange import export_run, import_reference
 
     if to is not None:
-        state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
         print(f"step {state.step} of {run} in {file}")
     else:
         assert source is not None

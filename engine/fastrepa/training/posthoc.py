@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from fastrepa.config import EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.training.checkpoint import StoredTensors, checkpoints, damage, read_state
 from fastrepa.training.ema import power_gamma
+from fastrepa.training.progress import shown
 from fastrepa.training.zero import WEIGHT
 
 ENOUGH = 0.05  # of a profile that may be missing without a word
@@ -41,7 +41,7 @@ def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
     """Those of every undamaged checkpoint up to `until`, kept from the first update on."""
     found = []
     paths = [p for p in checkpoints(run) if p.name <= until.name]
-    for path in track(paths, "verifying", transient=True):
+    for path in shown(paths, "verifying"):
         if path != until and damage(path) is not None:
             continue
         state = read_state(path)
@@ -104,7 +104,7 @@ def posthoc_ema(run: Path, newest: Path, sigma_rel: float) -> tuple[dict[str, Te
     trained, weights = StoredTensors(newest, "exp_avg"), StoredTensors(newest, WEIGHT)
     return {
         name: _sum(name, opened, x) if name in trained else weights[name]
-        for name in track(weights, "combining", transient=True)
+        for name in shown(weights, "combining")
     }, missed
 
 

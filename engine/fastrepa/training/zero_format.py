@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +36,7 @@ from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import Reference
 from fastrepa.training.checkpoint import RunState, StoredTensors
 from fastrepa.training.ema import EMA, MOMENTS, ema_keys
+from fastrepa.training.progress import shown
 from fastrepa.training.zero import WEIGHT
 
 RECORD = "fastrepa"  # of ours among DeepSpeed's keys; load_checkpoint returns it as client state
@@ -53,7 +53,7 @@ def write_zero(
     tag.mkdir(parents=True)
     step = torch.tensor(float(state.optimizer_step))
     weights, trained = kinds[WEIGHT], kinds[MOMENTS[0]]
-    for name in track(weights, "writing", transient=True):
+    for name in shown(weights, "writing"):
         to = tag / "zero" / name
         to.mkdir(parents=True)
         torch.save({"param": weights[name]}, to / "fp32.pt")
@@ -154,8 +154,7 @@ def _read_universal(
     states: dict[str, dict[str, Tensor]] = {key: {} for key in STATES}
     step = _load(zero / "optimizer_state.pt")
     count = step.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step", 0)
-    for parameter in track(sorted(p for p in zero.iterdir() if p.is_dir()), "reading",
-                           transient=True):  # fmt: skip
+    for parameter in shown(sorted(p for p in zero.iterdir() if p.is_dir()), "reading"):
         for key in STATES:
             if (parameter / f"{key}.pt").is_file():
                 value = _load(parameter / f"{key}.pt")
@@ -175,7 +174,7 @@ def _read_partitions(
     shapes = _shapes(main)
     pieces: dict[str, dict[str, list[Tensor]]] = {key: {n: [] for n in shapes} for key in STATES}
     step: Any = 0
-    for file in track(files, "reading", transient=True):
+    for file in shown(files, "reading"):
         stored = _load(file)["optimizer_state_dict"]
         third = "fp32_flat_groups" in stored
         weights = stored["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
