@@ -214,7 +214,7 @@ def _adamw_ema(a: dict[str, Any]) -> Cost:
         sum(p.numel() for p in a["params"]),
         grad_itemsize=grads[0].element_size() if grads else 4,
         low_itemsize=low[0].element_size() if low else 0,
-        ema=bool(a["ema"]),
+        emas=len(a["emas"]) // max(1, len(a["params"])),
     )
 
 
