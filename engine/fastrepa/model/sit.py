@@ -97,9 +97,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv [B,T,3D], the product of self.qkv, which the block takes with its norm."""
+        b, t, d = *qkv.shape[:2], qkv.shape[2] // 3
+        qkv = qkv.view(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,T,d]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.backend == "auto":
@@ -111,16 +112,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear, with ratio 4."""
+    """The weights of Linear, tanh-GELU, Linear, with ratio 4; the block computes with them."""
 
-    def __init__(self, width: int, operations: Operations) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.operations = operations
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.operations.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
 
 # A branch [B,T,D] and its gate [B,D], not yet added to the residual.
@@ -131,7 +131,8 @@ class SiTBlock(nn.Module):
     """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition.
 
     The gated MLP branch is handed on unadded, so that its addition and the next block's norm are
-    one pass over the residual.
+    one pass over the residual. The block reads its children's weights itself, inside the wrapped
+    forward, where ZeRO-3 has them whole.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class SiTBlock(nn.Module):
         super().__init__()
         self.operations = operations
         self.attn = Attention(width, heads, qk_norm, attention)
-        self.mlp = Mlp(width, operations)
+        self.mlp = Mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
@@ -148,11 +149,12 @@ class SiTBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Pending]:
         """(x with the pending branch added, x after attention, this block's pending branch)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        before, y = _next_norm(self.operations, x, pending, shift1, scale1)
-        x, y = self.operations.gated_residual_layernorm_modulate(
-            before, self.attn(y), gate1, shift2, scale2
+        before, qkv = _next_linear(self.operations, x, pending, shift1, scale1, self.attn.qkv)
+        branch = self.attn(qkv)
+        x, out = self.operations.adaln_mlp(
+            before, shift2, scale2, self.mlp.weights(), residual=(branch, gate1)
         )
-        return before, x, (self.mlp(y), gate2)
+        return before, x, (out, gate2)
 
 
 class FinalLayer(nn.Module):
@@ -167,17 +169,22 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
         """(x with the pending branch added, patches)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        x, y = _next_norm(self.operations, x, pending, shift, scale)
-        return x, self.linear(y)
+        return _next_linear(self.operations, x, pending, shift, scale, self.linear)
 
 
-def _next_norm(
-    operations: Operations, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
+def _next_linear(
+    operations: Operations,
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor,
+    scale: Tensor,
+    linear: nn.Linear,
 ) -> tuple[Tensor, Tensor]:
-    """Add what is pending, then norm and modulate: (x, y)."""
+    """Add what is pending, then norm, modulate and multiply: (x, linear's output)."""
+    given = (x, shift, scale, linear.weight, linear.bias)
     if pending is None:
-        return x, operations.layernorm_modulate(x, shift, scale)
-    return operations.gated_residual_layernorm_modulate(x, *pending, shift, scale)
+        return x, operations.adaln_linear(*given)
+    return operations.adaln_linear(*given, residual=pending)
 
 
 class SiT(nn.Module):
