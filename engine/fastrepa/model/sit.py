@@ -86,20 +86,44 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
+Pending = tuple[Tensor, Tensor]
+
+
+def _next_linear(
+    operations: Operations,
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor,
+    scale: Tensor,
+    linear: nn.Linear,
+) -> tuple[Tensor, Tensor]:
+    """Add what is pending, then norm, modulate and multiply: (x, linear's output)."""
+    given = (x, shift, scale, linear.weight, linear.bias)
+    if pending is None:
+        return x, operations.adaln_linear(*given)
+    return operations.adaln_linear(*given, residual=pending)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, qkv packed [B,T,3,H,d]."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, backend: str) -> None:
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool, backend: str, operations: Operations
+    ) -> None:
         super().__init__()
-        self.heads, self.backend = heads, backend
+        self.heads, self.backend, self.operations = heads, backend, operations
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """qkv [B,T,3D], the product of self.qkv, which the block takes with its norm."""
-        b, t, d = *qkv.shape[:2], qkv.shape[2] // 3
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending | None
+    ) -> tuple[Tensor, Tensor]:
+        """(x with the pending branch added, attention over its modulated norm)."""
+        b, t, d = x.shape
+        x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv)
         qkv = qkv.view(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,T,d]
         q, k = self.q_norm(q), self.k_norm(k)
@@ -108,40 +132,39 @@ class Attention(nn.Module):
         else:
             with sdpa_kernel(SDPA_BACKENDS[self.backend]):
                 out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(b, t, d))
+        return x, self.proj(out.transpose(1, 2).reshape(b, t, d))
 
 
 class Mlp(nn.Module):
-    """The weights of Linear, tanh-GELU, Linear, with ratio 4; the block computes with them."""
+    """Linear, tanh-GELU, Linear, with ratio 4."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, operations: Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-
-
-# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
-Pending = tuple[Tensor, Tensor]
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending
+    ) -> tuple[Tensor, Tensor]:
+        """(x with the pending branch added, the MLP of its modulated norm)."""
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.operations.adaln_mlp(x, shift, scale, weights, residual=pending)
 
 
 class SiTBlock(nn.Module):
     """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition.
 
     The gated MLP branch is handed on unadded, so that its addition and the next block's norm are
-    one pass over the residual. The block reads its children's weights itself, inside the wrapped
-    forward, where ZeRO-3 has them whole.
+    one pass over the residual.
     """
 
     def __init__(
         self, width: int, heads: int, qk_norm: bool, attention: str, operations: Operations
     ) -> None:
         super().__init__()
-        self.operations = operations
-        self.attn = Attention(width, heads, qk_norm, attention)
-        self.mlp = Mlp(width)
+        self.attn = Attention(width, heads, qk_norm, attention, operations)
+        self.mlp = Mlp(width, operations)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
@@ -149,11 +172,8 @@ class SiTBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Pending]:
         """(x with the pending branch added, x after attention, this block's pending branch)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        before, qkv = _next_linear(self.operations, x, pending, shift1, scale1, self.attn.qkv)
-        branch = self.attn(qkv)
-        x, out = self.operations.adaln_mlp(
-            before, shift2, scale2, self.mlp.weights(), residual=(branch, gate1)
-        )
+        before, branch = self.attn(x, shift1, scale1, pending)
+        x, out = self.mlp(before, shift2, scale2, (branch, gate1))
         return before, x, (out, gate2)
 
 
@@ -170,21 +190,6 @@ class FinalLayer(nn.Module):
         """(x with the pending branch added, patches)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return _next_linear(self.operations, x, pending, shift, scale, self.linear)
-
-
-def _next_linear(
-    operations: Operations,
-    x: Tensor,
-    pending: Pending | None,
-    shift: Tensor,
-    scale: Tensor,
-    linear: nn.Linear,
-) -> tuple[Tensor, Tensor]:
-    """Add what is pending, then norm, modulate and multiply: (x, linear's output)."""
-    given = (x, shift, scale, linear.weight, linear.bias)
-    if pending is None:
-        return x, operations.adaln_linear(*given)
-    return operations.adaln_linear(*given, residual=pending)
 
 
 class SiT(nn.Module):

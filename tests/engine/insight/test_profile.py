@@ -67,12 +67,13 @@ def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path):
         z.sum().item()
         return z
 
-    def linear_gelu(x, weight, bias):
-        return slow(FUSED.linear_gelu(x, weight, bias))
+    def adaln_mlp(*args, **options):
+        x, out = FUSED.adaln_mlp(*args, **options)
+        return x, slow(out)
 
     monkeypatch.setattr(RandomBatches, "__next__", stalled)
     monkeypatch.setattr(PixelCodec, "latents", planted)
-    monkeypatch.setitem(OPERATIONS, "fused", replace(FUSED, linear_gelu=linear_gelu))
+    monkeypatch.setitem(OPERATIONS, "fused", replace(FUSED, adaln_mlp=adaln_mlp))
     config = load_config(QUICKSTART, [*SMALL, "data.path=nowhere", "vision.encoders=[]"])
     report = profile_run(config, join_world(), steps=2, warmup=1, out=tmp_path / "out")
     (profile,) = report.profiles
