@@ -189,16 +189,18 @@ def _norm_modulate(a: dict[str, Any], backward: bool = False) -> Cost:
 
 def _adaln_linear(a: dict[str, Any], backward: bool = False) -> Cost:
     x, weight = a["x"], a["weight"]
+    b, t, d = x.shape
     return adaln_linear_cost(
-        *x.shape, weight.shape[0], x.element_size(), weight.element_size(),
+        b, t, d, weight.shape[0], x.element_size(), weight.element_size(),
         residual=a["branch"] is not None, backward=backward,
     )  # fmt: skip
 
 
 def _adaln_mlp(a: dict[str, Any], backward: bool = False) -> Cost:
     x, w1 = a["x"], a["w1"]
+    b, t, d = x.shape
     return adaln_mlp_cost(
-        *x.shape, w1.shape[0], x.element_size(), w1.element_size(),
+        b, t, d, w1.shape[0], x.element_size(), w1.element_size(),
         residual=a["branch"] is not None, backward=backward,
     )  # fmt: skip
 
