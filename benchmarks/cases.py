@@ -7,6 +7,7 @@ published REPA code does. "ours" is the public function.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrepa_kernels import adaln, adamw_ema, cost, mlp
+from fastrepa_kernels.adaln_linear import (
+    adaln_linear,
+    adaln_linear_cost,
+    adaln_linear_reference,
+    adaln_mlp,
+    adaln_mlp_cost,
+    adaln_mlp_reference,
+)
 from fastrepa_kernels.projector_alignment import (
     projector_alignment,
     projector_alignment_cost,
@@ -131,6 +140,37 @@ def _linear_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
     return Problem([x, weight, bias], [], [_randn(device, dtype, shape.batch, shape.tokens, f)])
 
 
+def _block_half(*widths: int) -> Callable[..., Problem]:
+    """Stream, branch, three vectors, and Linears from width to width (in multiples of D)."""
+
+    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+        b, t, d = shape.batch, shape.tokens, shape.width
+        modulated = _modulated(3, True, "x")(shape, dtype, device)
+        sizes = [w * d for w in widths]
+        for i, o in itertools.pairwise(sizes):
+            modulated.leaves.extend(
+                (_randn(device, dtype, o, i) * i**-0.5, _randn(device, dtype, o))
+            )
+        out = _randn(device, dtype, b, t, sizes[-1])
+        return Problem(modulated.leaves, [], [*modulated.upstream, out])
+
+    return build
+
+
+def _linear_half(function: Callable) -> Callable:
+    def call(x, branch, gate, shift, scale, weight, bias):
+        return function(x, shift, scale, weight, bias, residual=(branch, gate))
+
+    return call
+
+
+def _mlp_half(function: Callable) -> Callable:
+    def call(x, branch, gate, shift, scale, *weights):
+        return function(x, shift, scale, weights, residual=(branch, gate))
+
+    return call
+
+
 def _optimiser(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A flat partition of width^2 x batch elements: 340M for SiT-XL/2 at batch 256."""
     size = shape.width**2 * shape.batch
@@ -191,6 +231,18 @@ def _both(function: Callable, *sizes: str) -> Callable[[Shape, int], dict[str, c
     return costs
 
 
+def _block_half_cost(function: Callable, out: int) -> Callable[[Shape, int], dict[str, cost.Cost]]:
+    def costs(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
+        d = shape.width
+        at = (shape.batch, shape.tokens, d, out * d, 4, itemsize)
+        return {
+            "forward": function(*at, residual=True),
+            "backward": function(*at, residual=True, backward=True),
+        }
+
+    return costs
+
+
 def _alignment_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
     """Only the whole has a floor: the forward of our op does all the work, eager's does a third."""
     at = (shape.rows, shape.width, PROJECTOR, FEATURES, itemsize)
@@ -223,6 +275,21 @@ CASES = {
                 "loop": _alignment_loop,
             },
             _alignment_cost,
+        ),
+        Case(
+            "adaln_mlp",
+            _block_half(1, 4, 1),
+            _rivals(_mlp_half(adaln_mlp), _mlp_half(adaln_mlp_reference)),
+            _block_half_cost(adaln_mlp_cost, 4),
+        ),
+        Case(
+            "adaln_linear",
+            _block_half(1, 3),
+            _rivals(
+                _linear_half(adaln_linear),
+                _linear_half(adaln_linear_reference),
+            ),
+            _block_half_cost(adaln_linear_cost, 3),
         ),
         Case(
             "gated_residual_layernorm_modulate",

@@ -4,8 +4,8 @@
 
 Both ceilings are yours to give, best from a record (`ceiling_bytes_per_s`, `ceiling_flops_per_s`).
 The step is estimated as its matrix products (three times the forward's FLOPs) at `utilisation` of
-the product rate. Per operation: calls a step x (forward + backward floor of cost.py). Blocks are
-chained, so a step has one layernorm_modulate and two gated_residual_layernorm_modulate a block.
+the product rate. Per operation: calls a step x (forward + backward floor of cost.py). A block is an
+adaln_linear (norm and qkv), attention with its projection, and an adaln_mlp; both include products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 from dataclasses import dataclass
 
 from benchmarks.cases import FEATURES, PROJECTOR, WIDTHS
-from fastrepa_kernels import adaln, adamw_ema, mlp
+from fastrepa_kernels import adamw_ema
+from fastrepa_kernels.adaln_linear import adaln_linear_cost, adaln_mlp_cost
 from fastrepa_kernels.cost import Ceilings, Cost, diffusion_transformer_flops
 from fastrepa_kernels.projector_alignment import projector_alignment_cost
 
@@ -37,16 +38,16 @@ def step_lines(model: str, batch: int, tokens: int) -> list[Line]:
     """bf16 weights and activations around an fp32 residual stream; bf16 gradients."""
     d, depth, n = WIDTHS[model], DEPTHS[model], batch * tokens
 
-    def both(function, *sizes: int) -> tuple[Cost, Cost]:
-        return function(*sizes), function(*sizes, backward=True)
+    shape = (batch, tokens, d)
 
-    gated = both(adaln.gated_residual_layernorm_modulate_cost, batch, tokens, d, 4, 2)
+    def half(function, out: int) -> tuple[Cost, Cost]:
+        return function(*shape, out, 4, 2, residual=True), function(
+            *shape, out, 4, 2, residual=True, backward=True
+        )
+
     return [
-        Line(
-            "layernorm_modulate", 1, both(adaln.layernorm_modulate_cost, batch, tokens, d, 4, 2)
-        ),
-        Line("gated_residual_layernorm_modulate", 2 * depth, gated),
-        Line("linear_gelu", depth, both(mlp.linear_gelu_cost, n, d, 4 * d, 2)),
+        Line("adaln_linear", depth, half(adaln_linear_cost, 3 * d)),
+        Line("adaln_mlp", depth, half(adaln_mlp_cost, 4 * d)),
         Line(
             "projector_alignment", 1,
             (projector_alignment_cost(n, d, PROJECTOR, FEATURES, 2, x_itemsize=4),),

@@ -61,7 +61,7 @@ class Step:
     """One provider: bf16 weights, float32 masters, AdamW with EMA."""
 
     def __init__(self, model: str, provider: str, device: torch.device) -> None:
-        from fastrepa.config import OptimizerConfig
+        from fastrepa.config import OptimizerConfig, TrainingConfig
         from fastrepa.training.ema import AdamWEMA
 
         self.kernels = KERNELS[provider]
@@ -71,7 +71,7 @@ class Step:
         # One flat master, as a ZeRO partition is.
         self.master = torch.cat([p.detach().float().flatten() for p in self.low]).requires_grad_()
         self.optimizer = AdamWEMA(
-            [self.master], OptimizerConfig(), ema_decay=0.9999, kernels=self.kernels
+            [self.master], OptimizerConfig(), emas=TrainingConfig().ema, kernels=self.kernels
         )
         self.optimizer.set_rate(1e-4)
 

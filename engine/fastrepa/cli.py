@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -395,6 +396,12 @@ def data_encode(
         print_encoded(report, Console(highlight=False))
 
 
+EmaOption = Annotated[
+    str | None,
+    typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
+]
+
+
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -411,6 +418,7 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
+    ema: EmaOption = None,
 ) -> None:
     """Draw images from a run's averaged weights; settings left out are the run's own."""
     from fastrepa.generation.generate import sample_run
@@ -422,6 +430,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         npz=npz,
+        ema=ema,
         num=num,
         sampler=sampler,
         steps=steps,
@@ -437,32 +446,56 @@ def sample(
 @app.command()
 def convert(
     run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
-    file: Annotated[Path, typer.Argument(help="The file to write, or with --from to read.")],
+    file: Annotated[
+        Path, typer.Argument(help="The file or folder to write, or with --from to read.")
+    ],
     to: Annotated[
-        str | None, typer.Option("--to", help="reference (REPA's .pt) or safetensors.")
+        str | None,
+        typer.Option("--to", help="reference (REPA's .pt), safetensors or zero (DeepSpeed's)."),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="reference: a .pt of REPA's or bare weights.")
+        str | None,
+        typer.Option(
+            "--from", help="reference (a .pt of REPA's or bare weights) or zero (DeepSpeed's)."
+        ),
     ] = None,
     weights: Annotated[str, typer.Option(help="Of safetensors: ema or raw.")] = "ema",
+    ema: EmaOption = None,
+    ema_sigma_rel: Annotated[
+        float | None,
+        typer.Option(
+            help="An EDM2 average that was not kept, made from the power-function averages that "
+            "the run's checkpoints have."
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="With --from: the new run's YAML configuration.")
     ] = None,
 ) -> None:
-    """Turn a run's newest checkpoint into one file, or a foreign file into a run to go on with."""
+    """A run's newest checkpoint as other people's files, or theirs as a run to go on with.
+
+    zero is a universal checkpoint of DeepSpeed's: engines of stages 1 to 3 on any number of ranks
+    load it with "checkpoint": {"load_universal": true} in their configuration. Read are these and
+    plain ZeRO checkpoints.
+    """
     from fastrepa.errors import ConfigError
 
     if (to is None) == (source is None):
-        raise ConfigError("convert: give one of --to reference|safetensors and --from reference")
-    if source not in (None, "reference"):
-        raise ConfigError(f"--from: {source!r} is not one of reference")
+        raise ConfigError(
+            "convert: give one of --to reference|safetensors|zero and --from reference|zero"
+        )
     from fastrepa.training.exchange import export_run, import_reference
 
     if to is not None:
-        state = export_run(run, file, to, weights=weights)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
         print(f"step {state.step} of {run} in {file}")
     else:
-        state = import_reference(file, run, config)
+        assert source is not None
+        state = import_reference(file, run, config, source=source)
         print(f"{run} starts at step {state.step}: fastrepa train {run}/config.yaml")
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fastrepa.errors import ConfigError, nearest
 
@@ -29,6 +37,7 @@ SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
     "SiT-XL": (1152, 28, 16, 8),
 }
 PATCHES = (2, 4, 8)
+MAX_EMAS = 4  # as many as the fused kernel updates in one pass
 
 
 class _Section(BaseModel):
@@ -132,6 +141,40 @@ class ScheduleConfig(_Section):
     final: Probability = Field(0.0, description="cosine: the last rate, as a share of lr")
 
 
+class EmaConfig(_Section):
+    """One moving average of the weights; in YAML a decay (`0.9999`) or `{sigma_rel: 0.05}`.
+
+    sigma_rel is the relative standard deviation of EDM2's power-function average (Karras et al.
+    2024, section 3.1): how far back it looks, as a share of the training so far.
+    """
+
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    sigma_rel: Annotated[float, Field(gt=0.0, le=0.28)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            return {"decay": value}
+        if not isinstance(value, Mapping | EmaConfig):
+            raise ValueError(f"training.ema: {value!r} is neither a decay nor {{sigma_rel: 0.05}}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EmaConfig:
+        if (self.decay is None) == (self.sigma_rel is None):
+            raise ValueError("training.ema: give a decay such as 0.9999, or {sigma_rel: 0.05}")
+        return self
+
+    @model_serializer
+    def as_written(self) -> Any:
+        return self.decay if self.sigma_rel is None else {"sigma_rel": self.sigma_rel}
+
+    def __str__(self) -> str:
+        """As the command line names it: 0.9999, or sigma_rel=0.05."""
+        return str(self.decay) if self.sigma_rel is None else f"sigma_rel={self.sigma_rel}"
+
+
 class KeepBestConfig(_Section):
     """Which checkpoint is the best: by a key of metrics.jsonl, as last logged before the save."""
 
@@ -149,7 +192,11 @@ class TrainingConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="gradient norm; 0: no clipping")
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
+    ema: tuple[EmaConfig, ...] = Field(
+        (EmaConfig(decay=0.9999),),
+        strict=False,
+        description="one or a list; the first is sampled and evaluated, the others are stored",
+    )
     log_every: Positive = 100
     sample_every: NonNegative = Field(10_000, description="0: never")
     checkpoint_every: NonNegative = Field(50_000, description="0: at the end only")
@@ -158,6 +205,20 @@ class TrainingConfig(_Section):
     keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project; None: off")
+
+    @field_validator("ema", mode="before")
+    @classmethod
+    def _one_or_a_list(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    @field_validator("ema")
+    @classmethod
+    def _each_once(cls, value: tuple[EmaConfig, ...]) -> tuple[EmaConfig, ...]:
+        if not 1 <= len(value) <= MAX_EMAS:
+            raise ValueError(f"training.ema: a list of 1 to {MAX_EMAS}, got {len(value)}")
+        if twice := [str(e) for i, e in enumerate(value) if e in value[:i]]:
+            raise ValueError(f"training.ema: {twice[0]} is there twice")
+        return value
 
 
 class SampleConfig(_Section):

@@ -5,12 +5,15 @@ from fastrepa_kernels.adaln import (
     gated_residual_layernorm_modulate,
     layernorm_modulate,
 )
+from fastrepa_kernels.adaln_linear import adaln_linear, adaln_mlp
 from fastrepa_kernels.adamw_ema import adamw_ema_
 from fastrepa_kernels.drop_in import patch_reference
 from fastrepa_kernels.mlp import linear_gelu
 from fastrepa_kernels.projector_alignment import projector_alignment
 
 __all__ = [
+    "adaln_linear",
+    "adaln_mlp",
     "adamw_ema_",
     "gated_residual",
     "gated_residual_layernorm_modulate",

@@ -8,7 +8,8 @@ with s the logistic function and k = sqrt(2/pi): 0.5 (1 + tanh u) = s(2u).
 
 Shapes: N rows, C columns; a, h, dh, da [N,C] contiguous, sums [C] fp32. Nothing is saved here:
 these are the pointwise halves of projector_alignment and linear_gelu, which own the autograd.
-`out` may be one of the inputs. Column sums are two-stage, in a fixed order.
+`out` may be one of the inputs. Backward can write h once more in its pass. Column sums are
+two-stage, in a fixed order.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _activation_fwd_kernel(a_ptr, h_ptr, size, GELU: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _activation_bwd_kernel(
-    dh_ptr, a_ptr, da_ptr, sums_ptr, N, C,
+    dh_ptr, a_ptr, da_ptr, h_ptr, sums_ptr, N, C,
     GELU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +63,8 @@ def _activation_bwd_kernel(
         else:
             s = tl.sigmoid(a)
             da = dh * s * (1.0 + a * (1.0 - s))
+        if h_ptr is not None:
+            tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=inside)
         tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
         if SUMS:
             total += tl.sum(da, 0)  # rows outside loaded dh = 0 and add nothing
@@ -84,10 +87,15 @@ def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
 
 
 def activate_backward(
-    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool
+    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None
 ) -> Tensor | None:
-    """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`."""
+    """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`.
+
+    again: receives f(a) in the same pass, where the forward's was not kept.
+    """
     if not launch.use_triton(a):
+        if again is not None:
+            activate(a, again, gelu=gelu)
         if gelu:
             torch.ops.aten.gelu_backward.grad_input(dh, a, approximate="tanh", grad_input=out)
         else:
@@ -100,7 +108,7 @@ def activate_backward(
     splits = triton.cdiv(n, table.rows)
     parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
     _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
-        dh, a, out, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
+        dh, a, out, again, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
         BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
     return parts.sum(0) if sums else None
@@ -125,16 +133,18 @@ def _aot_cases() -> list[AotCase]:
                 {"GELU": gelu, "BLOCK": flat.block}, flat.num_warps, registers=64, shared=0,
                 wide_loads=2, long_offsets=("a_ptr", "h_ptr"),
             ))  # fmt: skip
-            cases.append(AotCase(
-                _activation_bwd_kernel, label, generation,
-                {"dh_ptr": bf, "a_ptr": bf, "da_ptr": bf, "sums_ptr": "*fp32"},
-                {
-                    "GELU": gelu, "SUMS": True, "ROWS": table.rows,
-                    "BLOCK_N": table.block_n, "BLOCK_C": table.block_c,
-                },
-                table.num_warps, registers=96, shared=8192, wide_loads=2,
-                long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
-            ))  # fmt: skip
+            for again in (False, True):
+                cases.append(AotCase(
+                    _activation_bwd_kernel, f"{label}{', f(a) again' if again else ''}", generation,
+                    {"dh_ptr": bf, "a_ptr": bf, "da_ptr": bf, "h_ptr": bf, "sums_ptr": "*fp32"},
+                    {
+                        "GELU": gelu, "SUMS": True, "ROWS": table.rows,
+                        "BLOCK_N": table.block_n, "BLOCK_C": table.block_c,
+                        **({} if again else {"h_ptr": None}),
+                    },
+                    table.num_warps, registers=96, shared=8192, wide_loads=2,
+                    long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
+                ))  # fmt: skip
     return cases
 
 

@@ -1,15 +1,18 @@
-"""AdamW, the exponential moving average and the low-precision weight copy in one pass.
+"""AdamW, moving averages of the weights and their low-precision copy in one pass.
 
     g = grad grad_scale;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
     p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
-    e <- e + (1 - ema_decay) (p - e);   low <- p in the low precision
+    e <- e + (1 - ema_decay) (p - e), for each of up to MAX_EMAS averages and their decays
+    low <- p in the low precision
 
 Shapes: any; every list entry (a ZeRO partition, or one parameter) is walked flat, and p, m, v, e
 of an entry are fp32 (float64 in tests) of one size. grad may be a half dtype. Nothing is saved:
 this op has no gradient. Every tensor is read once and written once.
 
-A step told to be bad (`skip`, a device flag) changes nothing at all, EMA included, and the host
-never reads the flag: the kernel does. `step`, `lr`, `grad_scale` may be device scalars as well.
+A step told to be bad (`skip`, a device flag) changes nothing at all, no EMA either, and the host
+never reads the flag: the kernel does. `step`, `lr`, `grad_scale` and the decays may be device
+scalars as well. A decay that changes from step to step (EDM2's power function, `power_decay`) is
+one more of them.
 
 No result depends on where in a tensor an element lies: ZeRO cuts the flat parameters anywhere, and
 any number of ranks must agree bit for bit. On CPU that rules out ATen's fused pointwise ops (lerp,
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,6 +39,7 @@ from fastrepa_kernels.cost import Cost
 # Elements the torch path handles at once. Seven fp32 streams of 512 Ki elements (14.7 MB) fit a
 # last-level cache, and a call is long enough that waking the other threads does not count.
 CPU_BLOCK = 1 << 19
+MAX_EMAS = 4  # pointers that the kernel has
 
 
 def adamw_ema_reference(
@@ -43,38 +47,52 @@ def adamw_ema_reference(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    ema: Tensor,
+    ema: Tensor | Sequence[Tensor],
     *,
     step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decay: float,
+    ema_decay: float | Sequence[float],
     grad_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification, out of place: (param, exp_avg, exp_avg_sq, ema), in any dtype."""
+) -> tuple[Tensor, ...]:
+    """The specification, out of place: (param, exp_avg, exp_avg_sq, *emas), in any dtype."""
     g = grad.to(param.dtype) * grad_scale
     m = betas[0] * exp_avg + (1 - betas[0]) * g
     v = betas[1] * exp_avg_sq + (1 - betas[1]) * g * g
     m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
     param = param * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
-    return param, m, v, ema_decay * ema + (1 - ema_decay) * param
+    emas = zip(_decays(ema_decay), _tensors(ema), strict=True)
+    return param, m, v, *(d * e + (1 - d) * param for d, e in emas)
+
+
+def power_decay(step: Any, gamma: float) -> Any:
+    """The decay of EDM2's power-function average at update `step` (an int, or a tensor, from 1):
+    (1 - 1/t)^(gamma + 1) (Karras et al. 2024, equation 2). Its first update takes the weights.
+    """
+    return (1 - 1 / step) ** (gamma + 1)
 
 
 class _Rates(NamedTuple):
-    """What changes from step to step. `control` on the device holds the same four and a flag."""
+    """What changes from step to step. `control` on the device holds a flag and the same, flat."""
 
     grad_scale: float
     decay: float  # 1 - lr * weight_decay
     step_size: float  # lr / (1 - b1^t)
     root: float  # 1 / sqrt(1 - b2^t)
+    ema_rests: tuple[float, ...]  # 1 - ema_decay of each average
+
+    @classmethod
+    def of(cls, flat: Sequence[float]) -> _Rates:
+        return cls(flat[0], flat[1], flat[2], flat[3], tuple(flat[4:]))
 
 
 @triton.jit
 def _adamw_ema_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, low_ptr, control_ptr,
-    size, grad_scale, decay, step_size, root, beta1, rest1, beta2, rest2, eps, ema_rest,
+    p_ptr, g_ptr, m_ptr, v_ptr, low_ptr, e0_ptr, e1_ptr, e2_ptr, e3_ptr, control_ptr,
+    size, beta1, rest1, beta2, rest2, eps, grad_scale, decay, step_size, root,
+    ema_rest0, ema_rest1, ema_rest2, ema_rest3,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if control_ptr is not None:
@@ -83,6 +101,14 @@ def _adamw_ema_kernel(
         decay = tl.load(control_ptr + 2)
         step_size = tl.load(control_ptr + 3)
         root = tl.load(control_ptr + 4)
+        if e0_ptr is not None:
+            ema_rest0 = tl.load(control_ptr + 5)
+        if e1_ptr is not None:
+            ema_rest1 = tl.load(control_ptr + 6)
+        if e2_ptr is not None:
+            ema_rest2 = tl.load(control_ptr + 7)
+        if e3_ptr is not None:
+            ema_rest3 = tl.load(control_ptr + 8)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
     inside = at < size
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * grad_scale  # [BLOCK]
@@ -95,78 +121,87 @@ def _adamw_ema_kernel(
     tl.store(m_ptr + at, m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
     tl.store(p_ptr + at, p, mask=inside)
-    if e_ptr is not None:
-        e = tl.load(e_ptr + at, mask=inside, other=0.0)
-        tl.store(e_ptr + at, e + ema_rest * (p - e), mask=inside)
+    if e0_ptr is not None:
+        e = tl.load(e0_ptr + at, mask=inside, other=0.0)
+        tl.store(e0_ptr + at, e + ema_rest0 * (p - e), mask=inside)
+    if e1_ptr is not None:
+        e = tl.load(e1_ptr + at, mask=inside, other=0.0)
+        tl.store(e1_ptr + at, e + ema_rest1 * (p - e), mask=inside)
+    if e2_ptr is not None:
+        e = tl.load(e2_ptr + at, mask=inside, other=0.0)
+        tl.store(e2_ptr + at, e + ema_rest2 * (p - e), mask=inside)
+    if e3_ptr is not None:
+        e = tl.load(e3_ptr + at, mask=inside, other=0.0)
+        tl.store(e3_ptr + at, e + ema_rest3 * (p - e), mask=inside)
     if low_ptr is not None:
         tl.store(low_ptr + at, p.to(low_ptr.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op(
     "fastrepa::adamw_ema_",
-    mutates_args=("params", "exp_avg", "exp_avg_sq", "ema", "low_precision"),
+    mutates_args=("params", "exp_avg", "exp_avg_sq", "emas", "low_precision"),
 )
 def _adamw_ema_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
-    ema: list[Tensor],
+    emas: list[Tensor],  # those of the first decay for all params, then of the second, ...
     low_precision: list[Tensor],
     control: Tensor | None,
     rates: list[float],
     betas: list[float],
     eps: float,
-    ema_decay: float,
 ) -> None:
-    empty = [None] * len(params)
-    lists = (params, grads, exp_avg, exp_avg_sq, ema or empty, low_precision or empty)
-    for entry in zip(*lists, strict=True):
+    count = len(params)
+    of_param = [emas[i::count] for i in range(count)]
+    low: Sequence[Any] = low_precision or [None] * count
+    lists = (params, grads, exp_avg, exp_avg_sq, low, of_param)
+    numbers = _Rates.of(rates)
+    for *entry, averages in zip(*lists, strict=True):
         if not entry[0].numel():
             continue
-        if launch.use_triton(entry[0]):
-            _step_triton(entry, control, _Rates(*rates), betas, eps, ema_decay)
-        else:
-            _step_torch(entry, control, _Rates(*rates), betas, eps, ema_decay)
+        step = _step_triton if launch.use_triton(entry[0]) else _step_torch
+        step(entry, averages, control, numbers, betas, eps)
 
 
 @_adamw_ema_.register_fake
-def _(
-    params, grads, exp_avg, exp_avg_sq, ema, low_precision, control, rates, betas, eps, ema_decay
-):
+def _(params, grads, exp_avg, exp_avg_sq, emas, low_precision, control, rates, betas, eps):
     return None
 
 
-def _step_triton(entry, control, rates, betas, eps, ema_decay) -> None:
+def _step_triton(entry, averages, control, rates, betas, eps) -> None:
     size = entry[0].numel()
     flat = launch.FLAT["optimiser"][launch.generation(entry[0].device)]
+    missing = MAX_EMAS - len(averages)
+    rests = (*rates.ema_rests, *(0.0,) * (MAX_EMAS - len(rates.ema_rests)))
     _adamw_ema_kernel[(triton.cdiv(size, flat.block),)](
-        *entry, control, size, *rates, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
-        1 - ema_decay, BLOCK=flat.block, num_warps=flat.num_warps,
+        *entry, *averages, *(None,) * missing, control, size, betas[0], 1 - betas[0], betas[1],
+        1 - betas[1], eps, *rates[:4], *rests, BLOCK=flat.block, num_warps=flat.num_warps,
     )  # fmt: skip
 
 
-def _step_torch(entry, control, rates, betas, eps, ema_decay) -> None:
+def _step_torch(entry, averages, control, rates, betas, eps) -> None:
     if control is not None:
         # On CPU the flag is host memory already: reading it waits for nothing.
         keep, *values = control.tolist()
         if keep == 0.0:
             return
-        rates = _Rates(*values)
-    p, g, m, v = (t.view(-1) for t in entry[:4])
-    e, low = (None if t is None else t.view(-1) for t in entry[4:])
+        rates = _Rates.of(values)
+    flat: list[Any] = [None if t is None else t.view(-1) for t in (*entry, *averages)]
+    p = flat[0]
     room = min(CPU_BLOCK, p.numel())
     s, u = (torch.empty(room, dtype=p.dtype, device=p.device) for _ in range(2))
     for start in range(0, p.numel(), CPU_BLOCK):
         part = slice(start, start + CPU_BLOCK)
-        block = [None if t is None else t[part] for t in (p, g, m, v, e, low)]
+        block = [None if t is None else t[part] for t in flat]
         size = min(CPU_BLOCK, p.numel() - start)
-        _step_block(block, s[:size], u[:size], rates, betas, eps, ema_decay)
+        _step_block(block, s[:size], u[:size], rates, betas, eps)
 
 
-def _step_block(block, s, u, rates, betas, eps, ema_decay) -> None:
+def _step_block(block, s, u, rates, betas, eps) -> None:
     """One block in single-rounding operations; s and u are scratch."""
-    p, g, m, v, e, low = block
+    p, g, m, v, low, *averages = block
     torch.mul(s.copy_(g), rates.grad_scale, out=s)
     torch.mul(s, 1 - betas[0], out=u)
     m.mul_(betas[0]).add_(u)
@@ -177,24 +212,26 @@ def _step_block(block, s, u, rates, betas, eps, ema_decay) -> None:
     if rates.decay != 1.0:
         p.mul_(rates.decay)
     p.sub_(s.mul_(rates.step_size))
-    if e is not None:
+    for e, rest in zip(averages, rates.ema_rests, strict=True):
         torch.sub(p, e, out=s)
-        e.add_(s.mul_(1 - ema_decay))
+        e.add_(s.mul_(rest))
     if low is not None:
         low.copy_(p)
 
 
-def _rates(step, lr, betas, weight_decay, grad_scale) -> _Rates:
+def _rates(step, lr, betas, weight_decay, grad_scale, decays) -> _Rates:
     return _Rates(
         grad_scale=grad_scale,
         decay=1 - lr * weight_decay,
         step_size=lr / (1 - betas[0] ** step),
         root=1 / math.sqrt(1 - betas[1] ** step),
+        ema_rests=tuple(1 - d for d in decays),
     )
 
 
-def _control(device, step, lr, betas, weight_decay, grad_scale, skip) -> Tensor:
-    """[keep, grad_scale, decay, step_size, root] in fp32, from device scalars, without a sync.
+def _control(device, step, lr, betas, weight_decay, grad_scale, decays, skip) -> Tensor:
+    """[keep, grad_scale, decay, step_size, root, *ema_rests] in fp32, from device scalars, without
+    a sync.
 
     Computed in float64: 1 - b2^t cancels to a thousandth at t = 1.
     """
@@ -212,8 +249,13 @@ def _control(device, step, lr, betas, weight_decay, grad_scale, skip) -> Tensor:
             1 - rate * weight_decay,
             rate / (1 - scalar(betas[0]) ** t),
             (1 - scalar(betas[1]) ** t).rsqrt(),
+            *(scalar(1 - d) for d in decays),
         ]
     ).to(torch.float32)
+
+
+def _decays(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _tensors(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -225,7 +267,7 @@ def _tensors(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
 def _check(lists: dict[str, list[Tensor]]) -> None:
     params = lists["params"]
     for argument, tensors in lists.items():
-        if len(tensors) != len(params) and (tensors or argument not in ("ema", "low_precision")):
+        if len(tensors) != len(params) and (tensors or argument != "low_precision"):
             raise ValueError(
                 f"adamw_ema_: {argument} must have {len(params)} tensors, as params; "
                 f"got {len(tensors)}"
@@ -257,21 +299,22 @@ def adamw_ema_(
     grads: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
     exp_avg_sq: Tensor | Sequence[Tensor],
-    ema: Tensor | Sequence[Tensor] | None,
+    ema: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]] | None,
     *,
     step: int | Tensor,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    ema_decay: float = 0.9999,
+    ema_decay: float | Tensor | Sequence[float | Tensor] = 0.9999,
     grad_scale: float | Tensor | None = None,
     skip: Tensor | None = None,
     low_precision: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
-    """One AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMA, in place.
+    """One AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMAs, in place.
 
     params, exp_avg, exp_avg_sq, ema: a flat tensor or a list, fp32, contiguous; ema may be None.
+    With a list of up to MAX_EMAS decays, ema is a list of as many of these.
     grads: the same shapes, any floating dtype, multiplied by `grad_scale` (the clip factor, the
     inverse loss scale). step: the number of this step, from 1. skip: a one-element tensor; nonzero
     leaves everything as it is (the caller then also keeps its step counter: with skip, give step
@@ -279,10 +322,18 @@ def adamw_ema_(
     On CUDA a list costs one launch per tensor: hand over flat tensors where there are many.
     Raises ValueError where shapes, dtypes, devices or the step do not fit.
     """
+    several = isinstance(ema_decay, list | tuple)
+    decays = [] if ema is None else _decays(ema_decay)
+    averages: list[Any] = list(ema) if several and ema is not None else [ema] * len(decays)
+    if len(averages) != len(decays) or len(decays) > MAX_EMAS:
+        raise ValueError(
+            f"adamw_ema_: ema must have an entry for each of at most {MAX_EMAS} decays; "
+            f"got {len(averages)} for {len(decays)}"
+        )
+    emas = {f"ema[{i}]" if several else "ema": _tensors(e) for i, e in enumerate(averages)}
     lists = {
         "params": _tensors(params), "grads": _tensors(grads), "exp_avg": _tensors(exp_avg),
-        "exp_avg_sq": _tensors(exp_avg_sq), "ema": _tensors(ema),
-        "low_precision": _tensors(low_precision),
+        "exp_avg_sq": _tensors(exp_avg_sq), "low_precision": _tensors(low_precision), **emas,
     }  # fmt: skip
     _check(lists)
     if not isinstance(step, Tensor) and step < 1:
@@ -292,46 +343,51 @@ def adamw_ema_(
     if not lists["params"]:
         return
     scale = 1.0 if grad_scale is None else grad_scale
-    control, rates = None, _Rates(1.0, 1.0, 0.0, 1.0)
-    if skip is not None or any(isinstance(v, Tensor) for v in (step, lr, scale)):
+    control, rates = None, _Rates(1.0, 1.0, 0.0, 1.0, (0.0,) * len(decays))
+    if skip is not None or any(isinstance(v, Tensor) for v in (step, lr, scale, *decays)):
         device = lists["params"][0].device
-        control = _control(device, step, lr, betas, weight_decay, scale, skip)
+        control = _control(device, step, lr, betas, weight_decay, scale, decays, skip)
     else:
-        rates = _rates(step, lr, betas, weight_decay, scale)
+        rates = _rates(step, lr, betas, weight_decay, scale, decays)
     _adamw_ema_(
-        lists["params"], lists["grads"], lists["exp_avg"], lists["exp_avg_sq"], lists["ema"],
-        lists["low_precision"], control, list(rates), list(betas), eps, ema_decay,
+        lists["params"], lists["grads"], lists["exp_avg"], lists["exp_avg_sq"],
+        [t for tensors in emas.values() for t in tensors], lists["low_precision"], control,
+        [*rates[:4], *rates.ema_rests], list(betas), eps,
     )  # fmt: skip
 
 
-def adamw_ema_cost(
-    n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, ema: bool = True
-) -> Cost:
-    """p, m, v (and ema) are read and written, grad is read, the low-precision copy is written."""
+def adamw_ema_cost(n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, emas: int = 1) -> Cost:
+    """p, m, v and each EMA are read and written, grad is read, the low-precision copy written."""
     return Cost(
-        flops=(16 if ema else 13) * n,
-        bytes=n * ((32 if ema else 24) + grad_itemsize + low_itemsize),
+        flops=(13 + 3 * emas) * n,
+        bytes=n * (24 + 8 * emas + grad_itemsize + low_itemsize),
     )
 
 
 def _aot_cases() -> list[AotCase]:
     fp, bf, f = "*fp32", "*bf16", "fp32"
     floats = (
-        "grad_scale", "decay", "step_size", "root", "beta1", "rest1", "beta2", "rest2", "eps",
-        "ema_rest",
+        "beta1", "rest1", "beta2", "rest2", "eps", "grad_scale", "decay", "step_size", "root",
+        *(f"ema_rest{i}" for i in range(MAX_EMAS)),
     )  # fmt: skip
+    emas = [f"e{i}_ptr" for i in range(MAX_EMAS)]
     types = {
-        "p_ptr": fp, "g_ptr": bf, "m_ptr": fp, "v_ptr": fp, "e_ptr": fp, "low_ptr": bf,
-        "control_ptr": fp, **dict.fromkeys(floats, f),
+        "p_ptr": fp, "g_ptr": bf, "m_ptr": fp, "v_ptr": fp, "low_ptr": bf,
+        **dict.fromkeys(emas, fp), "control_ptr": fp, **dict.fromkeys(floats, f),
     }  # fmt: skip
     cases = []
     for generation in launch.GENERATIONS:
         flat = launch.FLAT["optimiser"][generation]
-        for label, absent in {"device flag": {}, "host": {"control_ptr": None}}.items():
+        for label, count, absent in (
+            ("device flag", 1, {}),
+            ("host", 1, {"control_ptr": None}),
+            (f"{MAX_EMAS} EMAs", MAX_EMAS, {}),
+        ):
+            given = ("p_ptr", "g_ptr", "m_ptr", "v_ptr", "low_ptr", *emas[:count])
             cases.append(AotCase(
                 _adamw_ema_kernel, f"{label} block {flat.block}", generation, types,
-                {"BLOCK": flat.block, **absent}, flat.num_warps, registers=80, shared=8192,
-                wide_loads=4, long_offsets=("p_ptr", "g_ptr", "m_ptr", "v_ptr", "e_ptr", "low_ptr"),
+                {"BLOCK": flat.block, **absent, **dict.fromkeys(emas[count:])}, flat.num_warps,
+                registers=80, shared=8192, wide_loads=3 + count, long_offsets=given,
             ))  # fmt: skip
     return cases
 

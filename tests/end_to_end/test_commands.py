@@ -22,7 +22,10 @@ def run(*args):
 def trained(tmp_path_factory):
     """A short quickstart, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    settings = ("training.steps=4", "training.sample_every=2", "training.tensorboard=true")
+    settings = (
+        "training.steps=4", "training.sample_every=2", "training.tensorboard=true",
+        "training.ema=[{sigma_rel: 0.1}, 0.9]",
+    )  # fmt: skip
     return folder, train(folder, *settings, "training.micro_batch=4").stdout
 
 
@@ -64,7 +67,9 @@ def test_sample(trained, tmp_path, sampler):
     out = tmp_path / "out"
     run("sample", folder, "--num", 5, "--sampler", sampler, "--steps", 3, "--cfg", 1.8,
         "--guidance-high", 0.7, "--classes", "Animals & Nature,5", "--out", out, "--npz",
-        "--seed", 3)  # fmt: skip
+        "--seed", 3, *(("--ema", "0.9") if sampler == "sde" else ()))  # fmt: skip
+    record = json.loads((out / "sampling.json").read_text())
+    assert record["ema"] == ("0.9" if sampler == "sde" else "sigma_rel=0.1")
     images = np.load(next(out.glob("*.npz")))["arr_0"]
     assert images.shape == (5, 32, 32, 3)
     assert images.dtype == np.uint8

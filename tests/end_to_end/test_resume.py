@@ -26,6 +26,7 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
     # benchmarks/records/faults_cpu.jsonl has 25 kills, in two stages.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
     arguments += ["zero.stage=3", "training.precision=bf16"]
+    arguments += ["training.ema=[0.99, {sigma_rel: 0.1}]"]
     done = kills(tmp_path, arguments, count=3, steps=10, seed=time.time_ns())
     assert done["count"] == 3
     assert done["different"] == [], done["lives"]
@@ -36,8 +37,9 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
     # A save that was under way counts for nothing, the one before it does.
     assert done["steps_lost_most"] <= 2 * 2, done["lives"]
     first, last = (tensors(tmp_path / "killed/run", step) for step in (8, 10))
-    name = "ema/blocks.0.mlp.fc1.weight"
-    assert not torch.equal(first[name], last[name])
+    for average in ("ema", "ema_sigma_rel_0.1"):
+        name = f"{average}/blocks.0.mlp.fc1.weight"
+        assert not torch.equal(first[name], last[name])
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])

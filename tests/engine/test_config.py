@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrepa.config import config_from_dict, load_config, save_config
+from fastrepa.config import EmaConfig, config_from_dict, load_config, save_config
 from fastrepa.errors import ConfigError
 
 BASE = {"run": "r", "data": {"path": "shards"}, "model": {"name": "SiT-XL/2"}}
@@ -37,7 +37,7 @@ def test_the_paper_defaults():
     assert (t.global_batch, t.steps, t.ema, t.clip, t.checkpoint_every) == (
         256,
         400_000,
-        0.9999,
+        (EmaConfig(decay=0.9999),),
         1.0,
         50_000,
     )
@@ -81,6 +81,13 @@ def test_overrides(tmp_path):
         (edited(training={"steps": True}), "training.steps: True is not allowed"),
         (edited(training={"steps": 0}), "training.steps: 0 is not allowed: .*greater than 0"),
         (edited(zero={"stage": 4}), "zero.stage: 4 is not allowed: .*0, 1, 2 or 3"),
+        (edited(training={"ema": 1.0}), "training.ema.0.decay: 1.0 is not allowed: .*less than 1"),
+        (edited(training={"ema": [0.9, 0.5, 0.9]}), "training.ema: 0.9 is there twice"),
+        (edited(training={"ema": []}), "training.ema: a list of 1 to 4, got 0"),
+        (edited(training={"ema": [{"sigma": 0.1}]}), "ema.0.sigma: unknown key .*'sigma_rel'"),
+        (edited(training={"ema": {"sigma_rel": 0.5}}), "ema.0.sigma_rel: 0.5 is not allowed"),
+        (edited(training={"ema": "most"}), "training.ema: 'most' is neither a decay nor"),
+        (edited(training={"ema": {}}), "training.ema: give a decay such as 0.9999, or"),
         (edited(data={}), "data.path: required key is missing"),
         (edited(data={"path": "x", "codec": {"nam": "pixel"}}), "data.codec.nam: unknown key .*'name'"),
         (edited(vision={"encoders": [{"name": "x", "grid": "cubic"}]}), "vision.encoders.0.grid: 'cubic'"),
@@ -97,6 +104,23 @@ def test_overrides(tmp_path):
 def test_what_is_refused(tree, message):
     with pytest.raises(ConfigError, match=message):
         config_from_dict(tree)
+
+
+def test_averages_are_one_or_a_list_and_written_as_they_are_read(tmp_path):
+    path = tmp_path / "c.yaml"
+    for given, emas in (
+        (0.5, [EmaConfig(decay=0.5)]),
+        ({"sigma_rel": 0.1}, [EmaConfig(sigma_rel=0.1)]),
+        ([0.5, {"sigma_rel": 0.05}], [EmaConfig(decay=0.5), EmaConfig(sigma_rel=0.05)]),
+    ):
+        config = config_from_dict(edited(training={"ema": given}))
+        assert config.training.ema == tuple(emas)
+        save_config(config, path)
+        assert load_config(path) == config
+        written = given if isinstance(given, list) else [given]
+        assert config.model_dump(mode="json")["training"]["ema"] == written
+    config = load_config(path, ["training.ema.1.sigma_rel=0.2", "training.ema.0=0.25"])
+    assert [str(e) for e in config.training.ema] == ["0.25", "sigma_rel=0.2"]
 
 
 @pytest.mark.parametrize(

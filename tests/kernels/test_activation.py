@@ -2,7 +2,8 @@
 
 Mutations tried, each caught: the `a (1 - s)` term of SiLU' dropped; the factor 3 left out of u';
 the row mask one row late (writes past the end: the process
-aborts); the column sums of dh instead of da.
+aborts); the column sums of dh instead of da; a
+stored as h in backward.
 """
 
 import pytest
@@ -32,14 +33,15 @@ def test_as_good_as_eager(place, shape, gelu):
         (da,) = torch.autograd.grad(h, leaf, dh.to(dtype))
         return h.detach(), da, da.to(torch.promote_types(dtype, torch.float32)).sum(0)
 
-    h, da = torch.empty_like(a), torch.empty_like(a)
+    h, da, again = (torch.empty_like(a) for _ in range(3))
     activate(a, h, gelu=gelu)
-    sums = activate_backward(dh, a, da, gelu=gelu, sums=True)
+    sums = activate_backward(dh, a, da, gelu=gelu, sums=True, again=again)
     names = ("h", "da", "sums")
     for name, *values in zip(
         names, (h, da, sums), eager(a.dtype), eager(torch.double), strict=True
     ):
         assert_as_good_as_eager(name, *values)
+    assert torch.equal(again, h)
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])

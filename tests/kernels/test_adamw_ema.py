@@ -3,13 +3,19 @@
 Mutations tried, each caught by the tests below: sqrt(1 - b2^t) left out; eps added before that
 correction (kernel and torch path); weight decay applied after the update; the EMA fed with the
 first moment (both); grad_scale missing once in v; the skip flag ignored (both); the size mask one
-element late.
+element late; two averages with their decays exchanged (kernel, its device scalars, torch path).
 """
 
 import pytest
 import torch
 
-from fastrepa_kernels.adamw_ema import CPU_BLOCK, adamw_ema_, adamw_ema_cost, adamw_ema_reference
+from fastrepa_kernels.adamw_ema import (
+    CPU_BLOCK,
+    adamw_ema_,
+    adamw_ema_cost,
+    adamw_ema_reference,
+    power_decay,
+)
 from tests.kernels.accuracy import assert_as_good_as_eager
 
 NAMES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -41,6 +47,78 @@ def test_as_good_as_eager(place, size, step):
         assert_as_good_as_eager(name, *values)
     # The interpreter truncates where hardware rounds: within one unit either way.
     assert torch.allclose(low.float(), p, rtol=torch.finfo(torch.float16).eps, atol=1e-7)
+
+
+DECAYS = (0.99, 0.5, 0.9999, 0.0)
+
+
+def with_averages(place, size, count):
+    """params, grads and moments as `state` makes them, and `count` averages."""
+    p, g, m, v, _ = state(place, size)
+    return p, g, m, v, [place.randn(size, dtype=p.dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("size", [5, 3000])
+def test_several_averages_in_one_pass(place, size, count):
+    p, g, m, v, emas = with_averages(place, size, count)
+    options = {**RATES, "ema_decay": DECAYS[:count], "step": 7, "grad_scale": 0.37}
+    double = [t.double() for t in (p, g, m, v)]
+    exact = adamw_ema_reference(*double, [e.double() for e in emas], **options)
+    eager = adamw_ema_reference(p, g, m, v, emas, **options)
+    adamw_ema_(p, g, m, v, emas, **options)
+    names = [*NAMES[:3], *(f"ema {i}" for i in range(count))]
+    for name, *values in zip(names, (p, m, v, *emas), eager, exact, strict=True):
+        assert_as_good_as_eager(name, *values)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_decays_on_the_device_and_a_bad_step_moves_none(place_fp32, flag):
+    before = with_averages(place_fp32, 700, 3)
+    device = before[0].device
+    p, g, m, v = (t.clone() for t in before[:4])
+    emas = [e.clone() for e in before[4]]
+    step = torch.tensor(5.0, dtype=torch.float64, device=device)
+    if flag:
+        g[:] = float("nan")
+    options = {**RATES, "ema_decay": [0.99, power_decay(step, 6.9), power_decay(step, 16.0)]}
+    skip = torch.tensor(flag, device=device)
+    adamw_ema_([p], [g], [m], [v], [[e] for e in emas], **options, step=step, skip=skip)
+    if flag:
+        assert all(map(torch.equal, (p, m, v, *emas), (before[0], *before[2:4], *before[4])))
+        return
+    options["ema_decay"] = [0.99, 0.8**7.9, 0.8**17]
+    double = [t.double() for t in before[:4]]
+    exact = adamw_ema_reference(*double, [e.double() for e in before[4]], step=5, **options)
+    eager = adamw_ema_reference(*before, step=5, **options)
+    for i, values in enumerate(zip((p, m, v, *emas), eager, exact, strict=True)):
+        assert_as_good_as_eager(str(i), *values)
+
+
+def test_one_of_several_averages_is_the_one_alone(place_fp32):
+    """To the bit, so a second average changes no run."""
+    alone, several = state(place_fp32, 900), with_averages(place_fp32, 900, 2)
+    for t, source in zip((*several[:4], several[4][0]), alone, strict=True):
+        t.copy_(source)
+    adamw_ema_(*alone, step=4, **RATES)
+    adamw_ema_(*several, step=4, **RATES | {"ema_decay": [RATES["ema_decay"], 0.5]})
+    assert all(map(torch.equal, alone, (*several[:4], several[4][0])))
+
+
+@pytest.mark.parametrize("gamma", [0.2, 6.94])
+def test_power_decay_averages_with_a_power_function(gamma):
+    """The average of update T is the sum of w_t p_t, and w_t the integral of the profile
+    (gamma + 1) tau^gamma / T^(gamma + 1) from t - 1 to t: the first update takes the weights whole.
+    """
+    count = 400
+    weights = torch.zeros(count, dtype=torch.float64)
+    for t in range(1, count + 1):
+        decay = power_decay(t, gamma)
+        weights *= decay
+        weights[t - 1] = 1 - decay
+    assert power_decay(1, gamma) == 0.0
+    integral = (torch.arange(count + 1, dtype=torch.float64) / count) ** (gamma + 1)
+    assert torch.allclose(weights, integral.diff(), rtol=1e-9, atol=0)
 
 
 def test_many_steps_against_torch_adamw(place_fp32):
@@ -104,13 +182,15 @@ def test_a_bad_step_with_nan_gradients_changes_nothing(place_fp32):
 
 @pytest.mark.parametrize("cuts", [(1,), (7, 500), (333, 334, 1000), (64, 128)])
 def test_the_result_does_not_depend_on_how_the_tensor_is_cut(place_fp32, cuts):
-    whole = state(place_fp32, 2000)
-    parts = [
-        [t[a:b].clone() for a, b in zip((0, *cuts), (*cuts, 2000), strict=True)] for t in whole
+    *whole, second = (*state(place_fp32, 2000), place_fp32.randn(2000))
+    *parts, others = [
+        [t[a:b].clone() for a, b in zip((0, *cuts), (*cuts, 2000), strict=True)]
+        for t in (*whole, second)
     ]
-    adamw_ema_(*whole, step=3, **RATES)
-    adamw_ema_(*parts, step=3, **RATES)
-    for t, pieces in zip(whole, parts, strict=True):
+    rates = {**RATES, "ema_decay": [0.99, 0.9]}
+    adamw_ema_(*whole[:4], [whole[4], second], step=3, **rates)
+    adamw_ema_(*parts[:4], [parts[4], others], step=3, **rates)
+    for t, pieces in zip((*whole, second), (*parts, others), strict=True):
         assert torch.equal(t, torch.cat(pieces))
 
 
@@ -157,6 +237,9 @@ def test_parameters_that_require_gradients(place_fp32):
         ({"params": torch.zeros(3, dtype=torch.bfloat16)}, r"params\[0\] must be float32"),
         ({"ema": torch.zeros(3, dtype=torch.bfloat16)}, r"ema\[0\] must be torch.float32"),
         ({"grads": torch.zeros(3, dtype=torch.int32)}, r"grads\[0\] must be floating"),
+        ({"ema_decay": [0.9]}, r"ema must have an entry for each of at most 4 decays; got 3 for 1"),
+        ({"ema": [torch.zeros(3)] * 5, "ema_decay": [0.9] * 5}, "ema must have an entry .* 5 for"),
+        ({"ema": [torch.zeros(3), torch.zeros(2)], "ema_decay": [0.9] * 2}, r"ema\[1\]\[0\] must"),
         ({"step": 0}, "step counts from 1"),
         ({"skip": torch.zeros(2)}, "skip must have one element"),
     ],
@@ -169,11 +252,11 @@ def test_errors_name_the_argument(change, words):
 
 
 def test_registration():
-    lists = [[torch.rand(4), torch.rand(2, 3)] for _ in range(6)]
-    for control in (None, torch.tensor([1.0, 1.0, 0.9, 0.1, 1.1])):
+    *lists, emas, more, low = [[torch.rand(4), torch.rand(2, 3)] for _ in range(7)]
+    for control in (None, torch.tensor([1.0, 1.0, 0.9, 0.1, 1.1, 0.1, 0.2])):
         torch.library.opcheck(
             torch.ops.fastrepa.adamw_ema_,
-            (*lists, control, [1.0, 0.9, 0.1, 1.1], [0.9, 0.99], 1e-8, 0.99),
+            (*lists, emas + more, low, control, [1.0, 0.9, 0.1, 1.1, 0.1, 0.2], [0.9, 0.99], 1e-8),
         )
 
 
@@ -202,4 +285,5 @@ def test_two_runs_agree_bitwise(place):
 def test_cost():
     """675M parameters with bf16 gradients and weights: 36 bytes each."""
     assert adamw_ema_cost(10, grad_itemsize=2, low_itemsize=2).bytes == 360
-    assert adamw_ema_cost(10, ema=False).bytes == 280
+    assert adamw_ema_cost(10, emas=0).bytes == 280
+    assert adamw_ema_cost(10, emas=3).bytes - adamw_ema_cost(10, emas=1).bytes == 2 * 80

@@ -200,11 +200,13 @@ def sample_run(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     npz: bool = False,
+    ema: str | None = None,
     device: torch.device | None = None,
     **settings: Any,
 ) -> SampleFolder:
     """Draw images from the averaged weights of a run's newest checkpoint into a folder.
 
+    `ema` names another average than the run's first: 0.999, or sigma_rel=0.05.
     `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high);
     those that are None or missing come from the run's configuration. Image i gets class i of
     `classes` in turn. Writes `000000.png`, ..., `grid.png` (the first 64), with `npz` the ADM
@@ -216,7 +218,7 @@ def sample_run(
     for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
     """
     # Imported here: they bring DeepSpeed, which takes seconds that `generate` alone need not wait.
-    from fastrepa.training import checkpoint, zero
+    from fastrepa.training import averages, checkpoint, zero
 
     started = time.perf_counter()
     run = Path(run)
@@ -231,7 +233,7 @@ def sample_run(
     else:
         world = zero.join_world()
     device = device or world.device
-    model, config, info = checkpoint.load_ema_model(run, device)
+    model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = _with_settings(config, settings)
     num = config.sample.num
     batch_size = min(batch_size, num)
@@ -239,6 +241,7 @@ def sample_run(
     record = {
         "run": str(run),
         "checkpoint_step": info.step,
+        "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
         "seed": seed,
         "batch_size": batch_size,
         **config.sample.model_dump(),

@@ -34,13 +34,16 @@ from fastrepa_kernels.adaln import (
     gated_residual_layernorm_modulate_cost,
     layernorm_modulate_cost,
 )
+from fastrepa_kernels.adaln_linear import adaln_linear_cost, adaln_mlp_cost
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.mlp import linear_gelu_cost
 from fastrepa_kernels.projector_alignment import projector_alignment_cost
 
-PARTS = ("attention", "MLP", "norms and gates", "modulation", "alignment", "ends")
-"""Of the generator; ends: embeddings, final layer and what lies between patches and tokens."""
+PARTS = ("attention", "MLP", "modulation", "alignment", "ends")
+"""Of the generator. Attention and MLP begin with the gated branch before them and their norm; ends:
+embeddings, final layer and what lies between patches and tokens.
+"""
 
 NOTHING = Cost(0, 0)
 OVERWRITTEN = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_")
@@ -113,8 +116,7 @@ class Parts:
 
 def _parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     kinds: list[tuple[Any, str]] = [
-        (Attention, "attention"), (Mlp, "MLP"), (SiTBlock, "norms and gates"),
-        (Projector, "alignment"),
+        (Attention, "attention"), (Mlp, "MLP"), (Projector, "alignment"),
         ((SiT, PatchEmbed, TimestepEmbedder, LabelEmbedder, FinalLayer), "ends"),
     ]  # fmt: skip
     for module in model.modules():
@@ -185,6 +187,24 @@ def _norm_modulate(a: dict[str, Any], backward: bool = False) -> Cost:
     return cost(b, t, d, x.element_size(), low, backward=backward)
 
 
+def _adaln_linear(a: dict[str, Any], backward: bool = False) -> Cost:
+    x, weight = a["x"], a["weight"]
+    b, t, d = x.shape
+    return adaln_linear_cost(
+        b, t, d, weight.shape[0], x.element_size(), weight.element_size(),
+        residual=a["branch"] is not None, backward=backward,
+    )  # fmt: skip
+
+
+def _adaln_mlp(a: dict[str, Any], backward: bool = False) -> Cost:
+    x, w1 = a["x"], a["w1"]
+    b, t, d = x.shape
+    return adaln_mlp_cost(
+        b, t, d, w1.shape[0], x.element_size(), w1.element_size(),
+        residual=a["branch"] is not None, backward=backward,
+    )  # fmt: skip
+
+
 def _gated_residual(a: dict[str, Any], backward: bool = False) -> Cost:
     branch, x = a["branch"], a["dx" if backward else "x"]
     b, t, d = branch.shape
@@ -214,13 +234,17 @@ def _adamw_ema(a: dict[str, Any]) -> Cost:
         sum(p.numel() for p in a["params"]),
         grad_itemsize=grads[0].element_size() if grads else 4,
         low_itemsize=low[0].element_size() if low else 0,
-        ema=bool(a["ema"]),
+        emas=len(a["emas"]) // max(1, len(a["params"])),
     )
 
 
 OURS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "fastrepa::norm_modulate": _norm_modulate,
     "fastrepa::norm_modulate_backward": lambda a: _norm_modulate(a, backward=True),
+    "fastrepa::adaln_linear": _adaln_linear,
+    "fastrepa::adaln_linear_backward": lambda a: _adaln_linear(a, backward=True),
+    "fastrepa::adaln_mlp": _adaln_mlp,
+    "fastrepa::adaln_mlp_backward": lambda a: _adaln_mlp(a, backward=True),
     "fastrepa::gated_residual": _gated_residual,
     "fastrepa::gated_residual_backward": lambda a: _gated_residual(a, backward=True),
     "fastrepa::linear_gelu": _linear_gelu,

@@ -212,6 +212,7 @@ def sharding(config: Config, world: int, checkpointing: str) -> Sharding:
         checkpointing,
         config.training.precision == "bf16",
         deepspeed_config(config, world)["zero_optimization"],
+        len(config.training.ema),
     )
 
 
@@ -224,7 +225,7 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     again = w.block_flops if s.checkpointing == "blocks" else 0
     n = w.parameters.numel
     update = adamw_ema_cost(
-        round(n / s.share(1)), grad_itemsize=4, low_itemsize=2 if s.bf16 else 0
+        round(n / s.share(1)), grad_itemsize=4, low_itemsize=2 if s.bf16 else 0, emas=s.emas
     ).bytes
     step = {
         "generator": images * w.training_flops / rate,
@@ -277,9 +278,10 @@ def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, flo
             "encoders": max((f.at(s.micro) for _, f in w.encoders), default=0.0),
             "codec": w.codec_encoder.at(s.micro) if w.codec_encoder else 0.0,
         },
-        # A whole float32 average on every GPU, and a batch of latents decoded.
+        # A whole average on every GPU that samples, in the dtype of the weights (which stage 0 in
+        # fp32 has already), and a batch of latents decoded.
         "sampling": {
-            "EMA": 4.0 * p.numel if samples else 0.0,
+            "EMA": float(s.itemsize * p.numel) if samples and (s.bf16 or s.stage) else 0.0,
             "codec": w.codec_decoder.at(SAMPLE_BATCH) if samples and w.codec_decoder else 0.0,
         },
     }

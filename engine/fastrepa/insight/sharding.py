@@ -54,7 +54,7 @@ class Parameters:
 class Sharding:
     """A way to run: how many GPUs, ZeRO stage, images per GPU and forward, forwards per step.
 
-    zero: DeepSpeed's own settings, the dictionary `zero_optimization`.
+    zero: DeepSpeed's own settings, the dictionary `zero_optimization`. emas: averages kept.
     """
 
     world: int
@@ -64,6 +64,7 @@ class Sharding:
     checkpointing: str
     bf16: bool
     zero: Mapping[str, Any] = field(default_factory=dict)
+    emas: int = 1
 
     def number(self, name: str) -> int:
         return int(self.zero.get(name, ZERO_DEFAULTS[name]))
@@ -112,7 +113,7 @@ def resident(s: Sharding, p: Parameters) -> dict[str, float]:
         "gradients": gradients,
         "master weights": 4 * n / s.share(1) if s.bf16 or s.stage else 0,
         "Adam moments": 8 * n / s.share(1),
-        "EMA": 4 * n / s.share(1),
+        "EMA": 4 * n * s.emas / s.share(1),
         "communication buffers": w * s.number("reduce_bucket_size") if s.stage == 3 else 0,
     }
 

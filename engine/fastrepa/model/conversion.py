@@ -26,6 +26,8 @@ class Reference:
     """What a foreign file holds, by the reference's names, on the CPU.
 
     Of a bare state dict `model` and `ema` are the same, `steps` is 0 and the moments are empty.
+    `emas` are further averages, `record` says which each is and `ema_since` when it began, where
+    the file is one of ours.
     """
 
     model: dict[str, Tensor]
@@ -34,6 +36,9 @@ class Reference:
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     optimizer_step: int = 0
     steps: int = 0
+    emas: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    ema_since: dict[str, int] = field(default_factory=dict)
 
 
 def load_state_dict_file(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +22,55 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Operations:
-    """What a SiT is made of beside its matrix products; shapes as in fastrepa_kernels.
+    """What a SiT is made of beside attention; shapes as in fastrepa_kernels.
 
-    layernorm_modulate(x, shift, scale) -> y
-    gated_residual_layernorm_modulate(x, branch, gate, shift, scale) -> (x_new, y)
-    linear_gelu(x, weight, bias) -> GELU(x weight^T + bias), tanh form
+    adaln_linear(x, shift, scale, weight, bias, residual=None) -> out, or with one (x', out)
+    adaln_mlp(x, shift, scale, (w1, b1, w2, b2), residual=None) -> the same
     projector_alignment(x, weights, target) -> -mean cosine
     """
 
-    layernorm_modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_residual_layernorm_modulate: Callable[..., tuple[Tensor, Tensor]]
-    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    adaln_linear: Callable[..., Any]
+    adaln_mlp: Callable[..., Any]
     projector_alignment: Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
 
 
-def _layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _norm(
+    x: Tensor, shift: Tensor, scale: Tensor, residual: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        branch, gate = residual
+        x = x + gate[:, None].to(x.dtype) * branch.to(x.dtype)
     y = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     y = y * (1 + scale[:, None].to(x.dtype)) + shift[:, None].to(x.dtype)
-    return y.to(shift.dtype)
+    return x, y.to(shift.dtype)
 
 
-def _gated_residual_layernorm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    x = x + gate[:, None].to(x.dtype) * branch.to(x.dtype)
-    return x, _layernorm_modulate(x, shift, scale)
+def _adaln_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    x, y = _norm(x, shift, scale, residual)
+    out = F.linear(y, weight, bias)
+    return out if residual is None else (x, out)
 
 
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+def _adaln_mlp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    residual: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    w1, b1, w2, b2 = weights
+    x, y = _norm(x, shift, scale, residual)
+    out = F.linear(F.gelu(F.linear(y, w1, b1), approximate="tanh"), w2, b2)
+    return out if residual is None else (x, out)
 
 
 def _projector_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -61,16 +82,10 @@ def _projector_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -
     return -(unit * F.normalize(target.to(wide), dim=-1, eps=1e-12)).sum(-1).mean()
 
 
-EAGER = Operations(
-    _layernorm_modulate,
-    _gated_residual_layernorm_modulate,
-    _linear_gelu,
-    _projector_alignment,
-)
+EAGER = Operations(_adaln_linear, _adaln_mlp, _projector_alignment)
 FUSED = Operations(
-    fastrepa_kernels.layernorm_modulate,
-    fastrepa_kernels.gated_residual_layernorm_modulate,
-    fastrepa_kernels.linear_gelu,
+    fastrepa_kernels.adaln_linear,
+    fastrepa_kernels.adaln_mlp,
     fastrepa_kernels.projector_alignment,
 )
 OPERATIONS = {"eager": EAGER, "fused": FUSED}

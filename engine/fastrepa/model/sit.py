@@ -86,20 +86,45 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
+Pending = tuple[Tensor, Tensor]
+
+
+def _next_linear(
+    operations: Operations,
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor,
+    scale: Tensor,
+    linear: nn.Linear,
+) -> tuple[Tensor, Tensor]:
+    """Add what is pending, then norm, modulate and multiply: (x, linear's output)."""
+    given = (x, shift, scale, linear.weight, linear.bias)
+    if pending is None:
+        return x, operations.adaln_linear(*given)
+    return operations.adaln_linear(*given, residual=pending)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, qkv packed [B,T,3,H,d]."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, backend: str) -> None:
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool, backend: str, operations: Operations
+    ) -> None:
         super().__init__()
-        self.heads, self.backend = heads, backend
+        self.heads, self.backend, self.operations = heads, backend, operations
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending | None
+    ) -> tuple[Tensor, Tensor]:
+        """(x with the pending branch added, attention over its modulated norm)."""
         b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv)
+        qkv = qkv.view(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,T,d]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.backend == "auto":
@@ -107,7 +132,7 @@ class Attention(nn.Module):
         else:
             with sdpa_kernel(SDPA_BACKENDS[self.backend]):
                 out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(b, t, d))
+        return x, self.proj(out.transpose(1, 2).reshape(b, t, d))
 
 
 class Mlp(nn.Module):
@@ -119,12 +144,12 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.operations.linear_gelu(x, self.fc1.weight, self.fc1.bias))
-
-
-# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
-Pending = tuple[Tensor, Tensor]
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending
+    ) -> tuple[Tensor, Tensor]:
+        """(x with the pending branch added, the MLP of its modulated norm)."""
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.operations.adaln_mlp(x, shift, scale, weights, residual=pending)
 
 
 class SiTBlock(nn.Module):
@@ -138,8 +163,7 @@ class SiTBlock(nn.Module):
         self, width: int, heads: int, qk_norm: bool, attention: str, operations: Operations
     ) -> None:
         super().__init__()
-        self.operations = operations
-        self.attn = Attention(width, heads, qk_norm, attention)
+        self.attn = Attention(width, heads, qk_norm, attention, operations)
         self.mlp = Mlp(width, operations)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -148,11 +172,9 @@ class SiTBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Pending]:
         """(x with the pending branch added, x after attention, this block's pending branch)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        before, y = _next_norm(self.operations, x, pending, shift1, scale1)
-        x, y = self.operations.gated_residual_layernorm_modulate(
-            before, self.attn(y), gate1, shift2, scale2
-        )
-        return before, x, (self.mlp(y), gate2)
+        before, branch = self.attn(x, shift1, scale1, pending)
+        x, out = self.mlp(before, shift2, scale2, (branch, gate1))
+        return before, x, (out, gate2)
 
 
 class FinalLayer(nn.Module):
@@ -167,17 +189,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
         """(x with the pending branch added, patches)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        x, y = _next_norm(self.operations, x, pending, shift, scale)
-        return x, self.linear(y)
-
-
-def _next_norm(
-    operations: Operations, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add what is pending, then norm and modulate: (x, y)."""
-    if pending is None:
-        return x, operations.layernorm_modulate(x, shift, scale)
-    return operations.gated_residual_layernorm_modulate(x, *pending, shift, scale)
+        return _next_linear(self.operations, x, pending, shift, scale, self.linear)
 
 
 class SiT(nn.Module):

@@ -2,6 +2,7 @@
 
     checkpoints/step_0000500/
         weights.safetensors  ema.safetensors         every tensor, by the reference's names
+        ema_sigma_rel_0.05.safetensors  ...          and of every further average (averages.py)
         exp_avg.safetensors  exp_avg_sq.safetensors  the trained ones only
         rng_rank_00000.safetensors                   torch's generators of every rank
         state.json                                   step, data position, what the model is
@@ -32,12 +33,11 @@ from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.training.ema import STATES
-from fastrepa.training.zero import KINDS, WEIGHT, WholeTensors, World
+from fastrepa.training.averages import choose_ema, resumed_emas, stored_emas
+from fastrepa.training.zero import WEIGHT, WholeTensors, World
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
-FILES = {WEIGHT: "weights.safetensors", **{k: f"{k}.safetensors" for k in STATES}}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class RunState:
     world_size: int
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last logged line
+    emas: dict[str, Any] = field(default_factory=dict)  # kind -> 0.9999, {"sigma_rel": 0.05}, ...
+    ema_since: dict[str, int] = field(default_factory=dict)  # updates taken before it began, if any
     format: int = FORMAT
 
 
@@ -100,10 +102,18 @@ def load_model_weights(path: Path, model: SiT) -> None:
     load_weights(model, StoredTensors(path, WEIGHT), source=str(path))
 
 
-def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: World) -> None:
-    """Float32 masters, optimiser states, EMA and generators into a started engine (collective)."""
-    for kind in KINDS:
-        stored = StoredTensors(path, kind)
+def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: World) -> list[str]:
+    """Float32 masters, optimiser states, EMAs and generators into a started engine (collective).
+
+    Returns lines that say which averages could not simply go on.
+    """
+    emas = whole.optimizer.emas
+    sources, said = resumed_emas(emas, stored_emas(state.emas, emas[0]), state.step)
+    for kind, source in sources.items():
+        since = state.optimizer_step if source == WEIGHT else state.ema_since.get(source, 0)
+        whole.optimizer.ema_since |= {kind: since} if since else {}
+    for kind in whole.kinds:
+        stored = StoredTensors(path, sources.get(kind, kind))
         for name in whole.params:
             whole.set(name, kind, stored[name])
     whole.optimizer_step = state.optimizer_step
@@ -113,10 +123,15 @@ def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: W
         torch.set_rng_state(stored_rng["cpu"])
         if "cuda" in stored_rng and world.device.type == "cuda":
             torch.cuda.set_rng_state(stored_rng["cuda"])
+    return said
 
 
-def load_ema_model(run: str | Path, device: torch.device) -> tuple[SiT, Config, RunState]:
-    """The averaged model of a run's newest checkpoint, in eval mode, float32."""
+def load_ema_model(
+    run: str | Path, device: torch.device, ema: str | None = None
+) -> tuple[SiT, Config, RunState]:
+    """The averaged model of a run's newest checkpoint, in eval mode, float32; `ema` names another
+    average than the first.
+    """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run folder (no config.yaml)")
@@ -127,21 +142,9 @@ def load_ema_model(run: str | Path, device: torch.device) -> tuple[SiT, Config, 
     model = SiT.from_config(
         config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
     )
-    load_weights(model, StoredTensors(path, "ema"), source=str(path))
+    key = choose_ema(stored_emas(state.emas, config.training.ema[0]), ema, source=path)
+    load_weights(model, StoredTensors(path, key), source=str(path))
     return model.to(device).eval(), config, state
-
-
-def ema_model(
-    config: Config, whole: WholeTensors, fixed: Mapping[str, Tensor], state: RunState, world: World
-) -> SiT:
-    """The averaged model of a running engine, on every rank, in eval mode (collective)."""
-    with torch.device("meta"):
-        model = SiT.from_config(
-            config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
-        )
-    averaged = dict(fixed) | {name: whole.get(name, "ema").clone() for name in whole.params}
-    model.load_state_dict(averaged, strict=True, assign=True)
-    return model.to(world.device).eval()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -211,12 +214,12 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of one kind in a checkpoint, read one at a time from however many files."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        stem, suffix = FILES[kind].split(".")
-        paths = sorted(folder.glob(f"{stem}.{suffix}")) + sorted(
-            folder.glob(f"{stem}-*-of-*.{suffix}")
+        stem = _stem(kind)
+        paths = sorted(folder.glob(f"{stem}.safetensors")) + sorted(
+            folder.glob(f"{stem}-*-of-*.safetensors")
         )
         if not paths:
-            raise CheckpointError(f"{folder}: {FILES[kind]} is missing")
+            raise CheckpointError(f"{folder}: {stem}.safetensors is missing")
         self._file: dict[str, Any] = {}
         for path in paths:
             try:
@@ -238,5 +241,9 @@ class StoredTensors(Mapping[str, Tensor]):
 
 def part_name(kind: str, rank: int, size: int) -> str:
     """The file of one rank: ema.safetensors, or ema-00001-of-00004.safetensors."""
-    stem, suffix = FILES[kind].split(".")
-    return FILES[kind] if size == 1 else f"{stem}-{rank + 1:05d}-of-{size:05d}.{suffix}"
+    part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
+    return f"{_stem(kind)}{part}.safetensors"
+
+
+def _stem(kind: str) -> str:
+    return "weights" if kind == WEIGHT else kind

@@ -43,20 +43,19 @@ from fastrepa.training.writing import (
     timed,
     write_durably,
 )
-from fastrepa.training.zero import KINDS, WholeTensors, World
+from fastrepa.training.zero import WEIGHT, WholeTensors, World
 
 PARTIAL = ".partial_"
-WITH_FIXED = ("weight", "ema")
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints, at most one at a time; every method is collective.
 
     `fixed` are the tensors that are not trained, by name. `group` is a gloo group of all ranks.
-    A rank holds its share of every kind in host memory for as long as it trains: 16 bytes per
-    parameter over the number of ranks, and what it sends to others (Fragments). `seconds` says what
-    the last save cost this rank, by part: copy is what the step waited for, save all of it until
-    the folder had its name.
+    A rank holds its share of every kind in host memory for as long as it trains: 12 bytes per
+    parameter and 4 for each EMA, over the number of ranks, and what it sends to others (Fragments).
+    `seconds` says what the last save cost this rank, by part: copy is what the step waited for,
+    save all of it until the folder had its name.
     """
 
     def __init__(
@@ -76,8 +75,9 @@ class CheckpointWriter:
         mine = self._fragments.mine
         pin = world.device.type == "cuda"
         self._host: dict[str, HostTensors] = {}
-        for kind in KINDS:
-            others = fixed if kind in WITH_FIXED and world.is_first else {}
+        averaged = (WEIGHT, *whole.optimizer.ema_keys)
+        for kind in whole.kinds:
+            others = fixed if kind in averaged and world.is_first else {}
             held = {n: tuple(t.shape) for n, t in others.items()} | {n: shapes[n] for n in mine}
             self._host[kind] = HostTensors(held, pin=pin)
             for name, value in others.items():

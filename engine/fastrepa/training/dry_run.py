@@ -147,7 +147,7 @@ def _memory(
         # A second float32 copy exists wherever ZeRO or bf16 needs a master beside the weights.
         "master weights": 4 * trained // share(1) if low or stage else 0,
         "Adam moments": 8 * trained // share(1),
-        "EMA": 4 * trained // share(1),
+        "EMA": 4 * trained * len(config.training.ema) // share(1),
         "encoders": frozen,
         "codec": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae else 0,
         "kept for backward": activations,

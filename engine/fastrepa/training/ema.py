@@ -1,29 +1,52 @@
-"""AdamW that keeps the weights' exponential moving average as one more state.
+"""AdamW that keeps moving averages of the weights as more of its states.
 
-The EMA sits beside exp_avg and exp_avg_sq, so ZeRO shards it over the ranks in every stage, it
+An EMA sits beside exp_avg and exp_avg_sq, so ZeRO shards it over the ranks in every stage, it
 moves only on steps that are really taken, and it is saved and restored like any optimiser state.
+The first of `training.ema` is the state `ema`; others are named by what they are:
+`ema_decay_0.999`, `ema_sigma_rel_0.05`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastrepa.config import OptimizerConfig
+from fastrepa.config import EmaConfig, OptimizerConfig
 from fastrepa_kernels import adamw_ema_
+from fastrepa_kernels.adamw_ema import power_decay
 
-STATES = ("exp_avg", "exp_avg_sq", "ema")
+EMA = "ema"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def ema_keys(emas: Sequence[EmaConfig]) -> tuple[str, ...]:
+    """The states' names, in order: `ema` for the first."""
+    return (EMA, *(f"ema_{_words(e)}" for e in emas[1:]))
+
+
+def _words(ema: EmaConfig) -> str:
+    return f"decay_{ema.decay}" if ema.sigma_rel is None else f"sigma_rel_{ema.sigma_rel}"
+
+
+def power_gamma(sigma_rel: float) -> float:
+    """gamma of the power function with this relative standard deviation: the real root above 0 of
+    sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (Karras et al. 2024, algorithm 2).
+    """
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019), then ema = decay ema + (1 - decay) weight.
+    """AdamW (Loshchilov & Hutter 2019), then ema = decay ema + (1 - decay) weight for every EMA.
 
-    The EMA starts as a copy of the weights. Parameters are float32 masters or flat partitions.
+    An EMA starts as a copy of the weights. Its decay is fixed, or (1 - 1/t)^(gamma + 1) at the
+    t-th update really taken. Parameters are float32 masters or flat partitions.
     kernels "fused" does it all in one pass (fastrepa_kernels.adamw_ema_); "eager" is torch's fused
-    AdamW and a second pass for the average. With a max_norm the gradients' norm is taken here, and
+    AdamW and another pass for each average. With a max_norm the gradients' norm is taken here, and
     clipped where it is > 0: only for the unsharded float32 engine, which keeps the norm to itself;
     every other engine does both before it calls, and `engine_norm` asks it.
 
@@ -36,7 +59,7 @@ class AdamWEMA(torch.optim.AdamW):
         params: Any,
         config: OptimizerConfig,
         *,
-        ema_decay: float,
+        emas: Sequence[EmaConfig],
         max_norm: float | None = None,
         kernels: str = "fused",
     ) -> None:
@@ -48,7 +71,10 @@ class AdamWEMA(torch.optim.AdamW):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.ema_decay, self.max_norm, self.kernels = ema_decay, max_norm, kernels
+        self.emas, self.ema_keys = tuple(emas), ema_keys(emas)
+        self.ema_since: dict[str, int] = {}  # of those that began after so many updates
+        self.max_norm, self.kernels = max_norm, kernels
+        self._gammas = [None if e.sigma_rel is None else power_gamma(e.sigma_rel) for e in emas]
         self._global_grad_norm: Tensor | None = None  # DeepSpeed reads this name
         self.engine_norm: Callable[[], Tensor | float | None] = lambda: None
         self.bad_loss: Tensor | None = None
@@ -60,7 +86,7 @@ class AdamWEMA(torch.optim.AdamW):
                 "step": torch.zeros((), dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
-                "ema": param.detach().clone(),
+                **{key: param.detach().clone() for key in self.ema_keys},
             }
 
     def set_rate(self, lr: float) -> None:
@@ -86,11 +112,17 @@ class AdamWEMA(torch.optim.AdamW):
             return
         self.found_inf = None if bad is None else bad.float()  # torch's name for it
         super().step(closure)
-        averages = [self.state[p]["ema"] for p in params]
-        rest: Any = 1.0 - self.ema_decay
-        if bad is not None:
-            rest = [(~bad).float().to(p.device) * rest for p in params]
-        torch._foreach_lerp_(averages, params, rest)
+        self._average(params, bad)
+
+    def _average(self, params: list[Tensor], bad: Tensor | None) -> None:
+        """Move every EMA towards the weights, each in a pass of its own."""
+        decays = self._decays(self.state[params[0]]["step"])
+        for key, decay in zip(self.ema_keys, decays, strict=True):
+            rest: Any = 1.0 - decay
+            if bad is not None:
+                rest = ((~bad) * torch.as_tensor(rest, device=bad.device)).float()
+                rest = [rest.to(p.device) for p in params]
+            torch._foreach_lerp_([self.state[p][key] for p in params], params, rest)
 
     def _bad(self, params: list[Tensor]) -> Tensor:
         """Whether this step must change nothing: a bool scalar, alike on all ranks."""
@@ -102,6 +134,22 @@ class AdamWEMA(torch.optim.AdamW):
                 torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
         bad = bad_norm(0.0 if norm is None else norm)
         return bad if self.bad_loss is None else bad.to(self.bad_loss.device) | self.bad_loss
+
+    def _decays(self, step: Tensor | int) -> list[Any]:
+        """Of every EMA at update number `step`; does not wait for a GPU.
+
+        The update counts as the first where even that one was skipped: nothing is made of it.
+        """
+        t: Any = None
+        if any(self._gammas):
+            if isinstance(step, int) or step.device.type == "cpu":
+                t = max(1, int(step))
+            else:
+                t = step.double().clamp(min=1)  # a decay near 1 needs more than float32
+        return [
+            ema.decay if gamma is None else power_decay(t, gamma)
+            for ema, gamma in zip(self.emas, self._gammas, strict=True)
+        ]
 
     def _fused_step(self, group: dict[str, Any], bad: Tensor | None) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -118,13 +166,15 @@ class AdamWEMA(torch.optim.AdamW):
         adamw_ema_(
             params,
             [p.grad for p in params],
-            *([self.state[p][key] for p in params] for key in STATES),
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [[self.state[p][key] for p in params] for key in self.ema_keys],
             step=step,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            ema_decay=self.ema_decay,
+            ema_decay=self._decays(step),
             skip=bad,
         )
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,36 +20,58 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
+from fastrepa.training.averages import choose_ema, stored_emas
 from fastrepa.training.checkpoint import (
-    FILES,
     FORMAT,
     RunState,
     StoredTensors,
     checkpoint_path,
     checkpoints,
     newest_checkpoint,
+    part_name,
     read_state,
 )
+from fastrepa.training.posthoc import posthoc_ema
 from fastrepa.training.telemetry import versions
 from fastrepa.training.writing import HostTensors, flush_folder, write_durably
-from fastrepa.training.zero import KINDS
+from fastrepa.training.zero import KINDS, WEIGHT
+from fastrepa.training.zero_format import read_zero, write_zero
 
-FORMATS = ("reference", "safetensors")
+FORMATS = ("reference", "safetensors", "zero")
+SOURCES = ("reference", "zero")
 
 
-def export_run(run: Path, out: Path, to: str, *, weights: str = "ema") -> RunState:
-    """The run's newest good checkpoint as one new file.
+def export_run(
+    run: Path,
+    out: Path,
+    to: str,
+    *,
+    weights: str = "ema",
+    ema: str | None = None,
+    ema_sigma_rel: float | None = None,
+) -> RunState:
+    """The run's newest good checkpoint as one new file or, for zero, a new folder.
 
     reference: {model, ema, opt, args, steps}, which REPA's own scripts load and continue.
     safetensors: the averaged weights (`weights` "raw": the trained ones), with the step and the
-    resolved configuration as metadata. Raises FastrepaError; an existing file is never replaced.
+    resolved configuration as metadata. `ema` names another average than the first for these two;
+    `ema_sigma_rel` makes one that was never stored (posthoc.py).
+    zero: a universal checkpoint of DeepSpeed's (zero_format.py), with every average.
+    Raises FastrepaError; an existing file is never replaced.
     """
     if to not in FORMATS:
         raise ConfigError(f"--to: {to!r} is not one of {', '.join(FORMATS)}")
     if weights not in ("ema", "raw"):
         raise ConfigError(f"--weights: {weights!r} is not one of ema, raw")
-    suffixes = (".safetensors",) if to == "safetensors" else (".pt", ".pth")
-    if out.suffix not in suffixes:
+    if to == "zero" and (ema is not None or ema_sigma_rel is not None):
+        raise ConfigError("--ema: a zero folder has every stored average; leave it out")
+    if ema_sigma_rel is not None:
+        if ema is not None or weights == "raw":
+            raise ConfigError("--ema-sigma-rel: is an average of its own; leave the others out")
+        if not 0 < ema_sigma_rel <= 0.28:
+            raise ConfigError(f"--ema-sigma-rel: {ema_sigma_rel} is not above 0 and at most 0.28")
+    suffixes = {"safetensors": (".safetensors",), "reference": (".pt", ".pth")}.get(to, ())
+    if suffixes and out.suffix not in suffixes:
         raise ConfigError(f"{out}: a {to} file is called *{' or *'.join(suffixes)}")
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another file")
@@ -58,20 +81,31 @@ def export_run(run: Path, out: Path, to: str, *, weights: str = "ema") -> RunSta
         raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
     state = read_state(path)
     order = list(_empty_model(config, state).state_dict())
-    kinds = {kind: StoredTensors(path, kind) for kind in KINDS}
-    raw, ema = ({n: kinds[k][n] for n in order} for k in ("weight", "ema"))
+    stored = stored_emas(state.emas, config.training.ema[0])
+    chosen = choose_ema(stored, ema, source=path)
+    kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
     partial = out.with_name(f".partial_{os.getpid()}_{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        if to == "zero":
+            write_zero(partial, kinds, config, state)
+            partial.rename(out)
+            return state
+        raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
+        name = str(stored[chosen])
+        if ema_sigma_rel is not None:
+            averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+            name = f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
         save_reference(
             partial,
             model=raw,
-            ema=raw if weights == "raw" and to == "safetensors" else ema,
+            ema=raw if weights == "raw" and to == "safetensors" else averaged,
             steps=state.step,
             opt=_adamw_state(config, raw, kinds, state) if to == "reference" else None,
             args=_reference_args(config),
             metadata={
                 "weights": weights,
+                "ema": name,
                 "step": str(state.step),
                 "config": config.model_dump_json(),
                 "classes": json.dumps(state.classes),
@@ -80,16 +114,22 @@ def export_run(run: Path, out: Path, to: str, *, weights: str = "ema") -> RunSta
         )
         partial.rename(out)
     except (OSError, RuntimeError) as e:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"{out}: cannot be written ({e})") from None
     return state
 
 
-def import_reference(file: Path, run: Path, config: Path | None = None) -> RunState:
+def import_reference(
+    file: Path, run: Path, config: Path | None = None, *, source: str = "reference"
+) -> RunState:
     """A foreign file as the first checkpoint of a run, which `fastrepa train` then continues.
 
-    The run folder has a config.yaml or gets the one named. A bare state dict starts at step 0 with
-    fresh moments. Raises FastrepaError naming the file, or the first tensor that does not fit.
+    reference: a .pt of REPA's, a bare state dict or safetensors, which starts at step 0 with fresh
+    moments. zero: a checkpoint folder of DeepSpeed's (zero_format.py). The run folder has a
+    config.yaml or gets the one named. Raises FastrepaError naming the file, or the first tensor
+    that does not fit.
     """
     if checkpoints(run):
         raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
@@ -99,7 +139,10 @@ def import_reference(file: Path, run: Path, config: Path | None = None) -> RunSt
         raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
     else:
         resolved = load_config(config, [f"run={run}"])
-    read = load_reference(file)
+    if source not in SOURCES:
+        raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
+    read = read_zero(file) if source == "zero" else load_reference(file)
+    begun = ("ema",) if read.optimizer_step else ()  # no power function from the start
     state = RunState(
         step=read.steps,
         optimizer_step=read.optimizer_step,
@@ -108,15 +151,18 @@ def import_reference(file: Path, run: Path, config: Path | None = None) -> RunSt
         classes=_classes(resolved),
         world_size=1,
         versions=versions(),
+        emas=read.record,
+        ema_since=read.ema_since if read.record else dict.fromkeys(begun, read.optimizer_step),
     )
     model = _empty_model(resolved, state)
-    for tensors in (read.model, read.ema):
+    for tensors in (read.model, read.ema, *read.emas.values()):
         check_weights(model, tensors, source=str(file))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     zeros = {n: torch.zeros_like(read.model[n], dtype=torch.float32) for n in trained}
     kinds: dict[str, Mapping[str, Tensor]] = {
         "weight": read.model,
         "ema": read.ema,
+        **read.emas,
         "exp_avg": zeros | read.exp_avg,
         "exp_avg_sq": zeros | read.exp_avg_sq,
     }
@@ -129,7 +175,8 @@ def import_reference(file: Path, run: Path, config: Path | None = None) -> RunSt
             host = HostTensors({n: tuple(t.shape) for n, t in values.items()}, pin=False)
             for name, value in values.items():
                 host.put(name, value)
-            digests[FILES[kind]] = write_durably(partial / FILES[kind], host.file_chunks())
+            name = part_name(kind, 0, 1)
+            digests[name] = write_durably(partial / name, host.file_chunks())
         text = json.dumps(asdict(state), indent=1).encode()
         digests["state.json"] = write_durably(partial / "state.json", [text])
         manifest = json.dumps({"format": FORMAT, "files": digests}, indent=1).encode()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.training.writing import HostTensors
-from fastrepa.training.zero import KINDS, WEIGHT, WholeTensors, World
+from fastrepa.training.zero import WEIGHT, WholeTensors, World
 
 WAIT = timedelta(minutes=30)  # for another rank's fragments; its loss is noticed long before
 
@@ -26,7 +26,7 @@ class Fragments:
     """Who holds what of every tensor, and who writes it (collective to make).
 
     `mine` are the tensors that this rank writes. Beside their memory it holds in host memory what
-    it sends: at most its own partition again, 16 bytes per parameter over the number of ranks.
+    it sends: at most its own partition again.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Fragments:
                 elif to == world.rank:
                     self._received.append((name, rank, start, count))
         pin = world.device.type == "cuda"
-        self._staged = {k: torch.empty(staged, pin_memory=pin).fill_(0) for k in KINDS}
+        self._staged = {k: torch.empty(staged, pin_memory=pin).fill_(0) for k in whole.kinds}
         self._place = {name: (at, count) for name, _, at, count in self._sent}
         self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
 

@@ -27,11 +27,11 @@ from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.training.averages import ema_model, recorded
 from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
 from fastrepa.training.checkpoint import (
     RunState,
     checkpoint_path,
-    ema_model,
     load_engine_state,
     load_model_weights,
     newest_checkpoint,
@@ -55,9 +55,9 @@ from fastrepa.training.zero import (
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
-             "training.wandb", "training.micro_batch", "data.path", "data.decode", "data.readers",
-             "data.read_ahead", "data.prefetch", "sample", "zero", "survival",
-             "attention", "kernels")  # fmt: skip
+             "training.wandb", "training.micro_batch", "training.ema", "data.path",
+             "data.decode", "data.readers", "data.read_ahead", "data.prefetch", "sample", "zero",
+             "survival", "attention", "kernels")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -158,9 +158,10 @@ class Trainer:
         self.engine, self.optimizer = start_engine(model, config, world)
         self.engine.train()
         self.whole = WholeTensors(self.engine, self.optimizer)
+        self.resumed_from, self._resume_notes = checkpoint, list[str]()
         if checkpoint:
-            load_engine_state(checkpoint, self.whole, read_state(checkpoint), world)
-        self.resumed_from = checkpoint
+            state = read_state(checkpoint)
+            self._resume_notes = load_engine_state(checkpoint, self.whole, state, world)
         self.meter = Meter(world, config.training.global_batch)
         time_collectives(self.meter.region)
         self.metrics: dict[str, float] = {}  # the last logged line
@@ -256,7 +257,8 @@ class Trainer:
         with Telemetry(self.run, config, start_step=self.step, active=world.is_first) as telemetry:
             telemetry.say(self.first_line())
             if self.resumed_from:
-                telemetry.say(f"continuing {self.run} from step {self.step}")
+                for line in (f"continuing {self.run} from step {self.step}", *self._resume_notes):
+                    telemetry.say(line)
             if self.step >= config.training.steps:
                 telemetry.say(
                     f"{self.run} is finished already: to go on, raise training.steps; "
@@ -390,6 +392,8 @@ class Trainer:
             world_size=self.world.size,
             versions=versions(),
             metrics=self.metrics,
+            emas=recorded(self.config.training.ema),
+            ema_since=self.optimizer.ema_since,
         )
 
     def first_line(self) -> str:
@@ -431,26 +435,32 @@ class Trainer:
         """A grid from the averaged weights, in eval mode: samples/step_*.png (collective)."""
         config, world = self.config, self.world
         num = config.sample.num
-        model = ema_model(config, self.whole, self.fixed, self.state(), world)
         labels = default_labels(num, len(self.shards.classes))
         mine = rank_batches(num, SAMPLE_BATCH, world.rank, world.size)
         numbers = torch.cat(mine) if mine else torch.empty(0, dtype=torch.int64)
-        images = generate(
-            model,
-            self.codec,
-            labels[numbers],
-            seed=config.seed,
-            sample_ids=numbers,
-            batch_size=SAMPLE_BATCH,
-            sample_config=config.sample,
-            path=config.objective.path,
-        )
+        images: Tensor | None = None
+        with ema_model(
+            config, self.whole, self.fixed, self.codec, world, needed=bool(mine)
+        ) as model:
+            if model is not None:
+                images = generate(
+                    model,
+                    self.codec,
+                    labels[numbers],
+                    seed=config.seed,
+                    sample_ids=numbers,
+                    batch_size=SAMPLE_BATCH,
+                    sample_config=config.sample,
+                    path=config.objective.path,
+                )
         parts: list[Any] = [None] * world.size
         dist.gather_object((numbers, images), parts if world.is_first else None, dst=0)
         if world.is_first:
+            assert images is not None
             grid = torch.empty(num, *images.shape[1:], dtype=torch.uint8)
             for numbers, part in parts:
-                grid[numbers] = part
+                if part is not None:
+                    grid[numbers] = part
             path = self.run / "samples" / f"step_{self.step:07d}.png"
             with telemetry.dispensable(f"samples/{path.name}"):
                 path.parent.mkdir(exist_ok=True)

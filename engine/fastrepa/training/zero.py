@@ -1,4 +1,5 @@
 """DeepSpeed, in this file only: the world, the engine's dictionary, and whole tensors in and out.
+Its files are zero_format.py's.
 
 A parameter's whole float32 weight and optimiser states can be read and written under every ZeRO
 stage through `WholeTensors`; checkpoints are made of nothing else.
@@ -44,10 +45,10 @@ from torch import Tensor, nn
 
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
-from fastrepa.training.ema import STATES, AdamWEMA
+from fastrepa.training.ema import EMA, MOMENTS, AdamWEMA
 
 WEIGHT = "weight"
-KINDS = (WEIGHT, *STATES)
+KINDS = (WEIGHT, *MOMENTS, EMA)  # of every run; WholeTensors.kinds has those of one
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
     optimizer = AdamWEMA(
         trainable,
         config.training.optimizer,
-        ema_decay=config.training.ema,
+        emas=config.training.ema,
         max_norm=config.training.clip if _clips_itself(config) else None,
         kernels=config.kernels,
     )
@@ -213,6 +214,11 @@ class WholeTensors:
         if self._masters is None and self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
+        return (WEIGHT, *MOMENTS, *self.optimizer.ema_keys)
+
     def _unsharded_masters(self) -> dict[int, Tensor] | None:
         """id of a parameter -> its float32 master, where DeepSpeed does not shard."""
         if self.stage > 0:
@@ -241,7 +247,7 @@ class WholeTensors:
             raise RuntimeError(f"unknown ZeRO optimiser {type(self.zero).__name__}")
 
     def get(self, name: str, kind: str) -> Tensor:
-        """The whole tensor of `kind` (weight, exp_avg, exp_avg_sq, ema), on the engine's device."""
+        """The whole tensor of `kind`, one of `kinds`, on the engine's device."""
         p = self.params[name]
         if self._masters is not None:
             master = self._masters[id(p)]

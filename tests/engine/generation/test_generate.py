@@ -339,8 +339,8 @@ def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
 # The command -------------------------------------------------------------------------------------
 
 
-def fake_run(run: Any, device: torch.device) -> tuple[SiT, Config, Any]:
-    info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3)
+def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
+    info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3, emas={})
     return tiny_model().to(device), tiny_config(), info
 
 
@@ -384,6 +384,7 @@ def test_sample_run(loaded, tmp_path):
     record = json.loads((out / "sampling.json").read_text())
     assert record["seed"] == 7
     assert record["checkpoint_step"] == 500
+    assert record["ema"] == "0.9999"
     assert (record["sampler"], record["steps"], record["cfg"]) == ("sde", 3, 2.0)
 
 

@@ -34,6 +34,7 @@ def config_of(case):
                 "global_batch": world * micro * forwards,
                 "micro_batch": micro,
                 "precision": case.get("precision", "fp32"),
+                "ema": case.get("ema", 0.9999),
             },
             "zero": {"stage": case.get("stage", 0)},
             "kernels": case.get("kernels", "fused"),

@@ -51,11 +51,12 @@ ONE = [
     {"stage": 0, "micro": 16, "precision": "fp32", "kernels": "fused"},
     {"stage": 0, "micro": 8, "precision": "bf16", "kernels": "eager", "forwards": 2},
     {"stage": 1, "micro": 4, "precision": "bf16", "model": {"width": 384, "heads": 6, "depth": 4}},
-    {"stage": 1, "micro": 24, "precision": "bf16", "checkpointing": "blocks"},
+    {"stage": 1, "micro": 24, "precision": "bf16", "checkpointing": "blocks",
+     "ema": [0.9999, {"sigma_rel": 0.1}]},
     {"stage": 2, "micro": 16, "precision": "fp32", "kernels": "eager", "zero": {}},
     {"stage": 2, "micro": 32, "precision": "bf16", "model": {"width": 96, "patch": 1}},
     {"stage": 3, "micro": 16, "precision": "bf16", "kernels": "eager", "model": {"qk_norm": True}},
-]
+]  # fmt: skip
 TWO = [
     {"stage": 0, "micro": 4, "precision": "fp32"},
     # So few images that the gradients are the peak.

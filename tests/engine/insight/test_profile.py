@@ -24,6 +24,7 @@ from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.meters import NAMES
 from fastrepa.training.zero import join_world
+from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
 from tests.engine.training.runs import ROOT
 
@@ -66,12 +67,13 @@ def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path):
         z.sum().item()
         return z
 
-    def linear_gelu(x, weight, bias):
-        return slow(FUSED.linear_gelu(x, weight, bias))
+    def adaln_mlp(*args, **options):
+        x, out = FUSED.adaln_mlp(*args, **options)
+        return x, slow(out)
 
     monkeypatch.setattr(RandomBatches, "__next__", stalled)
     monkeypatch.setattr(PixelCodec, "latents", planted)
-    monkeypatch.setitem(OPERATIONS, "fused", replace(FUSED, linear_gelu=linear_gelu))
+    monkeypatch.setitem(OPERATIONS, "fused", replace(FUSED, adaln_mlp=adaln_mlp))
     config = load_config(QUICKSTART, [*SMALL, "data.path=nowhere", "vision.encoders=[]"])
     report = profile_run(config, join_world(), steps=2, warmup=1, out=tmp_path / "out")
     (profile,) = report.profiles
@@ -181,6 +183,11 @@ def test_costs_of_operations():
     assert operation_cost(add, (a, row), {}, a + row) == Cost(0, 4 * (60 + 10 + 60))
     copy = torch.ops.aten.copy_.default
     assert operation_cost(copy, (a, row), {}, a) == Cost(0, 4 * (10 + 60))
+    lists = [[torch.randn(6), torch.randn(4)] for _ in range(4)]
+    emas = [torch.randn(n) for n in (6, 4, 6, 4)]  # two averages of both
+    update = torch.ops.fastrepa.adamw_ema_.default
+    given = (*lists, emas, [], None, [1.0, 0.9, 0.1, 1.1, 0.1, 0.2], [0.9, 0.99], 1e-8)
+    assert operation_cost(update, given, {}, None) == adamw_ema_cost(10, emas=2)
 
 
 class Events:

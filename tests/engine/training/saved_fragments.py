@@ -18,7 +18,7 @@ from fastrepa.training.checkpoint import (
     load_engine_state,
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
-from fastrepa.training.zero import KINDS, WholeTensors, join_world, start_engine
+from fastrepa.training.zero import WholeTensors, join_world, start_engine
 from tests.engine.training.runs import ROOT, SMALL
 
 
@@ -26,7 +26,8 @@ def engine_of(stage, precision, world):
     config = load_config(
         ROOT / "configs/quickstart.yaml",
         ["run=unused", *SMALL, "model.width=40", "model.heads=2", f"zero.stage={stage}",
-         f"training.precision={precision}", "training.global_batch=6"],
+         f"training.precision={precision}", "training.global_batch=6",
+         "training.ema=[0.99, {sigma_rel: 0.1}]"],
     )  # fmt: skip
     torch.manual_seed(stage)
     model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
@@ -49,23 +50,23 @@ def main(run):
     for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         engine, whole, fixed = engine_of(stage, precision, world)
-        for kind in KINDS:
+        for kind in whole.kinds:
             for name in whole.params:
                 # Every rank's own part of it, and no more: all kinds and places differ.
                 torch.manual_seed(stage if stage == 0 else world.rank)
                 values = whole.local(name, kind)[1]
-                values.copy_(torch.randn(values.shape) + KINDS.index(kind))
+                values.copy_(torch.randn(values.shape) + whole.kinds.index(kind))
         state = RunState(
             step=stage, optimizer_step=1, samples_seen=6, side=32, channels=3, encoder_widths=[],
             classes=["a", "b"], world_size=world.size,
         )  # fmt: skip
         writer = CheckpointWriter(run, whole, fixed, world, group, TrainingConfig())
-        held = {(k, n): whole.get(n, k).clone() for k in KINDS for n in whole.params}
+        held = {(k, n): whole.get(n, k).clone() for k in whole.kinds for n in whole.params}
         writer.save(state)
         step(engine, dtype)  # training goes on
         writer.settle(required=True)
         path = checkpoint_path(run, stage)
-        for kind in KINDS:
+        for kind in whole.kinds:
             stored = StoredTensors(path, kind)
             for name in whole.params:
                 assert torch.equal(stored[name], held[kind, name]), (stage, kind, name)

@@ -99,6 +99,9 @@ def test_safetensors_with_what_is_needed_to_use_them(tmp_path, config, weights):
         about = read.metadata()
     assert (about["weights"], about["step"], about["format"]) == (weights, "7", "pt")
     assert json.loads(about["config"])["model"]["width"] == 48
+    assert about["ema"] == "0.995"
+    with pytest.raises(CheckpointError, match=r"--ema: '0\.5' is not stored .*, which has 0\.995"):
+        export_run(run, tmp_path / "other.safetensors", "safetensors", ema="0.5")
     with pytest.raises(CheckpointError, match="exists already"):
         export_run(run, out, "safetensors")
 
@@ -144,7 +147,7 @@ def test_what_does_not_fit_is_named_and_leaves_no_run(tmp_path, config, capsys):
     with pytest.raises(CheckpointError, match="has checkpoints already"):
         import_reference(file, run)
     for to, name, words in (
-        ("zero", "a.pt", "--to: 'zero' is not one of reference, safetensors"),
+        ("onnx", "a.pt", "--to: 'onnx' is not one of reference, safetensors, zero"),
         ("reference", "a.safetensors", r"a reference file is called \*\.pt"),
     ):
         with pytest.raises(ConfigError, match=words):
