@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fastrepa.config import TrainingConfig, load_config
 from fastrepa.model.sit import SiT
+from fastrepa.training.averages import recorded
 from fastrepa.training.checkpoint import (
     RunState,
     StoredTensors,
@@ -58,7 +59,7 @@ def main(run):
                 values.copy_(torch.randn(values.shape) + whole.kinds.index(kind))
         state = RunState(
             step=stage, optimizer_step=1, samples_seen=6, side=32, channels=3, encoder_widths=[],
-            classes=["a", "b"], world_size=world.size,
+            classes=["a", "b"], world_size=world.size, emas=recorded(whole.optimizer.emas),
         )  # fmt: skip
         writer = CheckpointWriter(run, whole, fixed, world, group, TrainingConfig())
         held = {(k, n): whole.get(n, k).clone() for k in whole.kinds for n in whole.params}
