@@ -113,7 +113,7 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
     assert run_command(monkeypatch, *SMALL, *options) == 0
     text = " ".join(capsys.readouterr().out.split())
     for word in ("data: read from configs/quickstart/emoji/train", "its weights", "ceilings",
-                 "data wait", "speed-up", "attention, backward", "norm_modulate", "roofline",
+                 "data wait", "speed-up", "attention, backward", "fastrepa::", "roofline",
                  "images/s", "MFU", "peak memory", "idle gaps", "perfetto"):  # fmt: skip
         assert word in text, word
     assert sorted(p.name for p in out.iterdir()) == [
