@@ -38,6 +38,7 @@ from fastrepa_kernels.cost import Ceilings, Cost, measure_ceilings
 TRACED = 3  # steps under the profiler; more would only make the trace larger
 MOST = 10_000  # steps, and warm-up steps
 NOTABLE = 0.02  # of a step: what takes less is not worth a sentence
+UNSTEADY = 1.5  # slowest step over fastest: no comparison is drawn from such
 WORST = 3  # operations, and gaps, that get one
 AGAINST = ("eager",)
 OWN_FILES = ("profile.json", "roofline.png", "step.png", "trace.json", "trace_eager.json")
@@ -183,9 +184,13 @@ def by_operation(profile: Profile) -> list[Row]:
 
 
 def by_part(profile: Profile) -> list[Row]:
-    """The generator's parts, as "attention, forward", and the other regions' operations whole."""
+    """The generator's parts, as "attention, forward"; the alignment is one, since its fused form
+    computes the gradients in the forward pass.
+    """
 
     def name(o: Operation) -> str | None:
+        if o.part == "alignment":
+            return "alignment, both ways"
         if o.region in ("forward", "backward"):
             return f"{o.part or 'losses and the rest'}, {o.region}"
         return None
@@ -224,7 +229,13 @@ def findings(report: Report) -> list[str]:
                 f"idle: {_ms(gap.seconds)} a step in {gap.region.replace('_', ' ')}, after "
                 f"{gap.after} and before {gap.before}"
             )
-    for rival in report.profiles[1:]:
+    unsteady = [p for p in report.profiles if p.slowest > UNSTEADY * p.fastest]
+    for p in unsteady:
+        out.append(
+            f"unsteady: steps with {p.kernels} kernels took {_ms(p.fastest)} to {_ms(p.slowest)}; "
+            f"take more, on a quieter machine"
+        )
+    for rival in report.profiles[1:] if not unsteady else []:
         for name in REGIONS:
             a, b = ours.regions[name], rival.regions[name]
             if a - b > NOTABLE * ours.seconds:

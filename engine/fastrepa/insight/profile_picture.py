@@ -145,6 +145,8 @@ def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
             axes.annotate(
                 f"{number + 1}", (x, y), xytext=place, textcoords="offset points", fontsize=9,
                 fontweight="bold", color=INK, ha="center", va="center", zorder=4,
+                arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.7, "shrinkA": 5,
+                            "shrinkB": 0} if place != (0, 0) else None,
             )  # fmt: skip
     legend = "\n".join(f"{n + 1}  {_short(row.name)}" for n, row in enumerate(rows[:NAMED]))
     axes.text(

@@ -148,7 +148,7 @@ def _operations_table(report: Report, title: str, *, compared: bool = True) -> T
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
-    table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=26)
+    table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=26, max_width=42)
     for name in ("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline"):
         table.add_column(name, justify="right", no_wrap=not rivals)
     for rival in rivals:

@@ -95,10 +95,10 @@ def read_trace(
     key_of: dict[int, tuple[str, str, str]] = {}
     tops: list[tuple[float, float, str]] = []
     for e in host:
-        if e.is_user_annotation or not inside(e.time_range.start):
+        if _annotation(e) or not inside(e.time_range.start):
             continue
         chain = [e, *_ancestors(e)]
-        if not _ancestors(e) or all(a.is_user_annotation for a in _ancestors(e)):
+        if not _ancestors(e) or all(_annotation(a) for a in _ancestors(e)):
             tops.append((e.time_range.start, e.time_range.end, e.name))
         # The outermost of the operations that were counted holds the others.
         found = [a for a in chain if a.name in wanted]
@@ -124,7 +124,7 @@ def read_trace(
         running = [
             (e.time_range.start, e.time_range.end, e.name)
             for e in events
-            if _on_device(e) and not e.is_user_annotation and inside(e.time_range.start)
+            if _on_device(e) and not _annotation(e) and inside(e.time_range.start)
         ]
     else:
         running = tops
@@ -149,6 +149,11 @@ def read_trace(
 
 def _on_device(e: FunctionEvent) -> bool:
     return e.device_type != torch.autograd.DeviceType.CPU
+
+
+def _annotation(e: FunctionEvent) -> bool:
+    """On a GPU the annotations come again, as spans of the stream."""
+    return e.is_user_annotation or e.name.startswith((REGION, PART, STEP))
 
 
 def _ancestors(e: FunctionEvent) -> list[FunctionEvent]:

@@ -20,6 +20,7 @@ from fastrepa.insight.operation_costs import OURS, PARTS, Counted, operation_cos
 from fastrepa.insight.profile import by_operation, findings, profile_run
 from fastrepa.insight.trace import PART, REGION, STEP, read_trace
 from fastrepa.insight.workload import measure_workload
+from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.meters import NAMES
@@ -112,7 +113,7 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
     assert run_command(monkeypatch, *SMALL, *options) == 0
     text = " ".join(capsys.readouterr().out.split())
     for word in ("data: read from configs/quickstart/emoji/train", "its weights", "ceilings",
-                 "data wait", "speed-up", "attention, backward", "norm_modulate", "roofline",
+                 "data wait", "speed-up", "attention, backward", "fastrepa::", "roofline",
                  "images/s", "MFU", "peak memory", "idle gaps", "perfetto"):  # fmt: skip
         assert word in text, word
     assert sorted(p.name for p in out.iterdir()) == [
@@ -138,15 +139,20 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
         idle = sum(g["seconds"] for g in p["gaps"])
         assert idle < p["traced_step_seconds"] - p["busy_seconds"] + 1e-6
         parts = {part["name"] for part in p["parts"]}
-        # The fused alignment computes its gradients in the forward pass.
-        both = {f"{part}, {way}" for part in PARTS for way in ("forward", "backward")}
-        assert both - parts <= {"alignment, backward"}
+        ways = {f"{part}, {way}" for part in PARTS for way in ("forward", "backward")}
+        assert parts >= {way for way in ways if "alignment" not in way} | {"alignment, both ways"}
     declared = {o["name"] for o in fused["operations"] if o["name"].startswith("fastrepa::")}
     assert len(declared) >= 5 and declared <= {*OURS, "fastrepa::scaled"}
     assert not any(o["name"].startswith("fastrepa::") and "norm" in o["name"]
                    for o in eager["operations"])  # fmt: skip
-    forward = sum(p["flops"] for p in eager["parts"] if p["name"].endswith("forward"))
-    assert forward == pytest.approx(4 * work.forward_flops, rel=0.01)
+    generator = {p["name"]: p["flops"] for p in eager["parts"]}
+    projector = generator.pop("alignment, both ways")
+    forward = sum(flops for name, flops in generator.items() if name.endswith("forward"))
+    counted = model_flops(
+        load_config(QUICKSTART, SMALL), side=32, channels=3, encoder_widths=work.encoder_widths
+    )
+    assert forward == pytest.approx(4 * counted.transformer, rel=0.01)
+    assert projector == pytest.approx(12 * (counted.forward - counted.transformer), rel=0.01)
     assert fused["line"]["model_flops_per_s"] == pytest.approx(
         work.training_flops * fused["line"]["images_per_s"]
     )
@@ -220,6 +226,7 @@ def test_a_trace_of_a_gpu():
     node = t.add("autograd::engine::evaluate_function: AddmmBackward0", 120, 160, seq=7, thread=1)
     t.add("aten::mm", 130, 150, node, kernels=[("gemm", 300)], thread=1)
     t.add("aten::mm", 1100, 1150, kernels=[("gemm", 9)])  # after the step
+    t.add(REGION + "forward", 50, 300, on_gpu=True).is_user_annotation = False
     for name, start, end in (("gemm", 50, 250), ("bias", 250, 300), ("gemm", 600, 900)):
         t.add(name, start, end, on_gpu=True)
     counted = {

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastrepa.training.meters import NAMES
 from tests.engine.training.runs import metrics, train
 
 STEPS = 5
@@ -25,6 +26,8 @@ def test_losses_are_those_of_one_unsharded_process(tmp_path, one_process, ranks,
     ours = metrics(tmp_path / "run")
     assert len(ours) == len(one_process) == STEPS
     for line, expected in zip(ours, one_process, strict=True):
+        assert sum(line[name] for name in NAMES) == pytest.approx(1, abs=1e-5)
+        assert line["communication"] > 0
         for key in ("loss", "velocity_loss", "alignment_loss", "grad_norm"):
             assert line[key] == pytest.approx(expected[key], rel=1e-5), (line["step"], key)
     assert ours[0]["loss"] != ours[-1]["loss"]
