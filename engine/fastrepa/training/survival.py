@@ -109,9 +109,11 @@ class Watch:
         self.silence = config.timeout_seconds - 4 * self.interval
         self._done = threading.Event()
         self._verdict: str | None = None
-        self._code, self._leaving = LOST, False
+        self._code = LOST
+        self._leaving: float | None = None  # when the main thread began to explain an error
         self._heard = self._progressed = time.monotonic()
-        self._doing, self._stall = "the start", ""
+        self._doing = "the start"
+        self._stalled = self._stall = ""  # this rank's, to be told; the last that was told
         self._explained = False
 
     def __enter__(self) -> Watch:
@@ -168,7 +170,7 @@ class Watch:
         """Tell the others of this rank's error; end with theirs where it came from them."""
         if self._explained or self.world.size == 1:
             return
-        self._explained = self._leaving = True
+        self._explained, self._leaving = True, time.monotonic()
         log.error("stopped by an error", exc_info=e)
         if not isinstance(e, FastrepaError) and _is_of_peers(e):
             ends = time.monotonic() + self.config.timeout_seconds + 2 * self.interval
@@ -213,6 +215,9 @@ class Watch:
                     code, _, verdict = self._store.get("verdict").decode().partition(" ")
                     if self._verdict is None:
                         self._code, self._verdict = int(code), verdict
+                if self._stalled:
+                    self._store.set("stall", self._stalled)
+                    self._stalled = ""
                 if self._store.check(["stall"]):
                     stall = self._store.get("stall").decode()
                     if stall != self._stall:
@@ -237,7 +242,8 @@ class Watch:
                 if self._verdict:
                     if self.world.is_first:
                         time.sleep(2 * self.interval)  # for the others to read it
-                    if not self._leaving:
+                    # A main thread that is explaining may hang as well: the log's disk, say.
+                    if self._leaving is None or now - self._leaving > self.config.timeout_seconds:
                         self._end(self._verdict)
             if now - self._progressed > self.config.stall_seconds:
                 self._progressed = now
@@ -248,7 +254,7 @@ class Watch:
                 if self.world.size == 1:
                     self.log.stacks(why)
                 else:
-                    self._store.set("stall", f"{why} on {self._names[self.world.rank]}")
+                    self._stalled = f"{why} on {self._names[self.world.rank]}"
 
     def _lost(self, ranks: list[int]) -> str:
         names = ", ".join(self._names[r] for r in ranks)
@@ -265,9 +271,13 @@ class Watch:
         text = f"{verdict}; stopped in {self._doing}"
         if self._code == LOST:
             text += ", the same command continues"
-        self.log.stacks(text)
         print_error(text, self.world.rank)
-        os._exit(for_launcher(self._code))
+        code = for_launcher(self._code)
+        anyway = threading.Timer(2 * self.interval, os._exit, (code,))  # the log's disk may hang
+        anyway.daemon = True
+        anyway.start()
+        self.log.stacks(text)
+        os._exit(code)
 
 
 def _is_of_peers(e: BaseException) -> bool:

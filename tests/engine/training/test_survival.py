@@ -70,7 +70,7 @@ def test_a_spike_is_told_once_and_does_not_become_normal():
     assert Spikes(0.0, [1.0, 2.0] * 9).check(20, 99.0) is None
 
 
-def two_processes(run, fault, *overrides, stop_after=60):
+def two_processes(run, fault, *overrides, stop_after=150):
     """Two ranks without an agent above them, of which one is lost; (the other's exit code, stdout,
     stderr, seconds after the last logged step, what the lost one left).
     """
