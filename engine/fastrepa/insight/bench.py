@@ -31,7 +31,7 @@ import torch
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError, FastrepaError, nearest
 from fastrepa.insight.bench_turn import MARK
-from fastrepa.training.telemetry import versions
+from fastrepa.training.telemetry import git_state, versions
 
 RIVALS = ("ours+recompute", "ours+compile", "eager", "eager+compile", "reference")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -40,6 +40,8 @@ GUIDANCE = 1.8
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Of the losses, relative to the first contender's in float32, or in the lowest precision run."""
 FILE = "bench.jsonl"
+WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Of this process; a turn is a world of its own."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def bench(
     mark_wrong(finished)
     context = {
         **versions(),
+        **{f"git_{key}": value for key, value in git_state().items()},
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _device(),
         "threads": torch.get_num_threads(),
@@ -233,7 +236,8 @@ def _turn(config: Config, case: Case, timed: dict[str, Any]) -> dict[str, Any]:
     start = [sys.executable]
     if case.ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    environment = {key: value for key, value in os.environ.items() if key not in WORLD}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
         [*start, "-m", "fastrepa.insight.bench_turn", json.dumps(task)],
         capture_output=True,

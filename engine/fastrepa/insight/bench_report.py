@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.errors import ConfigError
-from fastrepa.insight.bench import Result, record
+from fastrepa.insight.bench import FILE, Result, record
 
 PICTURE = "bench.png"
 COLOURS = {
@@ -35,44 +35,44 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
     if results[0].line:
         console.print(results[0].line, soft_wrap=True, markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("what", "contender"):
-        table.add_column(heading)
-    for heading in (
-        "images/s",
-        "ms, median",
-        "p20 .. p80",
-        "ours is",
-        "peak above weights",
-        "of it",
-    ):
-        table.add_column(heading, justify="right")
-    shown = None
+    table.add_column("contender")
+    for heading in ("images/s", "ms", "p20 .. p80", "ours is", "GB*", "ours"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    group = None
     for result in results:
-        ours = _ours(results, result)
-        case = result.case
-        what = f"{case.sampler or 'step'} {case.precision} batch {case.batch}"
-        what += f" x {case.ranks} ranks" if case.ranks > 1 else ""
-        first = what if what != shown else ""
-        shown = what
+        ours, case = _ours(results, result), result.case
+        if case.group != group:
+            group = case.group
+            table.add_section()
+            table.add_row(f"[bold]{_title(result)}[/bold]")
         if result.problem:
-            table.add_row(first, case.contender, result.problem, "", "", "", "", "")
+            table.add_row(case.contender, result.problem)
             continue
-        fast = "" if result is ours or ours is None else f"{result.median / ours.median:.2f}x"
-        above, share = result.above_weights, ""
-        if above is not None and ours is not None and ours.above_weights is not None:
-            share = "" if result is ours else f"ours {ours.above_weights / above:.2f}x"
+        rival = ours is not None and result is not ours
+        above, smaller = result.above_weights, ""
+        if rival and above and ours is not None and ours.above_weights is not None:
+            smaller = f"{ours.above_weights / above:.2f}x"
         table.add_row(
-            first,
             case.contender,
             f"{result.images_per_s:.4g}",
             f"{result.median:.4g}",
             f"{result.milliseconds(0.2):.4g} .. {result.milliseconds(0.8):.4g}",
-            fast and f"{fast} as fast",
-            "" if above is None else f"{above / 1e9:.3f} GB",
-            share,
+            f"{result.median / ours.median:.2f}x" if rival and ours is not None else "",
+            "" if above is None else f"{above / 1e9:.3g}",
+            smaller,
         )
     console.print(table)
-    console.print(f"{out}/: bench.jsonl, {PICTURE}", soft_wrap=True, markup=False)
+    console.print(
+        "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
+        "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"
+    )
+    console.print(f"{out}/: {FILE}, {PICTURE}", soft_wrap=True, markup=False)
+
+
+def _title(result: Result) -> str:
+    case = result.case
+    title = f"{case.sampler or 'training step'}, {case.precision}, batch {case.batch}"
+    return title + (f", {case.ranks} ranks" if case.ranks > 1 else "")
 
 
 def _ours(results: Sequence[Result], like: Result) -> Result | None:
@@ -97,12 +97,10 @@ def save_bench_picture(results: Sequence[Result], path: Path) -> None:
     figure.subplots_adjust(left=0.2, right=0.95, top=1 - 0.75 / figure.get_figheight(), wspace=0.08)
     place, ticks, names = 0.0, [], []
     for group in groups:
-        sampler, precision, batch, ranks = group
-        title = f"{sampler or 'training step'}, {precision}, batch {batch}"
-        title += f", {ranks} ranks" if ranks > 1 else ""
+        members = [result for result in good if result.case.group == group]
+        title = _title(members[0])
         left.text(0, place, title, fontsize=9, fontweight="bold", color=INK, va="center")
         place += 1
-        members = [result for result in good if result.case.group == group]
         slowest = max(result.median for result in members)
         memories = [result.above_weights or 0 for result in members]
         largest = max([*memories, 1])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import Config
+from fastrepa.data.pipeline import Batch
 from fastrepa.model.operations import EAGER, Operations
 from fastrepa.training.trainer import Trainer
 
@@ -101,9 +102,9 @@ def use_reference(trainer: Trainer, precision: str) -> None:
     engine = ReferenceEngine(model, trainer.config, precision, trainer.forwards)
     losses = trainer.forward_losses
 
-    def under_autocast(*arguments: Any) -> dict[str, Tensor]:
+    def under_autocast(batch: Batch, samples: Tensor) -> dict[str, Tensor]:
         with engine.autocast():
-            return losses(*arguments)
+            return losses(batch, samples)
 
     trainer.forward_losses = under_autocast  # type: ignore[method-assign]
     trainer.engine.destroy()
