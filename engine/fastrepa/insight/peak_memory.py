@@ -38,7 +38,7 @@ def highest(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    result = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    result = profiled.profiler.kineto_results
     events = [e for e in result.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
