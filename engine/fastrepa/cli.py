@@ -70,9 +70,11 @@ def train(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
+    from fastrepa.training.determinism import make_deterministic, refusals_by_name
     from fastrepa.training.survival import watched
     from fastrepa.training.zero import join_world, leave_world
 
+    make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
         if dry_run:
@@ -84,7 +86,7 @@ def train(
             return
         from fastrepa.training.trainer import Trainer
 
-        with watched(resolved, world) as watch:
+        with watched(resolved, world) as watch, refusals_by_name():
             code = Trainer(resolved, world, watch.group).train(watch)
     finally:
         leave_world()

@@ -34,8 +34,9 @@ def trained(tmp_path_factory):
 def test_train_says_what_runs_and_leaves_everything(trained):
     folder, out = trained
     first = out.splitlines()[0]
-    for word in ("device cpu", "attention sdpa", "kernels fused", "tf_efficientnet_lite0 8x8x112",
-                 "codec pixel 3x32x32", "batch 8 = 1 x 2 x 4", "ZeRO 1"):  # fmt: skip
+    for word in ("device cpu", "attention sdpa-flash", "kernels fused", "ZeRO 1",
+                 "tf_efficientnet_lite0 8x8x112", "codec pixel 3x32x32",
+                 "batch 8 = 1 x 2 x 4"):  # fmt: skip
         assert word in first
     assert f"sample {folder} --num 64" in out
     names = {p.name for p in folder.iterdir()}
@@ -48,6 +49,9 @@ def test_train_says_what_runs_and_leaves_everything(trained):
     environment_json = json.loads((folder / "environment.json").read_text())
     assert environment_json["versions"]["torch"]
     assert environment_json["git"]["sha"]
+    assert environment_json["attention"] == {
+        "backend": "sdpa-flash", "configured": "auto", "require": "any", "passed_over": {},
+    }  # fmt: skip
     line = metrics(folder)[-1]
     assert {"step", "seconds", "loss", "velocity_loss", "alignment_loss", "grad_norm", "lr",
             "images_per_s", "model_flops_per_s", "peak_memory_bytes",
