@@ -128,10 +128,11 @@ def test_prediction_of_a_step():
     lines = {line.name: line for line in predict.step_lines("SiT-XL/2", 256, 256)}
     optimiser = lines["adamw_ema_"]
     assert optimiser.milliseconds(ceilings) == pytest.approx(683_242_512 * 36 / 4e12 * 1000)
-    gated = lines["gated_residual_layernorm_modulate"]
-    assert gated.calls == 56
-    # 12 bytes an element forward, 18 backward; vectors and statistics add under 2%.
-    assert gated.milliseconds(ceilings) == pytest.approx(56 * 65536 * 1152 * 30 / 4e9, rel=0.02)
+    # Products forward and twice backward; norms, GELU and vectors add under 2%.
+    for name, products in (("adaln_linear", 3), ("adaln_mlp", 8)):
+        assert lines[name].calls == 28
+        expected = 28 * 3 * 2 * 65536 * products * 1152**2 / 789e12 * 1000
+        assert lines[name].milliseconds(ceilings) == pytest.approx(expected, rel=0.02)
     text = predict.markdown("SiT-XL/2", 256, 256, ceilings, 0.6)
     assert all(f"| {name} |" in text for name in lines)
 
