@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Test files are shared out over this many processes.
+# Test files are shared out over this many processes, of one thread each: more would wait for cores.
 TEST_PROCESSES ?= 2
 READY := $(VENV)/.ready
 
@@ -25,7 +25,7 @@ quickstart: $(READY)
 	@$(BIN)/fastrepa train configs/quickstart.yaml
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .

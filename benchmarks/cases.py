@@ -2,7 +2,8 @@
 
 A provider is called with the same tensors as every other; "eager" is the operation's own reference,
 vectorised, "compile" is torch.compile of it, "loop" (alignment only) goes sample by sample as the
-published REPA code does. "ours" is the public function.
+published REPA code does. "ours" is the public function. Attention has every backend as a provider,
+and "ours" is the one that fastrepa_kernels.attention chooses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,13 @@ from fastrepa_kernels.adaln_linear import (
     adaln_mlp_cost,
     adaln_mlp_reference,
 )
+from fastrepa_kernels.attention import (
+    BACKENDS,
+    attention,
+    attention_cost,
+    attention_reference,
+    refusal,
+)
 from fastrepa_kernels.projector_alignment import (
     projector_alignment,
     projector_alignment_cost,
@@ -32,6 +41,7 @@ from fastrepa_kernels.projector_alignment import (
 )
 
 WIDTHS = {"SiT-S/2": 384, "SiT-B/2": 768, "SiT-L/2": 1024, "SiT-XL/2": 1152}
+HEADS = {"SiT-S/2": 6, "SiT-B/2": 12, "SiT-L/2": 16, "SiT-XL/2": 16}
 PROJECTOR, FEATURES = 2048, 768
 
 
@@ -44,6 +54,10 @@ class Shape:
     @property
     def width(self) -> int:
         return WIDTHS[self.model]
+
+    @property
+    def heads(self) -> int:
+        return HEADS[self.model]
 
     @property
     def rows(self) -> int:
@@ -65,6 +79,10 @@ class Problem:
 Provider = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, ...]]
 
 
+def _nothing_against(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -72,6 +90,8 @@ class Case:
     providers: dict[str, Provider]
     cost: Callable[[Shape, int], dict[str, cost.Cost]]
     backward: bool = True
+    refusal: Callable[[str, Shape, torch.dtype, torch.device], str] = _nothing_against
+    """Why a provider cannot be measured at a shape, '' where it can."""
     cpu_shapes: list[Shape] = field(default_factory=lambda: [Shape("SiT-S/2", 24, 256)])
 
     def shapes(self, device: torch.device) -> list[Shape]:
@@ -249,6 +269,30 @@ def _alignment_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
     return {"both": projector_alignment_cost(*at, x_itemsize=4)}
 
 
+def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    b, t, h, d = shape.batch, shape.tokens, shape.heads, shape.width // shape.heads
+    return Problem([_randn(device, dtype, b, t, 3, h, d)], [], [_randn(device, dtype, b, t, h, d)])
+
+
+SCORES = 8 << 30  # bytes of T x T scores above which written-out attention is not measured
+
+
+def _attention_refusal(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    if name in BACKENDS and name != "math":
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return refusal(name, device, dtype, shape.width // shape.heads)
+    size = shape.batch * shape.heads * shape.tokens**2 * (torch.finfo(dtype).bits // 8)
+    if name != "ours" and size > SCORES:
+        return f"its scores would be {size / 2**30:.0f} GiB"
+    return ""
+
+
+def _attention_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
+    at = (shape.batch, shape.tokens, shape.heads, shape.width // shape.heads, itemsize)
+    return {"forward": attention_cost(*at), "backward": attention_cost(*at, backward=True)}
+
+
 def _gelu_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
     at = (shape.rows, shape.width, 4 * shape.width, itemsize)
     return {
@@ -299,6 +343,14 @@ CASES = {
                 adaln.gated_residual_layernorm_modulate_reference,
             ),
             _both(adaln.gated_residual_layernorm_modulate_cost),
+        ),
+        Case(
+            "attention",
+            _attention,
+            _rivals(attention, attention_reference)
+            | {name: _plain(partial(attention, backend=name)) for name in BACKENDS},
+            _attention_cost,
+            refusal=_attention_refusal,
         ),
         Case(
             "adamw_ema",

@@ -23,13 +23,12 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, GPU_SHAPES, Case, Shape
-from benchmarks.run import RECORDS, append, environment, measure, table
+from benchmarks.run import PROVIDERS, RECORDS, append, environment, measure, table
 from benchmarks.training_step import measure_steps
 from fastrepa_kernels.cost import measure_ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING_STEPS = [("SiT-B/2", 128), ("SiT-XL/2", 64)]
-PROVIDERS = ["ours", "eager", "compile", "loop"]
 
 
 def run_tests() -> bool:
@@ -115,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             left_out += 1
             continue
         torch._dynamo.reset()  # or the recompile limit turns the rival into eager
-        records = measure(case, shape, dtype, device, ceilings, PROVIDERS, repeats=20)
+        records = measure(case, shape, dtype, device, ceilings, list(PROVIDERS), repeats=20)
         ceiling = {
             "ceiling_bytes_per_s": ceilings.bytes_per_second,
             "ceiling_flops_per_s": ceilings.flops_per_second,

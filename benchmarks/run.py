@@ -30,8 +30,10 @@ import triton
 from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 
+PROVIDERS = ("ours", "eager", "compile", "loop", *BACKENDS)  # of which a case has some
 RECORDS = Path(__file__).resolve().parent / "records"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED = 11
@@ -116,7 +118,7 @@ def gate(
     eager = _errors(eager_values, exact)
     errors, wrong = {"eager": max(eager)}, []
     for name, provider in case.providers.items():
-        if name == "eager":
+        if name == "eager" or case.refusal(name, small, dtype, device):
             continue
         values = _once(provider, _problem(case, small, dtype, device))
         mine = _errors(values, exact)
@@ -252,9 +254,13 @@ def measure(
     """Gate, then memory, then time: the records of one case at one shape."""
     dtype = DTYPES[dtype_name]
     errors, wrong = gate(case, shape, dtype, device)
+    refused = {n: case.refusal(n, shape, dtype, device) for n in names if n in case.providers}
+    for name, why in refused.items():
+        if why:
+            print(f"{case.name} {shape}: {name} left out: {why}")
     for name in wrong:
         print(f"{case.name} {shape}: {name} is WRONG (error {errors[name]:.2e}); not timed")
-    names = [n for n in names if n in case.providers and n not in wrong]
+    names = [n for n, why in refused.items() if not why and n not in wrong]
     problem = _problem(case, shape, dtype, device)
     timed = times(case, names, problem, device, repeats)  # first, so that compile has compiled
     costs = case.cost(shape, torch.finfo(dtype).bits // 8)
@@ -316,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="cuda: bf16, cpu: fp32")
-    parser.add_argument("--providers", nargs="+", default=["ours", "eager", "compile", "loop"])
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
     parser.add_argument("--repeats", type=int, default=None, help="cuda: 20, cpu: 3")
     parser.add_argument("--batch", type=int, default=None, help="only shapes of this batch")
     parser.add_argument("--record", type=Path, default=None, help="JSONL to append to; - for none")

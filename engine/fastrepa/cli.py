@@ -1,4 +1,4 @@
-"""The command line: `fastrepa train | plan | profile | prepare | data | sample | convert | doctor`.
+"""The command line: `fastrepa train`, `plan`, `profile`, `bench`, `prepare`, ... (see `--help`).
 
 Imports of torch and its friends stay inside the commands, so that `--help` answers at once.
 """
@@ -70,9 +70,11 @@ def train(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
+    from fastrepa.training.determinism import make_deterministic, refusals_by_name
     from fastrepa.training.survival import watched
     from fastrepa.training.zero import join_world, leave_world
 
+    make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
         if dry_run:
@@ -84,7 +86,7 @@ def train(
             return
         from fastrepa.training.trainer import Trainer
 
-        with watched(resolved, world) as watch:
+        with watched(resolved, world) as watch, refusals_by_name():
             code = Trainer(resolved, world, watch.group).train(watch)
     finally:
         leave_world()
@@ -218,6 +220,61 @@ def profile(
             print_profile(report, as_json=json)
     finally:
         leave_world()
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ours+recompute, ours+compile, eager, eager+compile or reference; repeat for "
+            "several. Default: the last three."
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16, fp16 (the reference's only); repeat.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Global batch; repeat for a sweep.")
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Processes; repeat to scale.")] = None,
+    sampling: Annotated[bool, typer.Option(help="Also images/s of ODE-50 and SDE-250.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of every contender.")] = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps of a turn.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_bench, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """The training step against its rivals: same weights, same batch, turn by turn in one run.
+
+    Appends to bench.jsonl in a folder and draws bench.png; nothing of a run or a data set is read.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.insight.bench import bench as measure
+    from fastrepa.insight.bench_report import print_bench
+
+    folder = out or Path(f"{config.stem}_bench")
+    with _progress("bench", shown=True) as progress:
+        results = measure(
+            resolved,
+            against=against if against is not None else ["eager", "eager+compile", "reference"],
+            precisions=precision or [resolved.training.precision],
+            batches=batch or [resolved.training.global_batch],
+            ranks=ranks or [1],
+            sampling=sampling,
+            rounds=rounds,
+            steps=steps,
+            warmup=warmup,
+            out=folder,
+            progress=progress,
+        )
+    print_bench(results, folder, as_json=json)
 
 
 @contextmanager

@@ -237,9 +237,22 @@ class ZeroConfig(_Section):
 
 
 class AttentionConfig(_Section):
-    """Which of torch's scaled-dot-product kernels; auto leaves the choice to torch."""
+    """Which attention computes the training's; fastrepa_kernels/attention.py has the table."""
 
-    backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    backend: Literal[
+        "auto",
+        "flash-attn-2",
+        "flash-attn-3",
+        "flash-attn-4",
+        "xformers",
+        "sdpa-cudnn",
+        "sdpa-flash",
+        "sdpa-efficient",
+        "math",
+    ] = Field("auto", description="auto: the first of the device's table that works")
+    require: Literal["any", "flash"] = Field(
+        "any", description="flash: anything that is not FlashAttention is an error"
+    )
 
 
 class SurvivalConfig(_Section):
@@ -275,6 +288,9 @@ class Config(_Section):
     survival: SurvivalConfig = SurvivalConfig()
     kernels: Literal["fused", "eager"] = "fused"
     attention: AttentionConfig = AttentionConfig()
+    deterministic: bool = Field(
+        False, description="two runs on the same hardware and ranks end with the same bits"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -296,6 +312,16 @@ class Config(_Section):
         if self.data.latents == "cached" and self.data.codec.name == "pixel":
             raise ValueError(
                 "data.latents: 'cached' needs data.codec.name sd-vae; pixels are not stored apart"
+            )
+        if self.deterministic and self.data.decode == "mixed":
+            raise ValueError(
+                "data.decode: 'mixed' shares a batch out between the GPU's decoders; "
+                "deterministic: true needs 'cpu', which 'auto' then takes"
+            )
+        if self.deterministic and self.attention.backend == "sdpa-cudnn":
+            raise ValueError(
+                "attention.backend: 'sdpa-cudnn' has no deterministic backward; "
+                "deterministic: true needs 'auto' or another one"
             )
         depth = self.model.depth
         if a.block and depth and self.vision.encoders and a.block > depth:
@@ -392,8 +418,13 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the model's shape and the alignment block; wrong types are left to pydantic."""
+    """Fill in what follows from other keys; wrong types are left to pydantic."""
     tree = dict(tree)
+    data = tree.get("data")
+    if isinstance(data, Mapping) and tree.get("deterministic") is True:
+        # The GPU's JPEG decoders give no promise.
+        decode = data.get("decode", "auto")
+        tree["data"] = {**data, "decode": "cpu" if decode == "auto" else decode}
     model = tree.get("model")
     if not isinstance(model, Mapping):
         return tree

@@ -7,6 +7,7 @@ from fastrepa_kernels.adaln import (
 )
 from fastrepa_kernels.adaln_linear import adaln_linear, adaln_mlp
 from fastrepa_kernels.adamw_ema import adamw_ema_
+from fastrepa_kernels.attention import attention
 from fastrepa_kernels.drop_in import patch_reference
 from fastrepa_kernels.mlp import linear_gelu
 from fastrepa_kernels.projector_alignment import projector_alignment
@@ -15,6 +16,7 @@ __all__ = [
     "adaln_linear",
     "adaln_mlp",
     "adamw_ema_",
+    "attention",
     "gated_residual",
     "gated_residual_layernorm_modulate",
     "layernorm_modulate",

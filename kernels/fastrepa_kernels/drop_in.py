@@ -10,6 +10,8 @@ adaLN_modulation}, final_layer.{norm_final, linear, adaLN_modulation} and, optio
 Only forwards are replaced, on the instances: no parameter, buffer, name or state dict changes, and
 `copy.deepcopy` (an EMA) gives an independent patched model. What changes:
 - a block's norms, modulations and gated residuals become two fused operations and a residual;
+- `attn` that is timm's self-attention (qkv, num_heads, optional LayerNorms q_norm and k_norm, proj,
+  no dropout, no mask) runs on the backend that `fastrepa_kernels.attention.choose` finds;
 - `mlp` with a tanh-GELU and no dropout becomes linear_gelu and fc2;
 - while the returned loss function runs, every projector computes the alignment loss itself, inside
   the model's forward (so DDP and ZeRO see every weight where they expect it), and the per-sample
@@ -33,6 +35,7 @@ from fastrepa_kernels.adaln import (
     gated_residual_layernorm_modulate,
     layernorm_modulate,
 )
+from fastrepa_kernels.attention import attention
 from fastrepa_kernels.mlp import linear_gelu
 from fastrepa_kernels.projector_alignment import projector_alignment
 
@@ -55,6 +58,16 @@ def _final_forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+
+
+def _attention_forward(self: Any, x: Tensor) -> Tensor:
+    qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+    q_norm, k_norm = (
+        (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
+        for norm in (getattr(self, "q_norm", None), getattr(self, "k_norm", None))
+    )
+    eps = self.q_norm.eps if q_norm else 1e-5
+    return self.proj(attention(qkv, q_norm=q_norm, k_norm=k_norm, eps=eps).flatten(2))
 
 
 def _projector_forward(self: Any, x: Tensor) -> Tensor:
@@ -128,6 +141,33 @@ def _plain_gelu_mlp(mlp: nn.Module) -> bool:
     )
 
 
+def _plain_attention(attn: nn.Module) -> bool:
+    """timm's Attention as DiT and SiT use it: nothing between qkv and proj but its norms."""
+    parts = dict(attn.named_children())
+    norms: list[Any] = [parts.pop(name, nn.Identity()) for name in ("q_norm", "k_norm")]
+    qkv, proj = parts.pop("qkv", None), parts.pop("proj", None)
+    width = getattr(qkv, "out_features", 0) // 3
+    heads = getattr(attn, "num_heads", 0)
+    return (
+        isinstance(qkv, nn.Linear)
+        and isinstance(proj, nn.Linear)
+        and isinstance(heads, int)
+        and heads > 0
+        and width == qkv.in_features == proj.in_features
+        and width % heads == 0
+        and (
+            all(isinstance(n, nn.Identity) for n in norms)
+            or (
+                all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms)
+                and all(tuple(n.normalized_shape) == (width // heads,) for n in norms)
+                and len({n.eps for n in norms}) == 1
+            )
+        )
+        # Whatever else is there does nothing: dropouts of 0 and Identity.
+        and all(isinstance(m, nn.Identity) or getattr(m, "p", None) == 0 for m in parts.values())
+    )
+
+
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
     """Every module to patch and its new forward; raises before anything has been changed."""
     _check_children("model", model, ("blocks", "final_layer"))
@@ -137,6 +177,8 @@ def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
         _check_norm(f"blocks.{i}.norm1", block.norm1)
         _check_norm(f"blocks.{i}.norm2", block.norm2)
         yield block, _block_forward
+        if _plain_attention(block.attn):
+            yield block.attn, _attention_forward
         if _plain_gelu_mlp(block.mlp):
             yield block.mlp, _mlp_forward
     final: Any = model.final_layer

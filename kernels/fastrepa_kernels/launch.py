@@ -67,6 +67,8 @@ def generation(device: torch.device) -> int:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype torch.autocast wants for matrix products on x's device; None outside autocast."""
     kind = x.device.type
+    if kind == "meta":  # shapes without numbers, which torch.autocast does not know
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

@@ -6,7 +6,9 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastrepa.training.meters import NAMES
 from tests.engine.training.runs import ROOT, command, environment, metrics, train
 
 
@@ -32,8 +34,9 @@ def trained(tmp_path_factory):
 def test_train_says_what_runs_and_leaves_everything(trained):
     folder, out = trained
     first = out.splitlines()[0]
-    for word in ("device cpu", "attention sdpa", "kernels fused", "tf_efficientnet_lite0 8x8x112",
-                 "codec pixel 3x32x32", "batch 8 = 1 x 2 x 4", "ZeRO 1"):  # fmt: skip
+    for word in ("device cpu", "attention sdpa-flash", "kernels fused", "ZeRO 1",
+                 "tf_efficientnet_lite0 8x8x112", "codec pixel 3x32x32",
+                 "batch 8 = 1 x 2 x 4"):  # fmt: skip
         assert word in first
     assert f"sample {folder} --num 64" in out
     names = {p.name for p in folder.iterdir()}
@@ -46,11 +49,18 @@ def test_train_says_what_runs_and_leaves_everything(trained):
     environment_json = json.loads((folder / "environment.json").read_text())
     assert environment_json["versions"]["torch"]
     assert environment_json["git"]["sha"]
+    assert environment_json["attention"] == {
+        "backend": "sdpa-flash", "configured": "auto", "require": "any", "passed_over": {},
+    }  # fmt: skip
     line = metrics(folder)[-1]
     assert {"step", "seconds", "loss", "velocity_loss", "alignment_loss", "grad_norm", "lr",
-            "images_per_s", "data_wait"} <= line.keys()  # fmt: skip
+            "images_per_s", "model_flops_per_s", "peak_memory_bytes",
+            *NAMES} <= line.keys()  # fmt: skip
+    assert "mfu" not in line  # nobody has printed a CPU's peak
+    assert f"memory {line['peak_memory_bytes'] / 1e9:.1f} GB" in out
     assert -1 <= line["alignment_loss"] <= 1
-    assert list((folder / "tensorboard").iterdir())
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {"share of time/backward", "images_per_s", "loss"} <= set(board.Tags()["scalars"])
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trained):

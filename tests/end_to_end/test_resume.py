@@ -25,7 +25,7 @@ LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_ch
 def test_killed_and_continued_equals_undisturbed(tmp_path):
     # benchmarks/records/faults_cpu.jsonl has 25 kills, in two stages.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
-    arguments += ["zero.stage=3", "training.precision=bf16"]
+    arguments += ["zero.stage=3", "training.precision=bf16", "deterministic=true"]
     arguments += ["training.ema=[0.99, {sigma_rel: 0.1}]"]
     done = kills(tmp_path, arguments, count=3, steps=10, seed=time.time_ns())
     assert done["count"] == 3

@@ -43,7 +43,10 @@ def training(run, *overrides):
             "did you mean 'tf_efficientnet_lite0'",
         ),
         ("data.decode=mixed", "data.decode: 'mixed' decodes on a GPU"),
-        ("attention.backend=cudnn", "attention.backend: 'cudnn' needs a GPU"),
+        (
+            "attention.backend=sdpa-cudnn",
+            "attention.backend: 'sdpa-cudnn' cannot run here: needs a GPU",
+        ),
         ("data.path=nowhere", "nowhere"),
         ("data.resolution=128", "128"),
         ("model.num_classes=7", "holds 8 classes, model.num_classes is 7"),

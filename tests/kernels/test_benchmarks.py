@@ -1,5 +1,6 @@
 """The benchmarks themselves: a wrong rival is not timed, memory is counted, records come back."""
 
+import dataclasses
 import json
 
 import pytest
@@ -70,10 +71,12 @@ def test_every_case_passes_its_gate_on_the_cpu(name, monkeypatch):
     monkeypatch.setattr(cases, "PROJECTOR", 64)
     case = cases.CASES[name]
     eager_only = {k: v for k, v in case.providers.items() if k != "compile"}
-    case = cases.Case(case.name, case.build, eager_only, case.cost, case.backward)
-    errors, wrong = run.gate(case, cases.Shape("SiT-S/2", 2, 16), torch.float32, CPU)
+    shape = cases.Shape("SiT-S/2", 2, 16)
+    case = dataclasses.replace(cases.CASES[name], providers=eager_only)
+    errors, wrong = run.gate(case, shape, torch.float32, CPU)
     assert not wrong
-    assert set(errors) == set(eager_only)
+    here = {p for p in eager_only if not case.refusal(p, shape, torch.float32, CPU)}
+    assert set(errors) == here >= {"ours", "eager"}
     costs = case.cost(SHAPE, 2)
     assert all(c.flops > 0 and c.bytes > 0 for c in costs.values())
 
@@ -125,9 +128,21 @@ def test_prediction_of_a_step():
     lines = {line.name: line for line in predict.step_lines("SiT-XL/2", 256, 256)}
     optimiser = lines["adamw_ema_"]
     assert optimiser.milliseconds(ceilings) == pytest.approx(683_242_512 * 36 / 4e12 * 1000)
-    gated = lines["gated_residual_layernorm_modulate"]
-    assert gated.calls == 56
-    # 12 bytes an element forward, 18 backward; vectors and statistics add under 2%.
-    assert gated.milliseconds(ceilings) == pytest.approx(56 * 65536 * 1152 * 30 / 4e9, rel=0.02)
+    # Products forward and twice backward; norms, GELU and vectors add under 2%.
+    for name, products in (("adaln_linear", 3), ("adaln_mlp", 8)):
+        assert lines[name].calls == 28
+        expected = 28 * 3 * 2 * 65536 * products * 1152**2 / 789e12 * 1000
+        assert lines[name].milliseconds(ceilings) == pytest.approx(expected, rel=0.02)
     text = predict.markdown("SiT-XL/2", 256, 256, ceilings, 0.6)
     assert all(f"| {name} |" in text for name in lines)
+
+
+def test_attention_is_measured_on_what_runs_and_says_what_does_not(capsys):
+    case, names = cases.CASES["attention"], ["ours", "eager", "sdpa-flash", "flash-attn-4"]
+    records = run.measure(case, SHAPE, "fp32", CPU, Ceilings(1e9, 1e9), names, 2)
+    assert {r["provider"] for r in records} == {"ours", "eager", "sdpa-flash"}
+    assert "flash-attn-4 left out: needs a GPU, not cpu" in capsys.readouterr().out
+    assert all(r["floor_ms"] > 0 for r in records)
+    large = cases.Shape("SiT-XL/2", 256, 4096)
+    assert "GiB" in case.refusal("math", large, torch.bfloat16, CPU)
+    assert case.refusal("ours", large, torch.bfloat16, CPU) == ""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrepa_kernels import patch_reference
+from fastrepa_kernels import drop_in, patch_reference
 from tests.kernels.accuracy import assert_as_good_as_eager
 
 WIDTH, TOKENS, CLASSES = 24, 6, 3
@@ -239,3 +239,41 @@ def test_the_number_of_targets_must_fit(case):
     loss_fn = patch_reference(model, Loss())
     with pytest.raises(ValueError, match="2 projectors; got 1 targets"):
         loss_fn(model, images, kwargs, zs=targets[:1])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_timms_attention_runs_on_the_chosen_backend(case, monkeypatch, qk_norm):
+    timm = pytest.importorskip("timm.layers.attention")
+    _, images, kwargs, targets = case
+    model = Stock()
+    for block in model.blocks:
+        block.attn = timm.Attention(
+            WIDTH, num_heads=3, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm
+        )
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            for p in norm.parameters():
+                nn.init.normal_(p, mean=1.0, std=0.1)
+    patched, wide = copy.deepcopy(model), copy.deepcopy(model).double()
+    loss_fn = patch_reference(patched, Loss())
+    calls, real = [], drop_in.attention
+    monkeypatch.setattr(drop_in, "attention", lambda *a, **k: calls.append(k) or real(*a, **k))
+    exact = step(wide, Loss(), images.double(), kwargs, [z.double() for z in targets])
+    stock = step(model, Loss(), images, kwargs, targets)
+    ours = step(patched, loss_fn, images, kwargs, targets)
+    assert len(calls) == len(model.blocks)
+    assert all((k["q_norm"] is not None) == qk_norm for k in calls)
+    # Together: 8 numbers may be right to many digits by luck. A bias of k shifts whole rows of
+    # scores, so its gradient is 0 and no error is relative to it.
+    names = [n for n in exact[2] if ".attn." in n and not n.endswith(("qkv.bias", "k_norm.bias"))]
+    together = (torch.cat([r[2][n].flatten() for n in names]) for r in (ours, stock, exact))
+    assert_as_good_as_eager("attention's gradients", *together)
+
+
+@pytest.mark.parametrize(
+    "change", [{"attn_drop": 0.1}, {"proj_drop": 0.1}, {"scale_norm": True}, {"gated": True}]
+)
+def test_attention_that_does_more_is_left_alone(change):
+    timm = pytest.importorskip("timm.layers.attention")
+    kwargs = {"num_heads": 3, "norm_layer": nn.LayerNorm} | change
+    assert not drop_in._plain_attention(timm.Attention(WIDTH, **kwargs))
+    assert drop_in._plain_attention(timm.Attention(WIDTH, num_heads=3))

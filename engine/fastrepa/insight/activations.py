@@ -134,8 +134,16 @@ def _trace(
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     peaks: list[int] = []
     done = [0]
+    # "math" keeps the T x T probabilities; every other backend keeps what torch's flash does.
+    attention = "math" if config.attention.backend == "math" else "auto"
     with torch.device("meta"):
-        model = SiT.from_config(config, side=side, channels=channels, encoder_widths=encoder_widths)
+        model = SiT.from_config(
+            config,
+            side=side,
+            channels=channels,
+            encoder_widths=encoder_widths,
+            attention=attention,
+        )
     with FakeTensorMode():
         _fake(model, dtype)
         model.train()

@@ -415,39 +415,59 @@ def _dali_wheel(cuda: str | None) -> list[Finding]:
     return [_path(name, "broken", detail, remedy)]
 
 
+HEAD_DIMS = (64, 72)
+"""Of SiT-S, B and L, and of SiT-XL."""
+
+
 def _sdpa(torch: Any) -> list[Finding]:
-    """Each backend of scaled_dot_product_attention alone, forward and backward, SiT's head dims."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """Each backend of scaled_dot_product_attention alone, forward and backward."""
+    from fastrepa_kernels.attention import SDPA
+
+    return [_attention_backend(torch, name) for name in SDPA if name != "math"]
+
+
+def _attention_backend(torch: Any, name: str) -> Finding:
+    """A backend of attention.backend, really tried where its rules allow it."""
+    from fastrepa_kernels.attention import refusal
 
     cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    out = []
-    for name, kind in (
-        ("SDPA flash", SDPBackend.FLASH_ATTENTION),
-        ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ("SDPA memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        if not cuda and kind is not SDPBackend.FLASH_ATTENTION:
-            out.append(_path(name, "off", "needs a GPU", _A_GPU))
-            continue
-        works, why = [], ""
-        for dim in (64, 72):
-            q = torch.randn(1, 2, 128, dim, device=device, dtype=dtype, requires_grad=True)
-            try:
-                with sdpa_kernel([kind]):
-                    y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-                    y.float().sum().backward()
-                works.append(dim)
-            except RuntimeError as e:
-                why = _one_line(str(e))
-        where = "on the GPU, bf16" if cuda else "torch's CPU kernel, fp32"
-        if works:
-            detail = f"{where}, head dim {' and '.join(map(str, works))}"
-            out.append(_path(name, "ok" if len(works) == 2 else "note", detail))
-        else:
-            capability = torch.cuda.get_device_capability() if cuda else None
-            out.append(_path(name, "off", why, f"another device (this: {capability}) or torch"))
-    return out
+    device, dtype = (
+        (torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+        if cuda
+        else (torch.device("cpu"), torch.float32)
+    )
+    why = {dim: refusal(name, device, dtype, dim) for dim in HEAD_DIMS}
+    works = [str(dim) for dim, reason in why.items() if not reason]
+    if works:
+        where = "on the GPU, bf16" if cuda else "on the CPU, fp32"
+        status = "ok" if len(works) == len(HEAD_DIMS) else "note"
+        return _path(name, status, f"{where}, head dim {' and '.join(works)}")
+    reason = next(iter(why.values()))
+    if "on this device" in reason:
+        return _path(name, "broken", reason, "a release built for this torch, CUDA and GPU")
+    return _path(name, "off", reason, "another GPU or torch" if cuda else _A_GPU)
+
+
+def _probe_attention() -> list[Finding]:
+    """What attention.backend auto takes here."""
+    import torch
+
+    from fastrepa_kernels.attention import FLASH, choose
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    parts, slow = [], []
+    for word, dtype in dtypes.items():
+        chosen = {dim: choose(device, dtype, dim) for dim in HEAD_DIMS}
+        parts.append(f"{word}: " + ", ".join(f"{c.backend} ({d})" for d, c in chosen.items()))
+        if word == "bf16":
+            slow = [c for c in chosen.values() if c.backend not in FLASH]
+    detail = "by head dim, " + "; ".join(parts)
+    if not slow:
+        return [_path("attention", "ok", detail)]
+    why = "; ".join(f"{name}: {reason}" for name, reason in slow[0].passed_over)
+    return [_path("attention", "note", f"{detail}, no FlashAttention ({why})")]
 
 
 def _probe_triton(device: str) -> list[Finding]:
@@ -473,32 +493,16 @@ def _probe_triton(device: str) -> list[Finding]:
     return [_path(name, "ok", detail + ("" if device == "cuda" else " (for tests, on the CPU)"))]
 
 
-def _probe_flash(version: int) -> list[Finding]:
-    """flash-attn 2/3 or flash-attn-4 against plain attention, where there is a GPU for it."""
+def _probe_flash(name: str) -> list[Finding]:
+    """A flash-attn package against plain attention, where there is a GPU for it."""
     import torch
 
-    name = "flash-attn" if version == 2 else "flash-attn-4"
-    module = "flash_attn" if version == 2 else "flash_attn.cute"
-    function = importlib.import_module(module).flash_attn_func
-    least = 8 if version == 2 else 9
+    from fastrepa_kernels.attention import MODULES
+
+    importlib.import_module(MODULES[name])
     if not torch.cuda.is_available():
         return [_path(name, "off", "installed, but there is no GPU", _A_GPU)]
-    major, minor = torch.cuda.get_device_capability()
-    if major < least:
-        kinds = "Ampere or newer" if version == 2 else "Hopper or Blackwell"
-        return [_path(name, "off", f"this GPU has capability {major}.{minor}", f"a GPU: {kinds}")]
-    dims = []
-    for dim in (64, 72):
-        q, k, v = torch.randn(3, 1, 128, 2, dim, device="cuda", dtype=torch.bfloat16)
-        y = function(q, k, v)
-        y = y[0] if isinstance(y, tuple) else y
-        heads = (t.transpose(1, 2).double() for t in (q, k, v))
-        exact = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
-        error = float((y.double() - exact).abs().max())
-        if not error < 0.05:
-            return [_path(name, "broken", f"head dim {dim} is off by {error:.1e}")]
-        dims.append(str(dim))
-    return [_path(name, "ok", f"bf16, head dim {' and '.join(dims)}")]
+    return [_attention_backend(torch, name)]
 
 
 def _probe_xformers() -> list[Finding]:
@@ -514,14 +518,9 @@ def _probe_xformers() -> list[Finding]:
         detail = f"its C++ operations do not load on torch {torch.__version__}"
         detail += f" (built for {built})" if built else f": {_one_line(problem)}"
         return [_path("xformers", "broken", detail, "an xformers release built for this torch")]
-    from xformers.ops import memory_efficient_attention
-
     if not torch.cuda.is_available():
         return [_path("xformers", "off", f"{xformers.__version__} loads; no GPU here", _A_GPU)]
-    q = torch.randn(1, 128, 2, 72, device="cuda", dtype=torch.bfloat16)
-    y = memory_efficient_attention(q, q, q)
-    assert torch.isfinite(y).all()
-    return [_path("xformers", "ok", "memory-efficient attention, bf16, head dim 72")]
+    return [_attention_backend(torch, "xformers")]
 
 
 def _probe_dali(device: str) -> list[Finding]:
@@ -617,20 +616,29 @@ PROBES: dict[str, Probe] = {
         lambda: _probe_triton("cpu"),
         {"TRITON_INTERPRET": "1"},
     ),
+    "attention": Probe("attention", "torch", "torch", "pip install torch", _probe_attention),
     # flash-attn and flash-attn-4 share the folder flash_attn: a module that only one of them has.
     "flash": Probe(
-        "flash-attn",
+        "flash-attn-2",
         "flash-attn",
         "flash_attn.flash_attn_interface",
         "pip install 'fastrepa[flash]' on a GPU host with nvcc (a long build); SDPA stands in",
-        lambda: _probe_flash(2),
+        lambda: _probe_flash("flash-attn-2"),
+    ),
+    "flash3": Probe(
+        "flash-attn-3",
+        "flash-attn-3",
+        "flash_attn_interface",
+        "pip install git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper "
+        "on a Hopper host with nvcc (a long build); SDPA stands in",
+        lambda: _probe_flash("flash-attn-3"),
     ),
     "flash4": Probe(
         "flash-attn-4",
         "flash-attn-4",
-        "flash_attn.cute",
+        "flash_attn.cute.interface",
         "pip install --pre 'fastrepa[flash4]' on a Hopper or Blackwell host; SDPA stands in",
-        lambda: _probe_flash(4),
+        lambda: _probe_flash("flash-attn-4"),
     ),
     "xformers": Probe(
         "xformers",

@@ -148,7 +148,8 @@ def _operations_table(report: Report, title: str, *, compared: bool = True) -> T
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
-    table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=26, max_width=42)
+    room = min(42, max(18, Console().width - 50 - 21 * len(rivals)))  # that the numbers leave
+    table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=room)
     for name in ("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline"):
         table.add_column(name, justify="right", no_wrap=not rivals)
     for rival in rivals:

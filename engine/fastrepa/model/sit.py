@@ -13,23 +13,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrepa.config import Config
 from fastrepa.model.operations import OPERATIONS, Operations
 from fastrepa.model.projector import Projector, alignment_loss
 from fastrepa.paths import velocity_from_data
+from fastrepa_kernels import attention
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
-
-SDPA_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:
@@ -106,7 +98,11 @@ def _next_linear(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, qkv packed [B,T,3,H,d]."""
+    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, qkv packed [B,T,3,H,d].
+
+    backend: of fastrepa_kernels.attention. The norms' weights are read here, inside the wrapped
+    forward, where ZeRO-3 has them whole.
+    """
 
     def __init__(
         self, width: int, heads: int, qk_norm: bool, backend: str, operations: Operations
@@ -125,14 +121,12 @@ class Attention(nn.Module):
         b, t, d = x.shape
         x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv)
         qkv = qkv.view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,T,d]
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.backend == "auto":
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            with sdpa_kernel(SDPA_BACKENDS[self.backend]):
-                out = F.scaled_dot_product_attention(q, k, v)
-        return x, self.proj(out.transpose(1, 2).reshape(b, t, d))
+        q_norm, k_norm = (
+            (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
+            for norm in (self.q_norm, self.k_norm)
+        )
+        out = attention(qkv, q_norm=q_norm, k_norm=k_norm, backend=self.backend)  # [B,T,H,d]
+        return x, self.proj(out.reshape(b, t, d))
 
 
 class Mlp(nn.Module):
@@ -250,9 +244,19 @@ class SiT(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
+        cls,
+        config: Config,
+        *,
+        side: int,
+        channels: int,
+        encoder_widths: Sequence[int],
+        attention: str = "auto",
     ) -> SiT:
-        """The model of a resolved configuration; side and channels come from the codec."""
+        """The model of a resolved configuration; side and channels come from the codec.
+
+        attention: the backend; only a trainer passes the configured one, which may be for its
+        device and precision alone.
+        """
         m = config.model
         assert m.width and m.depth and m.heads and m.patch and config.alignment.block
         return cls(
@@ -268,7 +272,7 @@ class SiT(nn.Module):
             encoder_widths=encoder_widths,
             alignment_block=config.alignment.block,
             projector_width=config.alignment.projector_width,
-            attention=config.attention.backend,
+            attention=attention,
             prediction=config.objective.prediction,
             path=config.objective.path,
             kernels=config.kernels,

@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, Operations
+from fastrepa.model.sit import Attention
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
+from fastrepa_kernels.attention import MODULES
 
 BATCH = 2  # images of the one step
 
@@ -89,6 +91,8 @@ def dry_run(config: Config, world: World) -> DryRun:
     for module in trainer.engine.module.modules():
         if isinstance(getattr(module, "operations", None), Operations):
             module.operations = EAGER
+        if isinstance(module, Attention) and module.backend in MODULES:
+            module.backend = "math"
     with FlopCounterMode(display=False) as counter:
         trainer.train_step(batches)
     parameters = list(trainer.engine.module.parameters())

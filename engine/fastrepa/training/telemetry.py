@@ -37,7 +37,16 @@ from fastrepa.training.meters import NAMES
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
-    *("torchvision", "safetensors", "numpy", "pydantic", "diffusers", "flash-attn", "xformers"),
+    *(
+        "torchvision",
+        "safetensors",
+        "numpy",
+        "pydantic",
+        "diffusers",
+        "flash-attn",
+        "flash-attn-4",
+        "xformers",
+    ),
 )
 
 
@@ -67,8 +76,8 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-def environment() -> dict[str, Any]:
-    """What a run ran on: environment.json."""
+def machine() -> dict[str, Any]:
+    """What a run ran on, for environment.json."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "command": sys.argv,
@@ -93,10 +102,20 @@ class _Numbers(ProgressColumn):
 class Telemetry:
     """The first rank's voice; every other rank holds a silent one.
 
+    `environment` joins what environment.json says of the machine.
+
     Lines of metrics.jsonl past `start_step` belong to steps that a crash undid: they are dropped.
     """
 
-    def __init__(self, run: Path, config: Config, *, start_step: int, active: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        *,
+        start_step: int,
+        active: bool,
+        environment: dict[str, Any] | None = None,
+    ) -> None:
         self.run, self.active, self.steps = run, active, config.training.steps
         self.console = Console(quiet=not active, highlight=False)
         self._tensorboard: Any = None
@@ -110,7 +129,8 @@ class Telemetry:
         earlier = self.history()
         self._seconds_before = earlier[-1].get("seconds", 0.0) if earlier else 0.0
         self._began = time.monotonic()
-        (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+        ran_on = machine() | (environment or {})
+        (run / "environment.json").write_text(json.dumps(ran_on, indent=1))
         if config.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

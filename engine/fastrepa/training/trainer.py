@@ -25,6 +25,7 @@ from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.exit_codes import REQUEUE
 from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
+from fastrepa.model.attention import attention_record, choose_attention, slow_attention
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.averages import ema_model, recorded
@@ -38,6 +39,7 @@ from fastrepa.training.checkpoint import (
     read_state,
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
+from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.training.meters import SAMPLING, Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.survival import Watch, host_group_of
@@ -57,7 +59,8 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
              "training.wandb", "training.micro_batch", "training.ema", "data.path",
              "data.decode", "data.readers", "data.read_ahead", "data.prefetch", "sample", "zero",
-             "survival", "attention", "kernels")  # fmt: skip
+             "survival", "attention", "kernels",
+             "deterministic")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -97,22 +100,18 @@ class Trainer:
         *,
         random_weights: bool = False,
     ) -> None:
+        make_deterministic(config)
         self.config, self.world = config, world
         # Small questions between hosts go over gloo, which does not make a GPU wait.
         self.host_group = host_group or host_group_of(config)
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
-        if world.device.type != "cuda" and config.attention.backend in ("cudnn", "efficient"):
-            raise ConfigError(
-                f"attention.backend: {config.attention.backend!r} needs a GPU; "
-                f"on {world.device.type} use 'auto', 'flash' or 'math'"
-            )
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.attention = choose_attention(config, world.device, dtype)
         if not random_weights:  # what fails cheaply comes first
             self.shards = self._open_shards()
         self.objective = Objective(config.objective)
         self.random = KeyedRandom(config.seed)
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-
         self.codec = build_codec(
             config.data.codec,
             resolution=config.data.resolution,
@@ -148,6 +147,7 @@ class Trainer:
             side=self.codec.side,
             channels=self.codec.channels,
             encoder_widths=self.targets.widths,
+            attention=self.attention.backend,
         )
         if checkpoint:
             load_model_weights(checkpoint, model)
@@ -254,8 +254,15 @@ class Trainer:
         if world.is_first:
             _warn_of_changes(self.run, config)
             save_config(config, self.run / "config.yaml")
-        with Telemetry(self.run, config, start_step=self.step, active=world.is_first) as telemetry:
+        ran = attention_record(config, self.attention)
+        with Telemetry(
+            self.run, config, start_step=self.step, active=world.is_first, environment=ran
+        ) as telemetry:
             telemetry.say(self.first_line())
+            if slow := slow_attention(self.attention, world.device):
+                telemetry.warn(slow)
+            if config.deterministic and world.device.type == "cuda":
+                telemetry.say(NOT_ON_A_GPU)
             if self.resumed_from:
                 for line in (f"continuing {self.run} from step {self.step}", *self._resume_notes):
                     telemetry.say(line)
@@ -413,13 +420,15 @@ class Trainer:
             "model": f"{model}, {parameters / 1e6:.1f} M parameters",
             "precision": c.training.precision,
             "ZeRO": str(c.zero.stage),
-            "attention": f"sdpa ({c.attention.backend})",
+            "attention": self.attention.backend,
             "kernels": c.kernels,
             "encoder": self.targets.describe(),
             "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}"
             + (" (cached)" if self.cached_latents else ""),
             "batch": f"{c.training.global_batch} = {w.size} x {self.forwards} x {self.micro}",
         }
+        if c.deterministic:
+            parts["deterministic"] = "yes"
         return " · ".join(f"{k} {v}" for k, v in parts.items())
 
     def _open_shards(self) -> DataSet:

@@ -4,20 +4,20 @@ Arguments are JSON objects, one per case; the first rank prints one JSON object 
 torch's allocator held at the highest moment of a step, and what DeepSpeed's comms logger counted.
 """
 
-import gc
 import json
 import sys
 from functools import partial
 
 import deepspeed.comm
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import config_from_dict
+from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.model.sit import SiT
 from fastrepa.training import zero
 
+CPU = torch.device("cpu")
 SIDE, CHANNELS, WIDTHS = 16, 3, [96]
 
 
@@ -42,36 +42,9 @@ def config_of(case):
     )
 
 
-def storages():
-    """Every live tensor's storage, by address."""
-    gc.collect()
-    out = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor):
-            for tensor in (item, item.grad if item.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu":
-                    storage = tensor.untyped_storage()
-                    out[storage.data_ptr()] = storage
-    return out
-
-
-def highest(work):
-    """Bytes above what was held before, at the highest moment: of the allocator, ops' temporaries
-    included.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def measure(case, world):
     config = config_of(case)
-    before = storages()  # held on to, so that no address is used again
+    before = storages(CPU)  # held on to, so that no address is used again
     torch.manual_seed(0)
     model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
     if case.get("checkpointing") == "blocks":
@@ -98,11 +71,11 @@ def measure(case, world):
 
     step()
     step()
-    resident = sum(s.nbytes() for at, s in storages().items() if at not in before)
+    resident = sum(s.nbytes() for at, s in storages(CPU).items() if at not in before)
     log = deepspeed.comm.comms_logger
     log.comms_dict.clear()
     log.enabled = log.prof_all = True
-    peak = highest(step)
+    peak = highest(step, CPU)
     log.enabled = log.prof_all = False
     sent = {
         op: sum(size * record[0] for size, record in sizes.items())

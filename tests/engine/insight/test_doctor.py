@@ -51,7 +51,7 @@ def test_findings_are_complete_and_in_order(findings):
             assert f.remedy, f
     named = {f.name for f in findings if f.section == "fast paths"}
     assert named >= {p.name for key, p in PROBES.items() if key != "torch"}
-    assert named >= {"SDPA flash", "SDPA cuDNN", "SDPA memory-efficient"}
+    assert named >= {"attention", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient"}
 
 
 def test_versions_and_devices_are_true(findings):
@@ -72,7 +72,8 @@ def test_versions_and_devices_are_true(findings):
         ("DALI wheel fits torch", "nvidia-dali-cuda130"),
         ("DeepSpeed", "deepspeed"),
         ("Triton interpreter", "triton"),
-        ("SDPA flash", "torch"),
+        ("sdpa-flash", "torch"),
+        ("attention", "torch"),
         ("diffusers (codec sd-vae)", "diffusers"),
     ],
 )
@@ -87,7 +88,7 @@ def test_what_is_installed_here_works(findings, name, distribution):
 
 @pytest.mark.skipif(not WITHOUT_GPU, reason="a GPU is here")
 @pytest.mark.parametrize(
-    "name", ["Triton kernels on the GPU", "SDPA cuDNN", "DALI decode on the GPU (mixed)"]
+    "name", ["Triton kernels on the GPU", "sdpa-cudnn", "DALI decode on the GPU (mixed)"]
 )
 def test_without_a_gpu_its_paths_are_off_and_ask_for_one(findings, name):
     finding = by_name(findings)[f"fast paths: {name}"]
@@ -98,7 +99,7 @@ def test_without_a_gpu_its_paths_are_off_and_ask_for_one(findings, name):
 @pytest.mark.gpu
 def test_with_a_gpu_its_paths_work(findings):
     found = by_name(findings)
-    for name in ("Triton kernels on the GPU", "SDPA flash", "SDPA memory-efficient"):
+    for name in ("Triton kernels on the GPU", "sdpa-flash", "sdpa-efficient"):
         assert found[f"fast paths: {name}"].status == "ok", found[f"fast paths: {name}"]
 
 

@@ -1,0 +1,145 @@
+"""One contender's turn, in a process of its own (or several, under torchrun): `fastrepa bench`
+starts it, and reads the line that it prints.
+
+    python -m fastrepa.insight.bench_turn '{"config": {...}, "contender": "ours", ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastrepa.config import Config, config_from_dict
+from fastrepa.generation.generate import generate
+from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.trainer import Trainer
+from fastrepa.training.zero import World, join_world, leave_world
+
+MARK = "BENCH "
+
+
+def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Config:
+    """The run's configuration as this contender needs it."""
+    tree["training"]["precision"] = precision
+    if contender == "reference":
+        tree["training"]["precision"] = "fp32"  # autocast makes the difference
+        tree["zero"] = {"stage": 0}
+    if not contender.startswith("ours"):
+        tree["kernels"] = "eager"
+        tree["training"].pop("recompute", None)
+    if contender == "ours+recompute":
+        tree["training"]["recompute"] = 1
+    return config_from_dict(tree)
+
+
+def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[str, Any]:
+    """Warm up, time, and measure the highest moment of memory of one more step."""
+    trainer = Trainer(config, world, random_weights=True)
+    contender = task["contender"]
+    if contender == "reference":
+        use_reference(trainer, task["precision"])
+    if contender == "eager+compile":
+        trainer.engine.module.compile(dynamic=False)
+    if contender == "ours+compile":
+        for block in trainer.engine.module.blocks:
+            block.compile(dynamic=False)
+    batches = RandomBatches(config, trainer, world.device, trainer.micro)
+    given = [next(batches) for _ in range(trainer.forwards)]  # made once: reading is not measured
+
+    class Given:
+        def __init__(self) -> None:
+            self.number = 0
+
+        def __next__(self) -> Any:
+            self.number += 1
+            return given[self.number % len(given)]
+
+        def close(self) -> None:
+            return
+
+    source, losses = Given(), []
+    for _ in range(task["warmup"]):
+        losses.append(trainer.train_step(source)["loss"])
+    seconds = _timed(
+        lambda: losses.append(trainer.train_step(source)["loss"]), task["steps"], world
+    )
+    out: dict[str, Any] = {
+        "seconds": seconds,
+        "losses": [float(loss) for loss in losses],
+        "line": trainer.first_line() if contender != "reference" else "",
+        "weights_bytes": sum(p.nbytes for p in trainer.engine.module.parameters()),
+        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+    }
+    if task["memory"]:
+        held = sum(s.nbytes() for s in storages(world.device).values())
+        out["peak_bytes"] = held + highest(lambda: trainer.train_step(source), world.device)
+        out["held_bytes"] = held
+    return out
+
+
+def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[str, Any]:
+    """Images of random weights: what they show does not change what they cost."""
+    trainer = Trainer(config, world, random_weights=True)
+    model = trainer.engine.module
+    if task["contender"].endswith("+compile"):
+        model.compile(dynamic=False)
+    batch = config.training.global_batch
+    numbers = torch.arange(batch)
+    labels = numbers % config.model.num_classes
+
+    def draw() -> None:
+        generate(
+            model,
+            trainer.codec,
+            labels,
+            seed=config.seed,
+            sample_ids=numbers,
+            batch_size=batch,
+            sample_config=config.sample,
+            path=config.objective.path,
+        )
+
+    for _ in range(task["warmup"]):
+        draw()
+    return {"seconds": _timed(draw, task["steps"], world), "line": trainer.first_line()}
+
+
+def _timed(work: Callable[[], object], times: int, world: World) -> list[float]:
+    def wait() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+
+    seconds = []
+    for _ in range(times):
+        wait()
+        began = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def main(text: str) -> int:
+    task = json.loads(text)
+    world = join_world()
+    config = contender_config(task["config"], task["contender"], task["precision"])
+    turn = sampling_turn if task["sampler"] else training_turn
+    try:
+        result = turn(task, config, world)
+    except torch.cuda.OutOfMemoryError:
+        result = {"does_not_fit": True}
+    if world.is_first:
+        print(MARK + json.dumps(result), flush=True)
+    leave_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

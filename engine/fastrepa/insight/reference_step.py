@@ -1,0 +1,112 @@
+"""The published training step, as a rival: what REPA's train.py computes, by its own statements.
+
+float32 weights under torch.autocast (fp16 with a gradient scaler, or bf16, or neither), an
+alignment loss that goes sample by sample, AdamW, an average that is updated parameter by parameter,
+and losses that the host reads after every step. The batch, its noise, the encoder and the
+transformer's arithmetic are those of the trainer it takes the place in, so that losses compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrepa.config import Config
+from fastrepa.data.pipeline import Batch
+from fastrepa.model.operations import EAGER, Operations
+from fastrepa.training.trainer import Trainer
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DECAY = 0.9999  # the reference's
+
+
+def per_sample_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
+    """-mean cosine as the reference takes it: a Python loop over the batch."""
+    w1, b1, w2, b2, w3, b3 = weights
+    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
+    projected = F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
+    loss = torch.zeros((), device=x.device)
+    for ours, theirs in zip(projected, target, strict=True):
+        ours = F.normalize(ours.float(), dim=-1)
+        theirs = F.normalize(theirs.float(), dim=-1)
+        loss = loss - (ours * theirs).sum(dim=-1).mean()
+    return loss / x.shape[0]
+
+
+REFERENCE = replace(EAGER, projector_alignment=per_sample_alignment)
+
+
+class ReferenceEngine:
+    """What a Trainer calls where DeepSpeed's engine and our optimiser would be; one process."""
+
+    def __init__(self, module: nn.Module, config: Config, precision: str, forwards: int) -> None:
+        self.module, self.clip, self.forwards = module, config.training.clip, forwards
+        self.device = next(module.parameters()).device
+        self.dtype = AUTOCAST.get(precision)
+        self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        o = config.training.optimizer
+        self.adamw = torch.optim.AdamW(
+            self.params.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        )
+        self.averages = {name: p.detach().clone() for name, p in self.params.items()}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.bad_loss: Tensor | None = None  # the trainer's; the reference has no such thing
+        self.logged: list[float] = []
+        self._losses: list[Tensor] = []
+        self._norm: Tensor | None = None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    def set_rate(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+        self.scaler.scale(loss / self.forwards).backward()
+
+    def step(self) -> None:
+        if len(self._losses) < self.forwards:
+            return
+        self.scaler.unscale_(self.adamw)
+        limit = self.clip or float("inf")
+        self._norm = nn.utils.clip_grad_norm_(self.params.values(), limit)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, p in self.params.items():
+                self.averages[name].mul_(DECAY).add_(p, alpha=1 - DECAY)
+        self.logged = [*(loss.item() for loss in self._losses), self._norm.item()]
+        self._losses.clear()
+
+    def get_global_grad_norm(self) -> Tensor | None:
+        return self._norm
+
+
+def use_reference(trainer: Trainer, precision: str) -> None:
+    """Make `trainer`, built in fp32 with eager kernels and ZeRO 0, take the published step."""
+    model = trainer.engine.module
+    for module in model.modules():
+        if isinstance(getattr(module, "operations", None), Operations):
+            module.operations = REFERENCE
+    engine = ReferenceEngine(model, trainer.config, precision, trainer.forwards)
+    losses = trainer.forward_losses
+
+    def under_autocast(batch: Batch, samples: Tensor) -> dict[str, Tensor]:
+        with engine.autocast():
+            return losses(batch, samples)
+
+    trainer.forward_losses = under_autocast  # type: ignore[method-assign]
+    trainer.engine.destroy()
+    trainer.engine = trainer.optimizer = engine  # type: ignore[assignment]
+    del trainer.whole  # DeepSpeed's states go with it

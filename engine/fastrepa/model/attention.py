@@ -1,0 +1,51 @@
+"""Which attention a run computes with: the configuration's wish, and what this device can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastrepa.config import Config
+from fastrepa.errors import ConfigError
+from fastrepa_kernels.attention import FLASH, Choice, choose
+
+
+def choose_attention(config: Config, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for the training of `config` in `dtype` on `device`.
+
+    Raises ConfigError, naming attention.backend or attention.require, where it cannot run.
+    """
+    m, wanted = config.model, config.attention
+    assert m.width and m.heads
+    try:
+        return choose(
+            device,
+            dtype,
+            m.width // m.heads,
+            backend=wanted.backend,
+            require=wanted.require,
+            deterministic=config.deterministic,
+        )
+    except ValueError as e:
+        raise ConfigError(f"attention.{e}") from None
+
+
+def attention_record(config: Config, choice: Choice) -> dict[str, Any]:
+    """For environment.json: what runs, who chose it, and why nothing better did."""
+    return {
+        "attention": {
+            "backend": choice.backend,
+            "configured": config.attention.backend,
+            "require": config.attention.require,
+            "passed_over": dict(choice.passed_over),
+        }
+    }
+
+
+def slow_attention(choice: Choice, device: torch.device) -> str:
+    """A warning where a GPU computes attention with less than FlashAttention, otherwise ''."""
+    if device.type != "cuda" or choice.backend in FLASH:
+        return ""
+    why = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over if name in FLASH)
+    return f"attention runs on {choice.backend}, which is slow" + (f" ({why})" if why else "")

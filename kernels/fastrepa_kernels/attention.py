@@ -1,0 +1,438 @@
+"""Self-attention on packed projections: softmax(q k^T / sqrt(d)) v behind one call.
+
+Shapes: B batch, T tokens, H heads, d head dimension; qkv [B,T,3,H,d] is what one Linear gives, seen
+as a view. q and k may be normalised over d first (LayerNorm with weight and bias: qk-norm).
+Saved for backward: qkv, the output and one log-sum per row; `math` keeps the T x T probabilities.
+
+Nothing is computed here: a backend is chosen, called without copying q, k or v, and never silently.
+`choose` says which one runs and why not the others; PRIORITY is the order by device generation and
+head dimension; a backend of PRIORITY is taken when its rules allow it, its package loads and one
+small forward and backward gives the right numbers on the device at hand.
+
+The gradient of qkv is written in place by flash-attn 2, 3 and 4; the other backends give three
+tensors, which are put together in one pass.
+
+Never run, because no GPU was at hand: every backend but sdpa-flash and math on the CPU. The calls
+follow the sources of flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4
+4.0.0b36 and xformers 0.0.35, and are tested against stand-ins with those signatures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastrepa_kernels import launch
+from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.registration import differentiable, first_order
+
+SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# flash-attn and flash-attn-4 share the folder flash_attn.
+MODULES = {
+    "flash-attn-2": "flash_attn.flash_attn_interface",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute.interface",
+    "xformers": "xformers.ops.fmha",
+}
+BACKENDS = (*MODULES, *SDPA)
+FLASH = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "sdpa-cudnn", "sdpa-flash")
+"""Backends that are FlashAttention, for `require="flash"`; cuDNN's is one too."""
+
+# Head dimensions that flash-attn 2 and 3 have kernels for; others are padded to the next one, so
+# that 72 costs what 96 does.
+BUILT = (64, 96, 128, 192, 256)
+
+_LAST = ("flash-attn-2", "sdpa-flash", "xformers", "sdpa-efficient", "math")
+# Device generation -> (order for head dimensions in BUILT, order for others). From published
+# timings and the padding above; benchmarks/gpu_suite.py measures it and nobody has yet.
+PRIORITY: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    80: (
+        ("flash-attn-2", "sdpa-flash", "sdpa-cudnn", *_LAST[2:]),
+        ("flash-attn-2", "sdpa-flash", "sdpa-cudnn", *_LAST[2:]),
+    ),
+    90: (
+        ("flash-attn-3", "sdpa-cudnn", "flash-attn-4", *_LAST),
+        ("sdpa-cudnn", "flash-attn-4", "flash-attn-3", *_LAST),
+    ),
+    100: (
+        ("flash-attn-4", "sdpa-cudnn", *_LAST),
+        ("flash-attn-4", "sdpa-cudnn", *_LAST),
+    ),
+}
+CPU_PRIORITY = ("sdpa-flash", "math")
+HALF = (torch.float16, torch.bfloat16)
+
+Norm = tuple[Tensor, Tensor]  # weight and bias of a LayerNorm over d
+
+
+def attention_reference(
+    qkv: Tensor, q_norm: Norm | None = None, k_norm: Norm | None = None, eps: float = 1e-5
+) -> Tensor:
+    """The specification, in whatever dtype it is given (float64 in tests): [B,T,H,d]."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B,H,T,d]
+    if q_norm is not None:
+        q = F.layer_norm(q, q.shape[-1:], *q_norm, eps=eps)
+    if k_norm is not None:
+        k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps)
+    probabilities = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (probabilities @ v).transpose(1, 2)
+
+
+# The choice ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs, and those before it in the order with the reason they do not."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    backend: str = "auto",
+    require: str = "any",
+    deterministic: bool = False,
+) -> Choice:
+    """Which backend computes attention of `dtype` with heads of `head_dim` on `device`.
+
+    backend: one of BACKENDS, or "auto" for the first of PRIORITY that works. require: "flash" makes
+    anything that is not of FLASH an error. deterministic: only backends whose backward is.
+    Raises ValueError where the wanted backend cannot run, or nothing of what is required.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if require not in ("any", "flash"):
+        raise ValueError(f"require: {require!r} is not one of any, flash")
+    at = (device.type, device.index, dtype, head_dim, deterministic)
+    if backend != "auto":
+        if require == "flash" and backend not in FLASH:
+            raise ValueError(
+                f"require: 'flash' does not allow backend {backend!r}; it allows {', '.join(FLASH)}"
+            )
+        why = _refusal(backend, *at)
+        if why:
+            raise ValueError(f"backend: {backend!r} cannot run here: {why}")
+        return Choice(backend)
+    passed_over: list[tuple[str, str]] = []
+    for name in order(device, dtype, head_dim):
+        if require == "flash" and name not in FLASH:
+            continue
+        why = _refusal(name, *at)
+        if not why:
+            return Choice(name, tuple(passed_over))
+        passed_over.append((name, why))
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over)
+    raise ValueError(f"require: {require!r}, but nothing of it runs here ({reasons})")
+
+
+def order(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """Backends to try on a device, the first that works to be taken."""
+    if device.type == "cuda" and dtype != torch.float64:
+        built, padded = PRIORITY[launch.generation(device)]
+        return built if head_dim in BUILT else padded
+    if device.type == "cpu" and dtype != torch.float64:
+        return CPU_PRIORITY
+    return ("math",)
+
+
+def refusal(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    deterministic: bool = False,
+) -> str:
+    """Why backend `name` cannot be used, '' where it can: by rule, by import, by a real trial."""
+    return _refusal(name, device.type, device.index, dtype, head_dim, deterministic)
+
+
+@cache
+def _refusal(
+    name: str, kind: str, index: int | None, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> str:
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    capability = torch.cuda.get_device_capability(device) if kind == "cuda" else None
+    why = rule(name, kind, capability, dtype, head_dim, deterministic)
+    if not why and name in MODULES:
+        why = _import(name)
+    if not why and kind == "cuda":
+        why = _trial(name, device, dtype, head_dim, deterministic)
+    return why
+
+
+def rule(
+    name: str,
+    kind: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool,
+) -> str:
+    """What the backends' own sources and documents demand; '' where nothing speaks against it.
+
+    kind: a device's type; capability: of a CUDA device.
+    """
+    if name == "math":
+        return ""
+    if kind != "cuda" or capability is None:
+        if name == "sdpa-flash" and kind == "cpu":
+            return "" if dtype != torch.float64 else "float64 is computed by math"
+        return f"needs a GPU, not {kind}"
+    major = capability[0]
+    wide = 256 if name != "sdpa-cudnn" or major == 9 else 128
+    if name == "flash-attn-4" and major != 9:
+        wide = 128
+    majors = {"flash-attn-3": (9,), "flash-attn-4": (9, 10, 11), "sdpa-efficient": None}.get(
+        name, (8, 9, 10, 11, 12)
+    )
+    if majors and major not in majors:
+        return f"no kernels for compute capability {major}.{capability[1]}"
+    if dtype == torch.float64 or (name in FLASH and dtype not in HALF):
+        return f"does not take {_word(dtype)}"
+    if head_dim > wide and name in FLASH:
+        return f"head dimension {head_dim} is above {wide}"
+    if head_dim % 8 and name != "flash-attn-2":
+        return f"head dimension {head_dim} is no multiple of 8"
+    if deterministic and name == "sdpa-cudnn":
+        return "its backward is not deterministic"
+    return ""
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_loaded: dict[str, ModuleType] = {}
+
+
+def _import(name: str) -> str:
+    """Load a backend's package into `_loaded`; '' or why it cannot be."""
+    if name in _loaded:
+        return ""
+    top = MODULES[name].partition(".")[0]
+    try:
+        if importlib.util.find_spec(top) is None:
+            return "not installed"
+        _loaded[name] = importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as e:
+        ours = f"{e.name}.".startswith(f"{top}.")
+        return "not installed" if ours else f"{e.name} is missing"
+    except Exception as e:  # what is built for another torch or CUDA raises almost anything
+        return f"does not load ({_first_line(e)})"
+    return ""
+
+
+def _trial(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> str:
+    """One small forward and backward against the reference in float64; '' or what went wrong."""
+    generator = torch.Generator(device).manual_seed(0)  # no one else's randomness is touched
+    given = torch.randn((1, 128, 3, 2, head_dim), device=device, generator=generator).to(dtype)
+
+    def forward_and_backward(x: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        x = x.requires_grad_()
+        y = of(x)
+        return y.detach(), torch.autograd.grad(y.double().square().sum(), x)[0]
+
+    with torch.inference_mode(False), torch.enable_grad(), launch.without_autocast(given):
+        exact = forward_and_backward(given.double(), attention_reference)
+        try:
+            ours = forward_and_backward(
+                given.clone(), lambda x: _run(name, x, None, None, 0.0, deterministic)
+            )
+        except Exception as e:
+            return f"fails on this device ({_first_line(e)})"
+    # A wrong one is off by its own size; float32 kernels may compute in TF32.
+    allowed = 10 * torch.finfo(torch.bfloat16).eps
+    for a, b in zip(ours, exact, strict=True):
+        error = float((a.double() - b).norm() / b.norm())
+        if not error < allowed:
+            return f"is wrong on this device by {error:.1e}"
+    return ""
+
+
+def _first_line(e: BaseException) -> str:
+    text = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+    return f"{type(e).__name__}: {text[:160]}" if text else type(e).__name__
+
+
+# The calls ----------------------------------------------------------------------------------------
+
+
+def _run(
+    name: str, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None, eps: float,
+    deterministic: bool,
+) -> Tensor:  # fmt: skip
+    q, k, v = qkv.unbind(2)  # [B,T,H,d], views
+    packed = q_norm is None and k_norm is None
+    if q_norm is not None:
+        q = F.layer_norm(q, q.shape[-1:], *q_norm, eps=eps).to(v.dtype)
+    if k_norm is not None:
+        k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps).to(v.dtype)
+    if name in SDPA:
+        with sdpa_kernel(SDPA[name]):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if name in ("flash-attn-2", "flash-attn-3"):
+        package: Any = _loaded[name]
+        if packed:
+            return package.flash_attn_qkvpacked_func(qkv, deterministic=deterministic)
+        return package.flash_attn_func(q, k, v, deterministic=deterministic)
+    whole = qkv if packed else torch.stack([q, k, v], 2)
+    return _packed_attention_call(whole, name, deterministic)[0]
+
+
+@torch.library.custom_op("fastrepa::packed_attention", mutates_args=())
+def _packed_attention(qkv: Tensor, name: str, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """(out [B,T,H,d], log-sums [B,H,T] float32) by a package that torch.compile cannot look into.
+
+    `deterministic` only tells backward.
+    """
+    package: Any = _loaded[name]
+    q, k, v = qkv.unbind(2)
+    if name == "flash-attn-4":
+        out, sums = package.flash_attn_func(q, k, v, return_lse=True)
+    else:
+        out, sums = package.memory_efficient_attention_forward_requires_grad(q, k, v)
+        sums = sums[..., : qkv.shape[1]]  # xformers pads some; its backward pads again
+    return out.contiguous(), sums.contiguous()
+
+
+@_packed_attention.register_fake
+def _(qkv, name, deterministic):
+    b, t, _, h, d = qkv.shape
+    return qkv.new_empty((b, t, h, d)), qkv.new_empty((b, h, t), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrepa::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, name: str, deterministic: bool
+) -> Tensor:
+    """The gradient of qkv [B,T,3,H,d]."""
+    package: Any = _loaded[name]
+    q, k, v = qkv.unbind(2)
+    if name == "flash-attn-4":
+        dqkv = torch.empty_like(qkv)
+        dq, dk, dv = dqkv.unbind(2)
+        package._flash_attn_bwd(
+            q, k, v, out, grad, sums, deterministic=deterministic, dq=dq, dk=dk, dv=dv
+        )
+        return dqkv
+    # xformers asks torch itself whether the run is deterministic.
+    return torch.stack(package.memory_efficient_attention_backward(grad, out, sums, q, k, v), 2)
+
+
+@_packed_attention_backward.register_fake
+def _(grad, qkv, out, sums, name, deterministic):
+    return torch.empty_like(qkv)
+
+
+_packed_attention_backward_call = first_order(_packed_attention_backward)
+
+
+def _setup(ctx, inputs, output):
+    qkv, ctx.name, ctx.deterministic = inputs
+    out, sums = output
+    ctx.save_for_backward(qkv, out, sums)
+    ctx.mark_non_differentiable(sums)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None
+    saved = ctx.saved_tensors
+    dqkv = _packed_attention_backward_call(grad.contiguous(), *saved, ctx.name, ctx.deterministic)
+    return dqkv, None, None
+
+
+_packed_attention_call = differentiable(_packed_attention, setup_context=_setup, backward=_backward)
+
+
+# The public call ----------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _resolved(
+    backend: str, kind: str, index: int | None, dtype: torch.dtype, head_dim: int, strict: bool
+) -> str:
+    """The backend's name; while torch.compile traces it is found out once."""
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    return choose(device, dtype, head_dim, backend=backend, deterministic=strict).backend
+
+
+def _check(qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> None:
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        raise ValueError(
+            f"attention: qkv must be a floating-point [B, T, 3, H, d]; "
+            f"got {tuple(qkv.shape)} {qkv.dtype}"
+        )
+    for argument, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        for part in norm or ():
+            if part.shape != qkv.shape[-1:] or part.device != qkv.device:
+                raise ValueError(
+                    f"attention: {argument} must be two [{qkv.shape[-1]}] on {qkv.device}; got "
+                    f"{tuple(part.shape)} on {part.device} "
+                    "(under ZeRO-3, call this inside the owning module's forward)"
+                )
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over every head, no mask: qkv [B,T,3,H,d] -> [B,T,H,d].
+
+    q_norm, k_norm: (weight [d], bias [d]) of a LayerNorm with `eps`. backend: of BACKENDS, or
+    "auto" (see `choose`); under torch.use_deterministic_algorithms only those that are. Under
+    torch.autocast qkv is cast to its dtype. Source: Vaswani et al. 2017, section 3.2.1.
+    Raises ValueError where shapes do not fit or the backend cannot run here.
+    """
+    cast = launch.autocast_dtype(qkv)
+    if cast is not None:
+        qkv = qkv.to(cast)
+    _check(qkv, q_norm, k_norm)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    device = qkv.device
+    name = _resolved(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], deterministic)
+    return _run(name, qkv, q_norm, k_norm, eps, deterministic)
+
+
+def attention_cost(
+    batch: int, tokens: int, heads: int, head_dim: int, itemsize: int, *, backward: bool = False
+) -> Cost:
+    """Two T x T products forward, five backward (the scores are computed again, as flash does).
+
+    Forward reads qkv, writes the output and the fp32 log-sums; backward reads all of it and the
+    output's gradient, and writes qkv's.
+    """
+    product = 2 * batch * heads * tokens * tokens * head_dim
+    rows, sums = batch * tokens * heads * head_dim, 4 * batch * heads * tokens
+    if backward:
+        return Cost(flops=5 * product, bytes=itemsize * 8 * rows + sums)
+    return Cost(flops=2 * product, bytes=itemsize * 4 * rows + sums)

@@ -1,0 +1,120 @@
+"""fastrepa bench: what runs, who is refused, and that the rivals compute the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrepa.config import load_config
+from fastrepa.errors import ConfigError
+from fastrepa.insight.bench import Case, Result, bench, mark_wrong, plan_cases, record
+from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.trainer import Trainer
+from fastrepa.training.zero import join_world
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+CPU = torch.device("cpu")
+TINY = [
+    "model.width=32", "model.depth=3", "model.heads=2", "alignment.projector_width=48",
+    "vision.encoders.0.weights=random", "vision.encoders.0.input=32", "data.codec.side=8",
+    "data.resolution=16", "training.global_batch=4", "training.schedule.warmup=5",
+    "zero.stage=0",
+]  # fmt: skip
+
+
+def tiny(*more):
+    return load_config(QUICKSTART, [*TINY, *more])
+
+
+def test_what_runs():
+    named = plan_cases(tiny(), ["eager", "reference"], ["fp32", "fp16"], [4, 8], [1, 2], True)
+    assert Case("reference", "fp16", 8) in named and Case("ours", "fp16", 8) not in named
+    assert Case("eager", "fp32", 4, 2) in named and Case("reference", "fp32", 4, 2) not in named
+    assert [c for c in named if c.sampler] == [
+        Case(name, "fp32", 4, 1, sampler)
+        for sampler in ("ode-50", "sde-250")
+        for name in ("ours", "eager")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"against": ["eagre"]}, r"--against: 'eagre' is not one of .*did you mean 'eager'"),
+        ({"precisions": ["fp8"]}, r"--precision: 'fp8' is not one of fp32, bf16, fp16"),
+        ({"batches": [0]}, r"--batch: 0 is not 1 or more"),
+        ({"ranks": [3]}, r"--batch: 4 is not divisible by 3 ranks"),
+        ({"rounds": 0}, r"--rounds: 0 is not 1 or more"),
+    ],
+)
+def test_wrong_options_are_named(change, message, tmp_path):
+    given = {"against": ["eager"], "precisions": ["fp32"], "batches": [4], "out": tmp_path / "o"}
+    with pytest.raises(ConfigError, match=message):
+        bench(tiny(), **(given | change))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_wrong_contender_gets_no_time():
+    def result(name, precision, loss):
+        return Result(Case(name, precision, 4), seconds=[0.1], losses=[1.0, loss])
+
+    good, wrong, low = (
+        result("ours", "fp32", 0.5), result("eager", "fp32", 0.5001), result("ours", "bf16", 0.505)
+    )  # fmt: skip
+    mark_wrong([low, good, wrong])
+    assert not good.problem and not low.problem
+    assert record(wrong)["problem"] == "wrong: its loss is 0.5001, not 0.5"
+    assert "p50_ms" not in record(wrong) and record(good)["p50_ms"] == pytest.approx(100)
+    bad = result("ours", "bf16", float("nan"))
+    mark_wrong([good, bad])
+    assert bad.problem
+
+
+def test_the_first_losses_of_fast_and_published_steps_agree():
+    """50 steps in float32: our kernels, optimiser and losses against the reference algorithm's."""
+    world = join_world()
+    curves = []
+    for kernels, published in (("fused", False), ("eager", True)):
+        config = tiny("training.precision=fp32", f"kernels={kernels}")
+        trainer = Trainer(config, world, random_weights=True)
+        if published:
+            use_reference(trainer, "fp32")
+        batches = RandomBatches(config, trainer, world.device, 4)
+        curves.append([trainer.train_step(batches)["loss"].item() for _ in range(50)])
+    fast, plain = torch.tensor(curves, dtype=torch.float64)
+    assert plain[-1] < 0.9 * plain[0]  # it learns
+    # Rounding, which training amplifies from step to step.
+    assert ((fast - plain).abs() / plain.abs()).max() < 2e-4
+    assert ((fast - plain).abs() / plain.abs())[:10].max() < 1e-5
+
+
+def test_highest_moment():
+    x = torch.randn(1000)
+    assert highest(lambda: (x * 2) + (x * 3), CPU) == 3 * x.nbytes
+    assert x.untyped_storage().data_ptr() in storages(CPU)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    from fastrepa.cli import main
+
+    arguments = ["--against", "reference", "--rounds", "1", "--steps", "2", "--batch", "2"]
+    out = ["--out", str(tmp_path / "out"), "--precision", "fp32"]
+    monkeypatch.setattr(
+        sys, "argv", ["fastrepa", "bench", str(QUICKSTART), *TINY, *arguments, *out]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    lines = [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").open()]
+    assert [line["contender"] for line in lines] == ["ours", "reference"]
+    ours, reference = lines
+    assert ours["last_loss"] == pytest.approx(reference["last_loss"], rel=1e-4)
+    assert ours["n"] == 2 and ours["images_per_s"] == pytest.approx(2000 / ours["p50_ms"])
+    assert 0 < ours["peak_above_weights_bytes"] < reference["peak_above_weights_bytes"]
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "reference" in said and "images/s" in said and "kernels fused" in said

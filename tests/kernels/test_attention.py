@@ -1,0 +1,503 @@
+"""attention: each backend that runs here against float64, the choice, and calls that cannot run."""
+
+import importlib
+import inspect
+import itertools
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrepa_kernels import attention
+from fastrepa_kernels.attention import (
+    BACKENDS,
+    FLASH,
+    attention_cost,
+    attention_reference,
+    choose,
+    order,
+    refusal,
+)
+from tests.kernels.accuracy import check
+
+module = importlib.import_module("fastrepa_kernels.attention")  # the package's name is the function
+CPU = torch.device("cpu")
+A100, H100, B200, OLD = (8, 0), (9, 0), (10, 0), (7, 5)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What was found out about one machine is not true of the next test's."""
+    torch.manual_seed(22)
+    found, loaded = module._refusal, dict(module._loaded)
+    found.cache_clear()
+    yield
+    found.cache_clear()
+    module._loaded.clear()
+    module._loaded.update(loaded)
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+def problem(tokens, dim, dtype, norm, device="cpu", batch=2, heads=3):
+    def randn(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    given = [randn(batch, tokens, 3, heads, dim)]
+    if norm:
+        given += [1 + 0.1 * randn(dim), 0.1 * randn(dim), 1 + 0.1 * randn(dim), 0.1 * randn(dim)]
+    return given, [randn(batch, tokens, heads, dim)]
+
+
+def agree(backend, tokens, dim, dtype, norm=False, **size):
+    given, upstream = problem(tokens, dim, dtype, norm, **size)
+    # A bias of k shifts whole rows of scores: its gradient is 0, and no error is relative to that.
+    given, fixed = given[:4], given[4:]
+
+    def norms(rest):
+        return (rest[:2], (rest[2], fixed[0].to(rest[2].dtype))) if rest else (None, None)
+
+    def ours(qkv, *rest):
+        q, k = norms(rest)
+        return attention(qkv, q_norm=q, k_norm=k, backend=backend)
+
+    def eager(qkv, *rest):
+        return attention_reference(qkv, *norms(rest))
+
+    names = ["qkv", "q weight", "q bias", "k weight"][: len(given)]
+    check(names, ours, eager, given, upstream)
+
+
+SHAPES = [(64, 72), (100, 64), (256, 72), (1024, 64)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa-flash", "math"])
+def test_cpu_backends_are_as_good_as_the_specification(backend, dtype, norm):
+    for tokens, dim in SHAPES[: 3 if norm else None]:
+        agree(backend, tokens, dim, dtype, norm)
+
+
+def test_a_long_sequence():
+    agree("sdpa-flash", 4096, 72, torch.float32, batch=1, heads=1)
+
+
+def test_float64_is_math_to_the_last_digits():
+    assert choose(CPU, torch.float64, 72).backend == "math"
+    given, _ = problem(100, 72, torch.float64, norm=True)
+    qkv, qw, qb, kw, kb = given
+    torch.testing.assert_close(
+        attention(qkv, q_norm=(qw, qb), k_norm=(kw, kb)),
+        attention_reference(qkv, (qw, qb), (kw, kb)), rtol=1e-13, atol=1e-14,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 72])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_backends_are_as_good_as_the_specification(backend, dim):
+    why = refusal(backend, torch.device("cuda", 0), torch.bfloat16, dim)
+    if why:
+        pytest.skip(f"{backend}: {why}")
+    for tokens, norm in itertools.product((64, 256, 1024), (False, True)):
+        agree(backend, tokens, dim, torch.bfloat16, norm, device="cuda")
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **kwargs or {})
+
+
+COPIES = {"clone", "copy_", "cat", "stack", "contiguous", "_to_copy", "empty_like"}
+
+
+def test_nothing_is_copied_on_the_way_in_or_out():
+    (qkv,), (grad,) = problem(64, 72, torch.float32, norm=False)
+    qkv.requires_grad_()
+    with Operations() as forward:
+        y = attention(qkv)
+        y.view(*y.shape[:2], -1)  # [B,T,H d] as it is
+    assert any("scaled_dot_product" in name for name in forward.names)
+    assert not COPIES & set(forward.names), forward.names
+    with Operations() as backward:
+        y.backward(grad)
+    assert sum(name in COPIES for name in backward.names) == 1, backward.names  # dq, dk, dv in one
+
+
+# The choice ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU of a capability with some packages, on which whatever is tried works."""
+
+    def make(capability, *packages, failing=()):
+        module._refusal.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(
+            module, "_import", lambda name: "" if name in packages else "not installed"
+        )
+        monkeypatch.setattr(
+            module, "_trial", lambda name, *_: "fails on this device" if name in failing else ""
+        )
+        return torch.device("cuda", 0)
+
+    return make
+
+
+ALL = tuple(module.MODULES)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "dtype", "dim", "expected"),
+    [
+        (A100, ALL, torch.bfloat16, 64, "flash-attn-2"),
+        (A100, ALL, torch.bfloat16, 72, "flash-attn-2"),
+        (A100, (), torch.bfloat16, 72, "sdpa-flash"),
+        (A100, ("xformers",), torch.float32, 72, "xformers"),
+        (A100, (), torch.float32, 72, "sdpa-efficient"),
+        ((8, 9), ("flash-attn-3", "flash-attn-4"), torch.float16, 64, "sdpa-flash"),
+        (H100, ALL, torch.bfloat16, 64, "flash-attn-3"),
+        (H100, ALL, torch.bfloat16, 72, "sdpa-cudnn"),
+        (H100, ("flash-attn-2",), torch.bfloat16, 64, "sdpa-cudnn"),
+        (H100, ("flash-attn-3",), torch.bfloat16, 256, "flash-attn-3"),
+        (B200, ALL, torch.bfloat16, 72, "flash-attn-4"),
+        (B200, ("flash-attn-3",), torch.bfloat16, 64, "sdpa-cudnn"),
+        (B200, ("flash-attn-2",), torch.bfloat16, 256, "flash-attn-2"),
+        ((12, 0), ("flash-attn-4",), torch.bfloat16, 64, "sdpa-flash"),
+        (OLD, ALL[:3], torch.float16, 64, "sdpa-efficient"),
+        (H100, ALL, torch.float64, 64, "math"),
+        (H100, (), torch.bfloat16, 60, "math"),
+    ],
+)
+def test_first_of_the_table_that_can_run(machine, capability, packages, dtype, dim, expected):
+    choice = choose(machine(capability, *packages), dtype, dim)
+    assert choice.backend == expected
+    tried = order(torch.device("cuda", 0), dtype, dim)
+    passed = [name for name, _ in choice.passed_over]
+    assert [*passed, expected] == list(tried[: len(passed) + 1])
+    assert all(why for _, why in choice.passed_over)
+
+
+def test_tables_are_complete():
+    for built, padded in module.PRIORITY.values():
+        for names in (built, padded):
+            assert names[-1] == "math"
+            assert len(set(names)) == len(names)
+            assert set(names) <= set(BACKENDS)
+            flash = [name in FLASH for name in names]
+            assert flash == sorted(flash, reverse=True)  # nothing less before any of FLASH
+    assert set(module.PRIORITY) == set(module.launch.GENERATIONS)
+    assert set(itertools.chain(*itertools.chain(*module.PRIORITY.values()))) == set(BACKENDS)
+
+
+def test_deterministic_runs_leave_out_what_is_not(machine):
+    device = machine(H100)
+    assert choose(device, torch.bfloat16, 72).backend == "sdpa-cudnn"
+    assert choose(device, torch.bfloat16, 72, deterministic=True).backend == "sdpa-flash"
+    with pytest.raises(ValueError, match="'sdpa-cudnn' cannot run here: its backward is not det"):
+        choose(device, torch.bfloat16, 72, backend="sdpa-cudnn", deterministic=True)
+
+
+def test_what_fails_its_trial_is_passed_over_with_the_reason(machine):
+    device = machine(B200, *ALL, failing=("flash-attn-4", "sdpa-cudnn"))
+    choice = choose(device, torch.bfloat16, 64)
+    assert choice.backend == "flash-attn-2"
+    assert choice.passed_over == (
+        ("flash-attn-4", "fails on this device"), ("sdpa-cudnn", "fails on this device"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="backend: 'flash-attn-4' cannot run here: fails on this"):
+        choose(device, torch.bfloat16, 64, backend="flash-attn-4")
+
+
+def test_flash_required_is_flash_or_an_error(machine):
+    device = machine(H100, "xformers")
+    for dtype, dim in itertools.product((torch.float16, torch.bfloat16), (64, 72, 128)):
+        assert choose(device, dtype, dim, require="flash").backend in FLASH
+    words = r"require: 'flash', but nothing of it runs here \(.*sdpa-flash: does not take float32"
+    with pytest.raises(ValueError, match=words):
+        choose(device, torch.float32, 64, require="flash")
+    with pytest.raises(ValueError, match="require: 'flash' does not allow backend 'xformers'"):
+        choose(device, torch.bfloat16, 64, backend="xformers", require="flash")
+    assert choose(CPU, torch.float32, 64, require="flash").backend == "sdpa-flash"
+    with pytest.raises(ValueError, match="require: 'flash', but nothing of it runs here"):
+        choose(CPU, torch.float64, 64, require="flash")
+
+
+def test_the_real_choice_on_a_cpu():
+    assert choose(CPU, torch.bfloat16, 72).backend == "sdpa-flash"
+    assert choose(torch.device("meta"), torch.float32, 72).backend == "math"
+    for name in ("flash-attn-2", "sdpa-cudnn", "sdpa-efficient", "xformers"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot run here: needs a GPU, not cpu"):
+            choose(CPU, torch.float32, 64, backend=name)
+
+
+def test_packages_that_are_absent_or_do_not_load(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(module.importlib.util, "find_spec", lambda name: None)
+        assert module._import("flash-attn-3") == "not installed"
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "flash_attn").mkdir()  # as flash-attn-4 alone leaves it
+
+    def imported(name, file, text):
+        (tmp_path / file).write_text(text)
+        module.importlib.invalidate_caches()
+        return module._import(name)
+
+    assert imported("flash-attn-2", "other.py", "") == "not installed"
+    needs = "import flash_attn_2_cuda"
+    why = imported("flash-attn-2", "flash_attn/flash_attn_interface.py", needs)
+    assert why == "flash_attn_2_cuda is missing"
+    why = imported("flash-attn-3", "flash_attn_interface.py", "raise OSError('libcudart.so.11.0')")
+    assert why == "does not load (OSError: libcudart.so.11.0)"
+    sys.modules.pop("flash_attn", None)
+
+
+# Packages that cannot run here: stand-ins with their signatures -----------------------------------
+
+
+def as_flash_attn(q, k, v):
+    """[B,T,H,d] each -> (out [B,T,H,d], log-sums [B,H,T])."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def grads_of(q, k, v, out, grad, sums):
+    """From what the forward saved, as flash does: P from the log-sums."""
+    scale = q.shape[-1] ** -0.5
+    p = (torch.einsum("bthd,bshd->bhts", q, k) * scale - sums[..., None]).exp()
+    dp = torch.einsum("bthd,bshd->bhts", grad, v)
+    ds = p * (dp - (grad * out).sum(-1).transpose(1, 2)[..., None]) * scale
+    dq, dk = torch.einsum("bhts,bshd->bthd", ds, k), torch.einsum("bhts,bthd->bshd", ds, q)
+    return dq, dk, torch.einsum("bhts,bthd->bshd", p, grad)
+
+
+class Package:
+    """The four packages' signatures, as far as they are used; `seen` keeps `deterministic`."""
+
+    def __init__(self):
+        self.seen = []
+
+    def flash_attn_qkvpacked_func(self, qkv, softmax_scale=None, causal=False, *,
+                                  deterministic=False):  # fmt: skip
+        self.seen.append(deterministic)
+        return as_flash_attn(*qkv.unbind(2))[0]
+
+    def flash_attn_func(self, q, k, v, *, deterministic=False, return_lse=False):
+        self.seen.append(deterministic)
+        out, sums = as_flash_attn(q, k, v)
+        return (out, sums.float()) if return_lse else out
+
+    def _flash_attn_bwd(self, q, k, v, out, dout, lse, softmax_scale=None, causal=False, *,
+                        deterministic=False, dq=None, dk=None, dv=None):  # fmt: skip
+        self.seen.append(deterministic)
+        for into, value in zip((dq, dk, dv), grads_of(q, k, v, out, dout, lse), strict=True):
+            into.copy_(value)
+        return dq, dk, dv
+
+    def memory_efficient_attention_forward_requires_grad(self, query, key, value):
+        out, sums = as_flash_attn(query, key, value)
+        pad = -query.shape[1] % 32  # as its CUTLASS kernels do
+        return out, torch.nn.functional.pad(sums.float(), (0, pad), value=math.inf)
+
+    def memory_efficient_attention_backward(self, grad, output, lse, query, key, value):
+        return grads_of(query, key, value, output, grad, lse)
+
+
+@pytest.fixture(params=ALL)
+def stand_in(request, monkeypatch):
+    """A package that computes what it should, on the CPU."""
+    name, package = request.param, Package()
+    monkeypatch.setattr(module, "rule", lambda *_: "")
+    monkeypatch.setitem(module._loaded, name, package)
+    return name, package
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_packages_get_what_they_want_and_gradients_come_back(stand_in, norm):
+    name, _ = stand_in
+    agree(name, 37, 72, torch.float32, norm)
+
+
+def test_packages_are_told_to_be_deterministic(stand_in):
+    name, package = stand_in
+    qkv = problem(16, 8, torch.float32, norm=False)[0][0].requires_grad_()
+    attention(qkv, backend=name).sum().backward()
+    assert not any(package.seen)
+    package.seen.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention(qkv, backend=name).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert any(package.seen) or name == "xformers"  # which asks torch
+
+
+def test_a_trial_sees_what_is_wrong_or_fails(stand_in, monkeypatch):
+    name, _ = stand_in
+    tried = (name, CPU, torch.float32, 72, False)
+    before = torch.get_rng_state()
+    assert module._trial(*tried) == ""
+    assert torch.equal(torch.get_rng_state(), before)
+    forward = as_flash_attn
+    monkeypatch.setitem(globals(), "as_flash_attn", lambda q, k, v: forward(q, k, v.flip(1)))
+    assert module._trial(*tried).startswith("is wrong on this device by")
+
+    def raises(*_):
+        raise RuntimeError("\nno kernel image is available\nmore")
+
+    monkeypatch.setitem(globals(), "as_flash_attn", raises)
+    assert (
+        module._trial(*tried) == "fails on this device (RuntimeError: no kernel image is available)"
+    )
+
+
+def test_compiled_graph_is_whole_and_agrees_for_packages(stand_in, monkeypatch):
+    assert_compiles(stand_in[0], monkeypatch)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa-flash", "math"])
+def test_compiled_graph_is_whole_and_agrees(backend, monkeypatch):
+    assert_compiles(backend, monkeypatch)
+
+
+def assert_compiles(backend, monkeypatch):
+    refusal_of = module._refusal.__wrapped__
+
+    def untraceable(*args):
+        torch._dynamo.graph_break()  # a trial on a GPU could not be traced either
+        return refusal_of(*args)
+
+    monkeypatch.setattr(module, "_refusal", untraceable)
+    given, _ = problem(37, 72, torch.float32, norm=True)
+
+    def function(qkv, qw, qb, kw, kb):
+        plain = attention(qkv, backend=backend)
+        return plain + attention(qkv, q_norm=(qw, qb), k_norm=(kw, kb), backend=backend)
+
+    def run(f):
+        leaves = [t.clone().requires_grad_() for t in given]
+        y = f(*leaves)
+        return (y, *torch.autograd.grad(y.square().sum(), leaves))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(function), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["flash-attn-4", "xformers"])
+def test_registration(name, monkeypatch):
+    monkeypatch.setitem(module._loaded, name, Package())
+    (qkv,), (grad,) = problem(16, 8, torch.float32, norm=False)
+    qkv.requires_grad_()
+    ops = torch.ops.fastrepa
+    torch.library.opcheck(ops.packed_attention, (qkv, name, False))
+    out, sums = ops.packed_attention(qkv.detach(), name, False)
+    torch.library.opcheck(
+        ops.packed_attention_backward, (grad, qkv.detach(), out, sums, name, True)
+    )
+
+
+def test_the_stand_ins_have_the_packages_names():
+    """Whoever has a package installed sees at once that a name or argument is gone."""
+    for name, used in {
+        "flash-attn-2": {"flash_attn_qkvpacked_func": ("deterministic",),
+                         "flash_attn_func": ("deterministic",)},
+        "flash-attn-3": {"flash_attn_qkvpacked_func": ("deterministic",),
+                         "flash_attn_func": ("deterministic",)},
+        "flash-attn-4": {"flash_attn_func": ("return_lse",),
+                         "_flash_attn_bwd": ("deterministic", "dq", "dk", "dv")},
+        "xformers": {"memory_efficient_attention_forward_requires_grad": (),
+                     "memory_efficient_attention_backward": ()},
+    }.items():  # fmt: skip
+        package = SimpleNamespace() if module._import(name) else module._loaded[name]
+        for function, arguments in used.items():
+            real = getattr(package, function, getattr(Package, function))
+            assert set(arguments) <= set(inspect.signature(real).parameters), (name, function)
+
+
+# The public call ----------------------------------------------------------------------------------
+
+
+def test_autocast_decides_the_dtype():
+    qkv = torch.randn(2, 16, 3, 2, 8, requires_grad=True)
+    norm = torch.ones(8), torch.zeros(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attention(qkv, q_norm=norm, k_norm=norm)
+    y.sum().backward()
+    assert (y.dtype, qkv.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_shapes_without_numbers():
+    qkv = torch.empty(2, 16, 3, 2, 8, device="meta", requires_grad=True)
+    y = attention(qkv)
+    y.sum().backward()
+    assert (y.shape, qkv.grad.shape) == ((2, 16, 2, 8), qkv.shape)
+
+
+def test_packages_see_autocasts_dtype_also_after_a_norm(monkeypatch):
+    seen = []
+
+    class Seeing(Package):
+        def flash_attn_qkvpacked_func(self, qkv, **_):
+            seen.append({qkv.dtype})
+            return qkv[:, :, 0]
+
+        def flash_attn_func(self, q, k, v, **_):
+            seen.append({q.dtype, k.dtype, v.dtype})
+            return q
+
+    monkeypatch.setattr(module, "rule", lambda *_: "")
+    monkeypatch.setitem(module._loaded, "flash-attn-2", Seeing())
+    qkv, norm = torch.randn(2, 16, 3, 2, 8), (torch.ones(8), torch.zeros(8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(qkv, backend="flash-attn-2")
+        attention(qkv, q_norm=norm, backend="flash-attn-2")
+    assert seen == [{torch.bfloat16}, {torch.bfloat16}]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qkv": torch.zeros(2, 4, 6, 8)}, r"attention: qkv must be a floating-point \[B, T, 3"),
+        ({"qkv": torch.zeros(2, 4, 2, 1, 8)}, r"attention: qkv must be"),
+        ({"qkv": torch.zeros(2, 4, 3, 1, 8, dtype=torch.int64)}, "attention: qkv must be"),
+        ({"q_norm": (torch.ones(0), torch.zeros(0))}, r"q_norm must be two \[8\] on cpu; got \(0,"),
+        ({"k_norm": (torch.ones(8, device="meta"),) * 2}, "k_norm must be two .* on meta"),
+        ({"backend": "flash"}, "backend: 'flash' is not one of auto, flash-attn-2"),
+        ({"backend": "sdpa-cudnn"}, "backend: 'sdpa-cudnn' cannot run here: needs a GPU"),
+    ],
+)
+def test_errors_name_the_argument(change, words):
+    given = {"qkv": torch.zeros(2, 4, 3, 1, 8)} | change
+    with pytest.raises(ValueError, match=words):
+        attention(given.pop("qkv"), **given)
+    with pytest.raises(ValueError, match="require: 'fast' is not one of any, flash"):
+        choose(CPU, torch.float32, 8, require="fast")
+
+
+def test_cost():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    qkv = torch.randn(2, 64, 3, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = attention(qkv)
+    assert counter.get_total_flops() == attention_cost(2, 64, 4, 8, 2).flops
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == attention_cost(2, 64, 4, 8, 2, backward=True).flops
+    rows = 2 * 64 * 4 * 8
+    assert attention_cost(2, 64, 4, 8, 2).bytes == 2 * 4 * rows + 4 * 2 * 4 * 64
