@@ -2,7 +2,7 @@
 
 The real model runs on torch's fake tensors, which have shapes and no values, and a meter follows
 every storage from its allocation to its release. So the prediction is about this code, fused or
-eager, with or without checkpointing, and not about a formula for it. What it cannot see are buffers
+eager, with or without recomputation, and not about a formula for it. What it cannot see are buffers
 inside fused operations, which live for one operation and are small beside a block.
 """
 
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrepa.config import Config
 from fastrepa.model.flops import counted_flops
 from fastrepa.model.sit import SiT
 
-CHECKPOINTING = ("none", "blocks")
 BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
 
@@ -47,11 +45,13 @@ class Curve:
 
 
 def training_curve(
-    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int], checkpointing: str
+    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
 ) -> Curve:
-    """The curve of the generator's forward and backward in the configuration's precision."""
+    """The curve of the generator's forward and backward, with the configuration's precision and
+    training.recompute (auto: none).
+    """
     (low, done), (high, again) = (
-        _trace(config, batch, side, channels, encoder_widths, checkpointing) for batch in BATCHES
+        _trace(config, batch, side, channels, encoder_widths) for batch in BATCHES
     )
     assert done == again
     first, second = BATCHES
@@ -128,7 +128,6 @@ def _trace(
     side: int,
     channels: int,
     encoder_widths: Sequence[int],
-    checkpointing: str,
 ) -> tuple[list[int], list[int]]:
     """(highest bytes per interval, gradient elements complete before it)."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
@@ -147,9 +146,6 @@ def _trace(
     with FakeTensorMode():
         _fake(model, dtype)
         model.train()
-        if checkpointing == "blocks":
-            for block in model.blocks:
-                block.forward = _checkpointed(block.forward)
         tokens = (side // model.patch) ** 2
         with _Meter(model) as meter:
 
@@ -173,14 +169,6 @@ def _trace(
             loss.backward()
             peaks.append(meter.peak)
     return peaks, done
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        # The blocks draw nothing at random: no generator's state need be kept.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return run
 
 
 def _fake(network: nn.Module, dtype: torch.dtype) -> None:

@@ -145,7 +145,7 @@ def _bars(
                 axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, ALARM if cut else INK
             )
             s = estimate.sharding
-            how = "\nckpt" if s.checkpointing == "blocks" else ""
+            how = f"\nrecompute {s.recompute}" if s.recompute else ""
             _write(axes, x, 0, f"Z{s.stage}\n{s.forwards}x{s.micro}{how}", -4, PALE)
         count = pair[0].sharding.world
         axes.annotate(

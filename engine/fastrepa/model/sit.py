@@ -187,6 +187,11 @@ class FinalLayer(nn.Module):
         return _next_linear(self.operations, x, pending, shift, scale, self.linear)
 
 
+def recomputed_blocks(depth: int, every: int) -> int:
+    """How many of a SiT's blocks run again in backward: 1, 1 + every, ..., the last one never."""
+    return len(range(0, depth - 1, every)) if every else 0
+
+
 class SiT(nn.Module):
     """The generator: (x_t, t, labels) -> velocity, and with targets also the alignment loss.
 
@@ -328,7 +333,7 @@ class SiT(nn.Module):
         pending = None
         for done, block in enumerate(self.blocks):
             # What a block gave is complete once the next one has added its pending branch.
-            if self._is_recomputed(done):
+            if self.is_recomputed(done):
                 # The blocks draw nothing at random: no generator's state need be kept.
                 before, h, pending = checkpoint(
                     block, h, c, pending, use_reentrant=False, preserve_rng_state=False
@@ -347,7 +352,7 @@ class SiT(nn.Module):
             return velocity
         return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
 
-    def _is_recomputed(self, done: int) -> bool:
+    def is_recomputed(self, done: int) -> bool:
         """Whether that block is. The last one never: backward begins with it."""
         last = done == len(self.blocks) - 1
         return (

@@ -30,11 +30,17 @@ def offload_settings(config: Config, states: int) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"device": z.offload, "pin_memory": pin}
     if z.offload == "nvme":
         # A buffer for each state, the weight and its gradient.
-        optimizer |= {"nvme_path": z.nvme_path, "buffer_count": states + 2}
+        optimizer |= {"nvme_path": str(swap_folder(config)), "buffer_count": states + 2}
     out: dict[str, Any] = {"offload_optimizer": optimizer}
     if z.offload_parameters:
         out["offload_param"] = {"device": "cpu", "pin_memory": pin}
     return out
+
+
+def swap_folder(config: Config) -> Path:
+    """The run's own part of zero.nvme_path. Nothing in it is needed once the run has ended."""
+    assert config.zero.nvme_path
+    return Path(config.zero.nvme_path) / config.run.strip("/").replace("/", "_")
 
 
 def check_offload(config: Config) -> None:
@@ -42,11 +48,9 @@ def check_offload(config: Config) -> None:
 
     DeepSpeed's async_io op is compiled at its first use, which takes minutes, once.
     """
-    z = config.zero
-    if z.offload != "nvme":
+    if config.zero.offload != "nvme":
         return
-    assert z.nvme_path
-    folder = Path(z.nvme_path)
+    folder = swap_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable_{os.getpid()}"

@@ -424,7 +424,9 @@ class Trainer:
             "device": f"{where} x {w.size}",
             "model": f"{model}, {parameters / 1e6:.1f} M parameters",
             "precision": c.training.precision,
-            "ZeRO": str(c.zero.stage),
+            "ZeRO": str(c.zero.stage)
+            + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
+            "recompute": str(c.training.recompute),
             "attention": self.attention.backend,
             "kernels": c.kernels,
             "encoder": self.targets.describe(),
