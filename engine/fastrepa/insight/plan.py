@@ -42,7 +42,7 @@ STEP_PARTS = (
 )  # fmt: skip
 SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
 STAGES = (0, 1, 2, 3)
-RECOMPUTE = (0, 4, 2, 1)  # of those that are advised
+RECOMPUTE = (0, 2, 1)  # those that are advised
 MOST_GPUS = 100_000
 TIE = 1.005  # settings this near to the fastest are as good: the simplest of them is named
 DAY = 86_400
@@ -378,8 +378,8 @@ def _simplest_of_fastest(ways: Sequence[Estimate]) -> Estimate:
     return min(
         (e for e in ways if e.seconds <= fastest * TIE),
         key=lambda e: (
-            e.sharding.offload, RECOMPUTE.index(e.sharding.recompute), e.sharding.forwards,
-            e.sharding.stage,
+            e.sharding.offload != "none", RECOMPUTE.index(e.sharding.recompute),
+            e.sharding.forwards, e.sharding.stage,
         ),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ MEMORY_COLOURS = dict(
 STEP_COLOURS = dict(
     zip(
         STEP_PARTS,
-        ("#e08e45", "#f2c48d", "#8e6bb0", "#c3a6d8", "#2a7f62", "#8c8c8c", "#c0392b"),
+        ("#e08e45", "#f2c48d", "#8e6bb0", "#c3a6d8", "#2a7f62", "#7cc4a4", "#8c8c8c", "#c0392b"),
         strict=True,
     )
 )

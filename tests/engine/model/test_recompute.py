@@ -70,7 +70,6 @@ def test_memory_falls_with_every_block_more():
         step(model, torch.float32)
         peaks[every] = highest(lambda model=model: step(model, torch.float32))
     assert peaks["none"] > peaks[4] > peaks[2] > peaks[1]
-    # Blocks that run again keep 1 / 8 of what they would, in fp32: x and the branch of 19 + 8.
     assert peaks[1] < 0.6 * peaks["none"]
 
 
