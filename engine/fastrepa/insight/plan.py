@@ -32,7 +32,7 @@ from fastrepa.insight.sharding import (
 )
 from fastrepa.insight.workload import Workload, measure_workload
 from fastrepa.model.sit import recomputed_blocks
-from fastrepa.training.buckets import resolve_zero
+from fastrepa.training.buckets import block_elements, resolve_zero
 from fastrepa.training.zero import deepspeed_config, micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
@@ -230,6 +230,7 @@ def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
         config.training.precision == "bf16",
         deepspeed_config(resolved, world)["zero_optimization"],
         len(config.training.ema),
+        block_elements(config),
     )
 
 

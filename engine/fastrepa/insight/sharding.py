@@ -63,6 +63,7 @@ class Sharding:
 
     recompute: every how manieth block runs again in backward, 0: none. zero: DeepSpeed's own
     settings, the dictionary `zero_optimization`. emas: averages kept.
+    block: elements of one of the generator's blocks.
     """
 
     world: int
@@ -73,6 +74,7 @@ class Sharding:
     bf16: bool
     zero: Mapping[str, Any] = field(default_factory=dict)
     emas: int = 1
+    block: int = 0
 
     def number(self, name: str) -> int:
         return int(self.zero.get(name, ZERO_DEFAULTS[name]))
@@ -193,6 +195,7 @@ def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
     """Bytes per GPU beside `resident` at the highest moment of forward and backward, by part."""
     w, n, several = s.itemsize, p.numel, s.forwards > 1
     bucket = w * s.number("reduce_bucket_size")
+    copy = 0.0
     before, kept = 0.0, 0.0  # bytes of earlier forwards' gradients; bytes kept per new element
     if s.stage == 2 or (s.leaves_early and not several):
         size = (4 if s._sums_in_fp32 else w) / s.world if s.offload == "none" else 0.0
@@ -207,20 +210,24 @@ def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
     else:
         if s.overlaps:
             bucket *= 2
-        if s.stage == 2:
-            # all_reduce sends a flattened copy of what is in the bucket.
-            bucket += min(w * s.number("reduce_bucket_size"), w * n)
+        if s.stage == 2 or s.leaves_early:
+            # all_reduce sends a flattened copy of what is in the bucket, once that is full.
+            copy = min(w * s.number("reduce_bucket_size"), w * n)
     gathered = 0.0
     if s.stage == 3 and s.world > 1:
         whole = min(n, s.reused(p) + s.number("stage3_prefetch_bucket_size"))
         # Persistent weights and this GPU's own shards are counted where they reside.
+        if s.recompute and s.reused(p) < n:
+            whole = min(n, whole + s.block)  # all of it again, for its second forward
         gathered = w * max(0, whole - s.persistent(p))
     moments = [
         {
             "activations": live,
             "gradients": before + kept * done,
             # The bucket is made for the first gradient that is ready.
-            "communication buffers": gathered + (bucket if i else 0),
+            "communication buffers": gathered
+            + (bucket if i else 0)
+            + (copy if w * done >= copy or i == len(curve.done) - 1 else 0),
         }
         for i, (live, done) in enumerate(zip(curve.at(s.micro), curve.done, strict=True))
     ]
