@@ -24,6 +24,11 @@ from fastrepa.config import Config
 from fastrepa.model.flops import counted_flops
 from fastrepa.model.sit import SiT
 
+# What a fused operation holds inside itself, by its arguments: (before its results are made, beside
+# them), in bytes. GELU's gradient and its output, each as large as the pre-activation.
+INSIDE: dict[str, Callable[[tuple[Any, ...]], tuple[int, int]]] = {
+    "fastrepa::adaln_mlp_backward": lambda args: (2 * args[9].nbytes, args[9].nbytes),
+}
 BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
 
@@ -106,6 +111,8 @@ class _Meter(TorchDispatchMode):
             self._seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, beside = INSIDE.get(func._schema.name, _nothing)(args)
+        self.peak = max(self.peak, self.live + before)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -116,10 +123,15 @@ class _Meter(TorchDispatchMode):
                     self.peak = max(self.peak, self.live)
                     # torch keeps a storage's Python object while anything in C++ holds it.
                     weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.live + beside)
         return out
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+def _nothing(args: tuple[Any, ...]) -> tuple[int, int]:
+    return 0, 0
 
 
 def _trace(

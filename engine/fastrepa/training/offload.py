@@ -118,11 +118,14 @@ class SwappedStates:
 
     def get(self, p: Tensor, kind: str | None) -> Tensor:
         """The whole state `kind` of a parameter, None: its master; float32, on its device."""
+        whole: Tensor = self.zero._fp32_state_allgather(p, self.local(p, kind).to(p.device))
+        return whole
+
+    def local(self, p: Tensor, kind: str | None) -> Tensor:
+        """This rank's slice, padding included, until the next call or `let_go`; no collective."""
         group, part = self._part(p)
         with self._group(group, change=False):
-            value = self._tensor(group, kind).narrow(0, *part)
-            whole: Tensor = self.zero._fp32_state_allgather(p, value.to(p.device))
-        return whole
+            return self._tensor(group, kind).narrow(0, *part)
 
     def set(self, p: Tensor, kind: str | None, value: Tensor) -> None:
         group, (start, size) = self._part(p)

@@ -297,7 +297,9 @@ class WholeTensors:
                 return 0, torch.empty(0)
             values = part.get_hp_fragment(None if kind == WEIGHT else kind)
             return part.lp_fragment_address.start, values.detach()
-        if kind == WEIGHT:
+        if self._swapped is not None:
+            values = self._swapped.local(p, None if kind == WEIGHT else kind)
+        elif kind == WEIGHT:
             values = safe_get_local_fp32_param(p).detach()
         else:
             values = safe_get_local_optimizer_state(p, kind).detach()
@@ -334,7 +336,7 @@ class WholeTensors:
             safe_set_full_optimizer_state(p, value, kind)
 
     def let_go(self) -> None:
-        """After the last `get` or `set` and before the next step: what was read from NVMe goes."""
+        """After the last get, local or set and before the next step: what came from NVMe goes."""
         if self._swapped is not None:
             self._swapped.let_go()
 

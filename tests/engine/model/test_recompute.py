@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import config_from_dict
+from fastrepa.insight.peak_memory import highest
 from fastrepa.insight.workload import measure_workload
 from fastrepa.model.sit import SiT, recomputed_blocks
-from tests.engine.insight.measured_steps import highest
 
 DEPTH, SIDE, BATCH = 5, 16, 8
 
@@ -68,7 +68,7 @@ def test_memory_falls_with_every_block_more():
     for every in ("none", 4, 2, 1):
         model = model_of(config_of(every), torch.float32)
         step(model, torch.float32)
-        peaks[every] = highest(lambda model=model: step(model, torch.float32))
+        peaks[every] = highest(lambda model=model: step(model, torch.float32), torch.device("cpu"))
     assert peaks["none"] > peaks[4] > peaks[2] > peaks[1]
     assert peaks[1] < 0.6 * peaks["none"]
 
