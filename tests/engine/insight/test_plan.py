@@ -16,6 +16,7 @@ from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.insight.activations import frozen_network, training_curve
 from fastrepa.insight.hardware import GPUS, Links
+from fastrepa.insight.peak_memory import highest
 from fastrepa.insight.plan import (
     Assumptions,
     make_plan,
@@ -36,7 +37,7 @@ from fastrepa.insight.sharding import (
 )
 from fastrepa.insight.workload import measure_workload
 from fastrepa.model.sit import SiT, recomputed_blocks
-from tests.engine.insight.measured_steps import CHANNELS, SIDE, WIDTHS, config_of, highest
+from tests.engine.insight.measured_steps import CHANNELS, SIDE, WIDTHS, config_of
 from tests.engine.training.runs import environment
 
 ROOT = Path(__file__).parents[3]
@@ -219,7 +220,7 @@ def test_a_frozen_networks_memory_and_flops():
     frozen, real = frozen_network(build, run, torch.float32), build()
     assert frozen.weights == sum(4 * p.numel() for p in real.parameters())
     with torch.no_grad():
-        peak = highest(lambda: run(real, 32, torch.float32))
+        peak = highest(lambda: run(real, 32, torch.float32), torch.device("cpu"))
     assert frozen.at(32) == pytest.approx(peak, rel=0.1)
     d, t, blocks = 192, 17, 12
     products = blocks * (12 * t * d * d + 2 * t * t * d) + 16 * 768 * d + d * 1000
