@@ -77,6 +77,9 @@ def train(
     make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
+        from fastrepa.insight.recompute import resolve_recompute
+
+        resolved = resolve_recompute(resolved, world)
         if dry_run:
             from fastrepa.training.dry_run import dry_run as take_one_step
 
@@ -121,7 +124,6 @@ def plan(
     ] = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "8,64",
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
-    checkpointing: Annotated[str, typer.Option(help="none or blocks (every block).")] = "none",
     efficiency: Annotated[float, typer.Option(help="Of peak, the generator.")] = 0.4,
     frozen_efficiency: Annotated[float, typer.Option(help="Of peak, encoders, codec.")] = 0.4,
     hbm_efficiency: Annotated[float, typer.Option(help="Of HBM bandwidth.")] = 0.8,
@@ -137,6 +139,9 @@ def plan(
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs that NVLink joins.")] = 8,
     storage_gbs: Annotated[float, typer.Option(help="GB/s that each GPU's ranks read.")] = 0.25,
+    pcie_gbs: Annotated[float, typer.Option(help="Between GPU and host, per direction.")] = 25.0,
+    host_memory_gbs: Annotated[float, typer.Option(help="Of host memory, per GPU.")] = 25.0,
+    nvme_gbs: Annotated[float, typer.Option(help="Of NVMe, per GPU.")] = 1.5,
     reserve_gb: Annotated[float, typer.Option(help="For CUDA, NCCL and fragmentation.")] = 4.0,
     image_bytes: Annotated[
         float | None, typer.Option(help="Of a stored image; default: the data set's mean.")
@@ -164,6 +169,9 @@ def plan(
         network=None if network_gbs is None else 1e9 * network_gbs,
         per_node=gpus_per_node,
         storage=1e9 * storage_gbs,
+        pcie=1e9 * pcie_gbs,
+        host_memory=1e9 * host_memory_gbs,
+        nvme=1e9 * nvme_gbs,
         reserve=1e9 * reserve_gb,
         image_bytes=image_bytes,
     )
@@ -171,7 +179,6 @@ def plan(
         resolved,
         gpus=parse_gpus(gpus),
         gpu=gpu,
-        checkpointing=checkpointing,
         assumptions=assumptions,
     )
     print_plan(result, as_json=json, picture=png)

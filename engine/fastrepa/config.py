@@ -17,17 +17,43 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _number_or(least: int, *words: str) -> PlainValidator:
+    """Accepts a whole number from `least` on, or one of the words; one refusal says both."""
+
+    def check(value: Any) -> Any:
+        if (_is_int(value) and value >= least) or value in words:
+            return value
+        allowed = f"expected {' or '.join(words)} or a number from {least}"
+        raise PydanticCustomError("number_or_word", "{allowed}", {"allowed": allowed})
+
+    return PlainValidator(check)
+
+
+def _bool_or_auto(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise PydanticCustomError("bool_or_auto", "expected true, false or auto")
+
+
+NumberOrAuto = Annotated[int | Literal["auto"], _number_or(0, "auto")]
+PositiveOrAuto = Annotated[int | Literal["auto"], _number_or(1, "auto")]
+BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_bool_or_auto)]
+Recompute = Annotated[int | Literal["none", "auto"], _number_or(1, "none", "auto")]
 
 # REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
 SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
@@ -189,6 +215,16 @@ class TrainingConfig(_Section):
         None, description="images per rank per forward; None: no gradient accumulation"
     )
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Recompute = Field(
+        "none",
+        description="activation checkpointing: none; N: every N-th block keeps its input alone and "
+        "runs again in backward; auto: the fewest blocks with which a rank fits into its memory",
+    )
+    memory_budget_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="what recompute auto may fill per rank, in 1e9 bytes; None: the GPU's memory; "
+        "without a GPU nothing is recomputed",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="gradient norm; 0: no clipping")
@@ -233,7 +269,33 @@ class SampleConfig(_Section):
 
 
 class ZeroConfig(_Section):
+    """DeepSpeed's ZeRO, by DeepSpeed's names. What is auto becomes a number when the run starts
+    (training/buckets.py says which and why), and that number is in the run's config.yaml. Sizes are
+    in elements.
+    """
+
     stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where masters, Adam's moments and EMA live, and the update runs on CPU"
+    )
+    nvme_path: str | None = Field(None, description="offload nvme: a folder on the local disk")
+    offload_parameters: bool = Field(
+        False, description="stage 3: the sharded weights live in host memory too"
+    )
+    overlap_comm: BoolOrAuto = Field("auto", description="send gradients while backward runs")
+    reduce_bucket_size: PositiveOrAuto = Field("auto", description="gradients sent at a time")
+    allgather_bucket_size: PositiveOrAuto = Field(
+        "auto", description="stages 1 and 2: weights gathered at a time after an update"
+    )
+    prefetch_bucket_size: NumberOrAuto = Field(
+        "auto", description="stage 3: weights gathered ahead of their use"
+    )
+    param_persistence_threshold: NumberOrAuto = Field(
+        "auto", description="stage 3: tensors up to this size stay whole on every rank"
+    )
+    sub_group_size: PositiveOrAuto = Field(
+        "auto", description="stage 3: what one pass of the optimiser updates"
+    )
 
 
 class AttentionConfig(_Section):
@@ -308,6 +370,22 @@ class Config(_Section):
             raise ValueError(
                 f"training.micro_batch: {t.micro_batch} does not divide "
                 f"training.global_batch {t.global_batch}"
+            )
+        z = self.zero
+        if z.offload != "none" and z.stage == 0:
+            raise ValueError(
+                f"zero.offload: {z.offload!r} needs zero.stage 1, 2 or 3; stage 0 shards nothing"
+            )
+        if z.offload == "nvme" and z.stage != 3:
+            raise ValueError(
+                f"zero.offload: 'nvme' needs zero.stage 3, got {z.stage}; stages 1 and 2 can 'cpu'"
+            )
+        if z.offload == "nvme" and not z.nvme_path:
+            raise ValueError("zero.nvme_path: zero.offload 'nvme' needs a folder on a local disk")
+        if z.offload_parameters and (z.stage != 3 or z.offload == "none"):
+            raise ValueError(
+                f"zero.offload_parameters: needs zero.stage 3 and zero.offload cpu or nvme, got "
+                f"stage {z.stage} and {z.offload!r}"
             )
         if self.data.latents == "cached" and self.data.codec.name == "pixel":
             raise ValueError(

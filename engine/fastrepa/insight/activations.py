@@ -2,7 +2,7 @@
 
 The real model runs on torch's fake tensors, which have shapes and no values, and a meter follows
 every storage from its allocation to its release. So the prediction is about this code, fused or
-eager, with or without checkpointing, and not about a formula for it. What it cannot see are buffers
+eager, with or without recomputation, and not about a formula for it. What it cannot see are buffers
 inside fused operations, which live for one operation and are small beside a block.
 """
 
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrepa.config import Config
 from fastrepa.model.flops import counted_flops
 from fastrepa.model.sit import SiT
 
-CHECKPOINTING = ("none", "blocks")
+# What a fused operation holds inside itself, by its arguments: (before its results are made, beside
+# them), in bytes. GELU's gradient and its output, each as large as the pre-activation.
+INSIDE: dict[str, Callable[[tuple[Any, ...]], tuple[int, int]]] = {
+    "fastrepa::adaln_mlp_backward": lambda args: (2 * args[9].nbytes, args[9].nbytes),
+}
 BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
 
@@ -47,11 +50,13 @@ class Curve:
 
 
 def training_curve(
-    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int], checkpointing: str
+    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
 ) -> Curve:
-    """The curve of the generator's forward and backward in the configuration's precision."""
+    """The curve of the generator's forward and backward, with the configuration's precision and
+    training.recompute (auto: none).
+    """
     (low, done), (high, again) = (
-        _trace(config, batch, side, channels, encoder_widths, checkpointing) for batch in BATCHES
+        _trace(config, batch, side, channels, encoder_widths) for batch in BATCHES
     )
     assert done == again
     first, second = BATCHES
@@ -106,6 +111,8 @@ class _Meter(TorchDispatchMode):
             self._seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, beside = INSIDE.get(func._schema.name, _nothing)(args)
+        self.peak = max(self.peak, self.live + before)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -116,10 +123,15 @@ class _Meter(TorchDispatchMode):
                     self.peak = max(self.peak, self.live)
                     # torch keeps a storage's Python object while anything in C++ holds it.
                     weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.live + beside)
         return out
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+def _nothing(args: tuple[Any, ...]) -> tuple[int, int]:
+    return 0, 0
 
 
 def _trace(
@@ -128,7 +140,6 @@ def _trace(
     side: int,
     channels: int,
     encoder_widths: Sequence[int],
-    checkpointing: str,
 ) -> tuple[list[int], list[int]]:
     """(highest bytes per interval, gradient elements complete before it)."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
@@ -147,9 +158,6 @@ def _trace(
     with FakeTensorMode():
         _fake(model, dtype)
         model.train()
-        if checkpointing == "blocks":
-            for block in model.blocks:
-                block.forward = _checkpointed(block.forward)
         tokens = (side // model.patch) ** 2
         with _Meter(model) as meter:
 
@@ -173,14 +181,6 @@ def _trace(
             loss.backward()
             peaks.append(meter.peak)
     return peaks, done
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        # The blocks draw nothing at random: no generator's state need be kept.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return run
 
 
 def _fake(network: nn.Module, dtype: torch.dtype) -> None:

@@ -12,29 +12,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
-from fastrepa.insight.activations import CHECKPOINTING
 from fastrepa.insight.hardware import GPU, Links, find_gpu
 from fastrepa.insight.sharding import (
     PARTS,
+    Parameters,
     Sharding,
     backward_peak,
+    host,
     messages,
+    nvme,
     resident,
+    twice_let_go,
     update_peak,
 )
 from fastrepa.insight.workload import Workload, measure_workload
+from fastrepa.model.sit import recomputed_blocks
+from fastrepa.training.buckets import block_elements, resolve_zero
 from fastrepa.training.zero import deepspeed_config, micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
 STEP_PARTS = (
-    "generator", "recomputation", "encoders", "codec", "optimiser", "communication", "input wait",
+    "generator", "recomputation", "encoders", "codec", "optimiser", "offload", "communication",
+    "input wait",
 )  # fmt: skip
 SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
 STAGES = (0, 1, 2, 3)
+RECOMPUTE = (0, 2, 1)  # those that are advised
 MOST_GPUS = 100_000
 TIE = 1.005  # settings this near to the fastest are as good: the simplest of them is named
 DAY = 86_400
@@ -56,6 +64,9 @@ class Assumptions:
     network: float | None = None
     per_node: int = 8
     storage: float = 0.25e9
+    pcie: float = 25e9
+    host_memory: float = 25e9
+    nvme: float = 1.5e9
     reserve: float = 4e9
     image_bytes: float | None = None
 
@@ -67,7 +78,9 @@ class Assumptions:
             low = value >= 0 if name == "overlap" else value > 0
             if not (low and value <= 1):
                 raise ConfigError(f"{_option(name)}: {value} is not a share between 0 and 1")
-        for name in ("nvlink", "network", "storage", "image_bytes"):
+        for name in (
+            "nvlink", "network", "storage", "pcie", "host_memory", "nvme", "image_bytes",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{_option(name)}: must be above 0, got {value:g}")
@@ -87,7 +100,8 @@ class Assumptions:
 class Estimate:
     """One way to run on one number of GPUs.
 
-    memory: bytes per GPU by part, at the moment (`moment`) of the peak; step: seconds by part,
+    memory: bytes per GPU by part, at the moment (`moment`) of the peak; host: bytes of host memory
+    per GPU by part; nvme: bytes on NVMe per GPU; step: seconds by part,
     waiting counted only where nothing else is done; hidden: seconds of communication under compute;
     activations: the most bytes of them at any moment, of the peak or not; sent: bytes per GPU and
     step.
@@ -96,6 +110,8 @@ class Estimate:
     sharding: Sharding
     memory: dict[str, float]
     moment: str
+    host: dict[str, float]
+    nvme: float
     activations: float
     step: dict[str, float]
     hidden: float
@@ -125,8 +141,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """The answer for one number of GPUs: as configured, the same with the other checkpointing, and
-    the cheapest way that fits; None where none does, and then `least` is the smallest.
+    """The answer for one number of GPUs: as configured, the same with every block recomputed, or
+    none where some are, and the cheapest way that fits; None where none does, and then `least` is
+    the smallest.
     """
 
     configured: Estimate
@@ -165,7 +182,6 @@ def make_plan(
     *,
     gpus: Sequence[int],
     gpu: str = "h100",
-    checkpointing: str = "none",
     assumptions: Assumptions | None = None,
 ) -> Plan:
     """Plan a resolved configuration for each number of GPUs.
@@ -174,21 +190,20 @@ def make_plan(
     not work.
     """
     hardware, a = find_gpu(gpu), assumptions or Assumptions()
-    if checkpointing not in CHECKPOINTING:
-        raise ConfigError(
-            f"--checkpointing: {checkpointing!r} is not one of {', '.join(CHECKPOINTING)}"
-        )
     for count in gpus:  # before anything is measured
         _divided(config, count)
     workload = measure_workload(config, image_bytes=a.image_bytes)
     rows = []
     for count in gpus:
-        configured = estimate(workload, sharding(config, count, checkpointing), hardware, a)
-        others = [c for c in CHECKPOINTING if c != checkpointing]
+        as_set = sharding(config, count, workload.parameters)
+        if config.training.recompute == "auto":
+            fewest = fewest_recomputed(workload, as_set, hardware.memory, reserve=a.reserve)
+            as_set = replace(as_set, recompute=fewest)
+        configured = estimate(workload, as_set, hardware, a)
         other = estimate(
-            workload, replace(configured.sharding, checkpointing=others[0]), hardware, a
+            workload, replace(as_set, recompute=0 if as_set.recompute else 1), hardware, a
         )
-        every = [estimate(workload, s, hardware, a) for s in _ways(config, count)]
+        every = [estimate(workload, s, hardware, a) for s in _ways(workload, count)]
         fitting = [e for e in every if e.total <= hardware.memory]
         rows.append(
             Row(
@@ -201,19 +216,43 @@ def make_plan(
     return Plan(config, hardware, a, workload, tuple(rows))
 
 
-def sharding(config: Config, world: int, checkpointing: str) -> Sharding:
-    """The way that a configuration runs on `world` GPUs."""
+def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
+    """The way that a configuration runs on `world` GPUs; a recompute that is auto: none."""
     micro, forwards = _divided(config, world)
+    every = config.training.recompute
+    resolved = resolve_zero(config, parameters.numel, world)
     return Sharding(
         world,
         config.zero.stage,
         micro,
         forwards,
-        checkpointing,
+        every if isinstance(every, int) else 0,
         config.training.precision == "bf16",
-        deepspeed_config(config, world)["zero_optimization"],
+        deepspeed_config(resolved, world)["zero_optimization"],
         len(config.training.ema),
+        block_elements(config),
     )
+
+
+def fewest_recomputed(w: Workload, s: Sharding, capacity: float, *, reserve: float) -> int:
+    """The largest training.recompute, or 0 for none, with which `s` fits into `capacity` bytes;
+    1, every block, where none does.
+    """
+    depth = w.config.model.depth
+    assert depth is not None
+    # Of several that recompute as many blocks the smallest: fewer first.
+    settings = {recomputed_blocks(depth, n): n for n in range(max(1, depth - 1), 0, -1)}
+    choices = [0, *(settings[blocks] for blocks in sorted(settings) if blocks)]
+
+    def fits(every: int) -> bool:
+        memory, _ = memory_peak(w, replace(s, recompute=every), reserve)
+        return sum(memory.values()) <= capacity
+
+    low, high = 0, len(choices) - 1  # more blocks never take more memory
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(choices[middle]) else (middle + 1, high)
+    return choices[low] if choices else 0
 
 
 def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
@@ -222,23 +261,32 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     images = s.micro * s.forwards  # per GPU and step
     peak = gpu.bf16 if s.bf16 else gpu.fp32
     rate, frozen_rate = peak * a.efficiency, peak * a.frozen_efficiency
-    again = w.block_flops if s.checkpointing == "blocks" else 0
     n = w.parameters.numel
     update = adamw_ema_cost(
         round(n / s.share(1)), grad_itemsize=4, low_itemsize=2 if s.bf16 else 0, emas=s.emas
     ).bytes
     step = {
         "generator": images * w.training_flops / rate,
-        "recomputation": images * again / rate,
+        "recomputation": images * w.recomputed_flops(s.recompute) / rate,
         "encoders": images * sum(f.flops for _, f in w.encoders) / frozen_rate,
         "codec": images * (w.codec_encoder.flops if w.codec_encoder else 0) / frozen_rate,
         "optimiser": update / (gpu.hbm * a.hbm_efficiency),
+        "offload": 0.0,
     }
-    links, sent = a.links(gpu), messages(s, w.parameters)
+    if s.offload != "none":
+        step["optimiser"] = update / a.host_memory
+        # Gradients down and weights up; with weights there too, those of forward and backward.
+        crossing = s.itemsize * n / s.world * (4 if s.offloads_parameters else 2)
+        # States are read and written, each master with them.
+        step["offload"] = crossing / a.pcie + 2 * nvme(s, w.parameters) / a.nvme
+    m = w.config.model
+    assert m.width and m.depth
+    again = twice_let_go(m.width, recomputed_blocks(m.depth, s.recompute))
+    links, sent = a.links(gpu), messages(s, w.parameters, again)
     free, bound = 0.0, 0.0
-    for m in sent:
-        seconds = links.collective_seconds(m.op, m.size, m.calls, s.world)
-        if m.overlapped:
+    for message in sent:
+        seconds = links.collective_seconds(message.op, message.size, message.calls, s.world)
+        if message.overlapped:
             free += seconds
         else:
             bound += seconds
@@ -252,7 +300,9 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
         sharding=s,
         memory=memory,
         moment=moment,
-        activations=max(w.curve(s.checkpointing).at(s.micro)),
+        host=host(s, w.parameters),
+        nvme=nvme(s, w.parameters),
+        activations=max(w.curve(s.recompute).at(s.micro)),
         step=step,
         hidden=hidden,
         sent=sum(m.sent(s.world) for m in sent),
@@ -272,7 +322,7 @@ def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, flo
     always["reserve"] = reserve
     samples = w.config.training.sample_every > 0
     moments = {
-        "backward": backward_peak(s, p, w.curve(s.checkpointing)),
+        "backward": backward_peak(s, p, w.curve(s.recompute)),
         "update": update_peak(s, p),
         "encoding": {
             "encoders": max((f.at(s.micro) for _, f in w.encoders), default=0.0),
@@ -302,20 +352,26 @@ def _divided(config: Config, world: int) -> tuple[int, int]:
         ) from None
 
 
-def _ways(config: Config, world: int) -> Iterator[Sharding]:
-    """Every stage, micro-batch and checkpointing, the simplest first."""
+def _ways(w: Workload, world: int) -> Iterator[Sharding]:
+    """Every stage, offload to host memory, micro-batch and recomputation, the simplest first."""
+    config = w.config
     per_gpu = config.training.global_batch // world
     micros = [m for m in range(per_gpu, 0, -1) if per_gpu % m == 0]
-    for stage in STAGES:
+    homes: list[dict[str, Any]] = [{"offload": "none", "offload_parameters": False}]
+    homes += [{"offload": "cpu", "offload_parameters": also} for also in (False, True)]
+    for stage, home in product(STAGES, homes):
+        if (home["offload"] != "none" and stage == 0) or (home["offload_parameters"] and stage < 3):
+            continue
         for micro in micros:
             changed = config.model_copy(
                 update={
-                    "zero": config.zero.model_copy(update={"stage": stage}),
+                    "zero": config.zero.model_copy(update={"stage": stage, **home}),
                     "training": config.training.model_copy(update={"micro_batch": micro}),
                 }
             )
-            for how in CHECKPOINTING:
-                yield sharding(changed, world, how)
+            way = sharding(changed, world, w.parameters)
+            for every in RECOMPUTE:
+                yield replace(way, recompute=every)
 
 
 def _simplest_of_fastest(ways: Sequence[Estimate]) -> Estimate:
@@ -323,14 +379,16 @@ def _simplest_of_fastest(ways: Sequence[Estimate]) -> Estimate:
     return min(
         (e for e in ways if e.seconds <= fastest * TIE),
         key=lambda e: (
-            CHECKPOINTING.index(e.sharding.checkpointing), e.sharding.forwards, e.sharding.stage
+            e.sharding.offload != "none", RECOMPUTE.index(e.sharding.recompute),
+            e.sharding.forwards, e.sharding.stage,
         ),
     )  # fmt: skip
 
 
 def _option(field: str) -> str:
     names = {"nvlink": "nvlink-gbs", "network": "network-gbs", "storage": "storage-gbs",
-             "reserve": "reserve-gb", "per_node": "gpus-per-node"}  # fmt: skip
+             "reserve": "reserve-gb", "per_node": "gpus-per-node", "pcie": "pcie-gbs",
+             "host_memory": "host-memory-gbs", "nvme": "nvme-gbs"}  # fmt: skip
     return "--" + names.get(field, field.replace("_", "-"))
 
 
@@ -345,12 +403,17 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "zero_stage": s.stage,
             "micro_batch": s.micro,
             "forwards": s.forwards,
-            "checkpointing": s.checkpointing,
+            "recompute": s.recompute or "none",
+            "offload": s.offload,
+            "offload_parameters": s.offloads_parameters,
             "fits": e.total <= gpu.memory,
             "too_much": e.first_too_much(gpu.memory),
             "memory_bytes": e.memory,
             "memory_total_bytes": e.total,
             "memory_moment": e.moment,
+            "host_bytes": e.host,
+            "host_total_bytes": sum(e.host.values()),
+            "nvme_bytes": e.nvme,
             "activations_bytes": e.activations,
             "step_seconds": e.step,
             "step_total_seconds": e.seconds,
@@ -378,7 +441,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {
                 "gpus": row.configured.sharding.world,
                 "configured": way(row.configured),
-                "other_checkpointing": way(row.other),
+                "other_recompute": way(row.other),
                 "cheapest": way(row.cheapest) if row.cheapest else None,
                 "least_memory": way(row.least),
             }
@@ -415,6 +478,12 @@ def assumed(plan: Plan) -> list[tuple[str, str, str]]:
          "of the generator's time can hide communication that DeepSpeed overlaps "
          "(stage 3, or overlap_comm); below that none is hidden"),
         (_option("storage"), f"{a.storage / 1e9:g}", "GB/s read per GPU; assumed"),
+        (_option("pcie"), f"{a.pcie / 1e9:g}",
+         "GB/s per GPU and direction between GPU and host, with zero.offload; assumed"),
+        (_option("host_memory"), f"{a.host_memory / 1e9:g}",
+         "GB/s of host memory per GPU, the optimiser's pass with zero.offload; assumed"),
+        (_option("nvme"), f"{a.nvme / 1e9:g}",
+         "GB/s of NVMe per GPU, with zero.offload=nvme; assumed"),
         ("input", f"{w.input_bytes:,.0f}",
          f"bytes read per image: {w.input_is} (an image: {_option('image_bytes')})"),
         (_option("reserve"), f"{a.reserve / 1e9:g}",

@@ -23,7 +23,7 @@ MEMORY_COLOURS = dict(
 STEP_COLOURS = dict(
     zip(
         STEP_PARTS,
-        ("#e08e45", "#f2c48d", "#8e6bb0", "#c3a6d8", "#2a7f62", "#8c8c8c", "#c0392b"),
+        ("#e08e45", "#f2c48d", "#8e6bb0", "#c3a6d8", "#2a7f62", "#7cc4a4", "#8c8c8c", "#c0392b"),
         strict=True,
     )
 )
@@ -145,7 +145,7 @@ def _bars(
                 axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, ALARM if cut else INK
             )
             s = estimate.sharding
-            how = "\nckpt" if s.checkpointing == "blocks" else ""
+            how = f"\nrecompute {s.recompute}" if s.recompute else ""
             _write(axes, x, 0, f"Z{s.stage}\n{s.forwards}x{s.micro}{how}", -4, PALE)
         count = pair[0].sharding.world
         axes.annotate(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.insight.plan import STEP_PARTS, Estimate, Plan, assumed, plan_as_dict
-from fastrepa.insight.sharding import PARTS
+from fastrepa.insight.sharding import HOST_PARTS, PARTS
 
 
 def print_plan(plan: Plan, *, as_json: bool = False, picture: Path | None = None) -> None:
@@ -75,15 +75,19 @@ def _memory(plan: Plan) -> Table:
     capacity = plan.gpu.memory
     table.add_row("together", *(_fit(r.configured.total, capacity) for r in plan.rows))
     table.add_row("highest in", *(r.configured.moment for r in plan.rows))
-    shown = "every block", "no block"
-    first, second = shown if plan.rows[0].other.sharding.checkpointing == "none" else shown[::-1]
     table.add_section()
-    for label, which in ((first, "configured"), (second, "other")):
+    for which in ("configured", "other"):
         estimates = [getattr(r, which) for r in plan.rows]
-        table.add_row(
-            f"{label} checkpointed: activations", *(_gb(e.activations) for e in estimates)
-        )
+        settings = ", ".join(dict.fromkeys(_recompute(e) for e in estimates))
+        table.add_row(f"{settings}: activations", *(_gb(e.activations) for e in estimates))
         table.add_row("    together", *(_fit(e.total, capacity) for e in estimates))
+    table.add_section()
+    for part in HOST_PARTS:
+        values = [r.configured.host[part] for r in plan.rows]
+        if any(values):
+            table.add_row(f"host memory: {part}", *(_gb(v) for v in values))
+    if any(r.configured.nvme for r in plan.rows):
+        table.add_row("NVMe", *(_gb(r.configured.nvme) for r in plan.rows))
     return table
 
 
@@ -135,8 +139,16 @@ def _way(e: Estimate, *, short: bool = False) -> str:
     s = e.sharding
     if short:
         return f"ZeRO {s.stage}, {s.forwards} x {s.micro}"
-    how = "every block" if s.checkpointing == "blocks" else "no block"
-    return f"zero.stage={s.stage} training.micro_batch={s.micro}, {how} checkpointed"
+    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}", _recompute(e)]
+    if s.offload != "none":
+        words.append(f"zero.offload={s.offload}")
+    if s.offloads_parameters:
+        words.append("zero.offload_parameters=true")
+    return " ".join(words)
+
+
+def _recompute(e: Estimate) -> str:
+    return f"training.recompute={e.sharding.recompute or 'none'}"
 
 
 def _cost(e: Estimate) -> str:

@@ -11,6 +11,9 @@ The rules are those of DeepSpeed 0.19, read in its source and measured on it (te
 
 DeepSpeed reduces gradients of stages 1 and 2 by all_reduce (its use_multi_rank_bucket_allreduce),
 so they send half as much again as the ZeRO paper's reduce_scatter would.
+
+With offload_optimizer the masters, moments and EMA are in host memory, or on NVMe, beside what else
+`host` counts.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ PARTS = (
     "weights", "gradients", "master weights", "Adam moments", "EMA", "activations", "encoders",
     "codec", "communication buffers", "reserve",
 )  # fmt: skip
+HOST_PARTS = (
+    "master weights", "Adam moments", "EMA", "gradients", "weights", "NVMe buffers",
+    "checkpoint writer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,20 @@ class Parameters:
 class Sharding:
     """A way to run: how many GPUs, ZeRO stage, images per GPU and forward, forwards per step.
 
-    zero: DeepSpeed's own settings, the dictionary `zero_optimization`. emas: averages kept.
+    recompute: every how manieth block runs again in backward, 0: none. zero: DeepSpeed's own
+    settings, the dictionary `zero_optimization`. emas: averages kept.
+    block: elements of one of the generator's blocks.
     """
 
     world: int
     stage: int
     micro: int
     forwards: int
-    checkpointing: str
+    recompute: int
     bf16: bool
     zero: Mapping[str, Any] = field(default_factory=dict)
     emas: int = 1
+    block: int = 0
 
     def number(self, name: str) -> int:
         return int(self.zero.get(name, ZERO_DEFAULTS[name]))
@@ -72,6 +82,15 @@ class Sharding:
     @property
     def overlaps(self) -> bool:
         return bool(self.zero.get("overlap_comm", self.stage == 3))
+
+    @property
+    def offload(self) -> str:
+        """none, cpu or nvme."""
+        return str(self.zero.get("offload_optimizer", {}).get("device", "none"))
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return "offload_param" in self.zero
 
     @property
     def itemsize(self) -> int:
@@ -86,6 +105,16 @@ class Sharding:
     def _sums_in_fp32(self) -> bool:
         """zero.py asks for float32 sums where several bf16 gradients are added."""
         return self.bf16 and self.stage > 0 and self.forwards > 1
+
+    @property
+    def _sums_whole(self) -> bool:
+        """Stage 1 with float32 sums is another optimiser of DeepSpeed's, unless it offloads."""
+        return self.stage == 1 and self._sums_in_fp32 and self.offload == "none"
+
+    @property
+    def leaves_early(self) -> bool:
+        """Whether stage 1's gradients leave during backward, as those of stage 2 always do."""
+        return self.stage == 1 and self.overlaps and not self._sums_whole
 
     def persistent(self, p: Parameters) -> int:
         """Elements that stage 3 keeps whole because they are small."""
@@ -102,33 +131,78 @@ class Sharding:
 
 def resident(s: Sharding, p: Parameters) -> dict[str, float]:
     """Bytes per GPU that are there between steps, by part."""
-    w, n = s.itemsize, p.numel
+    w, n, here = s.itemsize, p.numel, s.offload == "none"
     gradients = 0.0
-    if s.stage == 3:
+    if s.stage == 3 and here:
         gradients = (4 if s._sums_in_fp32 else w) * n / s.world
-    elif s.stage == 1 and s._sums_in_fp32:
-        gradients = 4 * n  # whole: BF16_Optimizer divides the states alone
+    elif s._sums_whole:
+        gradients = 4 * n  # BF16_Optimizer divides the states alone
+    sharded = 0 if s.offloads_parameters else (n + sum(p.fixed)) / s.share(3)
+    # Copies on their way to the host need room for the largest of them.
+    passage = w * max(p.trained) if s.stage in (1, 2) and not here else 0
     return {
-        "weights": w * ((n + sum(p.fixed)) / s.share(3) + s.persistent(p) * (1 - 1 / s.world)),
+        "weights": w * (sharded + s.persistent(p) * (1 - 1 / s.world)),
         "gradients": gradients,
-        "master weights": 4 * n / s.share(1) if s.bf16 or s.stage else 0,
-        "Adam moments": 8 * n / s.share(1),
-        "EMA": 4 * n * s.emas / s.share(1),
-        "communication buffers": w * s.number("reduce_bucket_size") if s.stage == 3 else 0,
+        "master weights": 4 * n / s.share(1) if here and (s.bf16 or s.stage) else 0,
+        "Adam moments": 8 * n / s.share(1) if here else 0,
+        "EMA": 4 * n * s.emas / s.share(1) if here else 0,
+        "communication buffers": passage
+        + (w * s.number("reduce_bucket_size") if s.stage == 3 else 0),
     }
+
+
+def host(s: Sharding, p: Parameters, *, saves: bool = True) -> dict[str, float]:
+    """Bytes of host memory per GPU, by part: offloaded states, and the checkpoint writer, which
+    keeps its share of weight, moments and EMA in float32 for as long as the run lasts.
+    """
+    w, n, part = s.itemsize, p.numel, p.numel / s.world
+    out = dict.fromkeys(HOST_PARTS, 0.0)
+    states = 12 + 4 * s.emas  # bytes of weight, moments and averages
+    out["checkpoint writer"] = states * part if saves else 0.0
+    if s.offload == "none":
+        return out
+    if s.offload == "cpu":
+        out |= {"master weights": 4 * part, "Adam moments": 8 * part, "EMA": 4 * part * s.emas}
+        out["gradients"] = 4 * part
+    else:
+        group = min(part, s.number("sub_group_size"))
+        out["NVMe buffers"] = 4 * group * s.zero["offload_optimizer"]["buffer_count"]
+    if s.stage == 3:
+        # Sums of the micro-batches' gradients.
+        out["gradients"] += (4 if s._sums_in_fp32 else w) * part
+        if s.offloads_parameters:
+            out["weights"] = w * (n + sum(p.fixed)) / s.world
+    else:
+        out["weights"] = w * part  # updated ones on their way back
+        out["gradients"] += w * max(p.trained) + host_sums(s, p)
+    return out
+
+
+def host_sums(s: Sharding, p: Parameters) -> float:
+    """Of those, bytes that are there from backward to update alone: stages 1 and 2 add up whole
+    gradients where there are several micro-batches.
+    """
+    whole = s.offload != "none" and s.stage in (1, 2) and s.forwards > 1
+    return float(s.itemsize * p.numel) if whole else 0.0
+
+
+def nvme(s: Sharding, p: Parameters) -> float:
+    """Bytes on NVMe per GPU: masters, moments, EMA."""
+    return (12 + 4 * s.emas) * p.numel / s.world if s.offload == "nvme" else 0.0
 
 
 def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
     """Bytes per GPU beside `resident` at the highest moment of forward and backward, by part."""
     w, n, several = s.itemsize, p.numel, s.forwards > 1
     bucket = w * s.number("reduce_bucket_size")
+    copy = 0.0
     before, kept = 0.0, 0.0  # bytes of earlier forwards' gradients; bytes kept per new element
-    if s.stage < 2:
-        before, kept = (w * n, 0.0) if several else (0.0, w)
-    elif s.stage == 2:
-        size = (4 if s._sums_in_fp32 else w) / s.world
+    if s.stage == 2 or (s.leaves_early and not several):
+        size = (4 if s._sums_in_fp32 else w) / s.world if s.offload == "none" else 0.0
         before, kept = (size * n, 0.0) if several else (0.0, size)
-    if s.stage == 0 or (s.stage == 1 and s._sums_in_fp32):
+    elif s.stage < 2:
+        before, kept = (w * n, 0.0) if several else (0.0, w)
+    if s.stage == 0 or s._sums_whole:
         bucket = 0
     elif s.stage == 3:
         # reduce_scatter's input, beside the bucket that is always there.
@@ -136,24 +210,35 @@ def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
     else:
         if s.overlaps:
             bucket *= 2
-        if s.stage == 2:
-            # all_reduce sends a flattened copy of what is in the bucket.
-            bucket += min(w * s.number("reduce_bucket_size"), w * n)
+        if s.stage == 2 or s.leaves_early:
+            # all_reduce sends a flattened copy of what is in the bucket, once that is full.
+            copy = min(w * s.number("reduce_bucket_size"), w * n)
     gathered = 0.0
     if s.stage == 3 and s.world > 1:
         whole = min(n, s.reused(p) + s.number("stage3_prefetch_bucket_size"))
         # Persistent weights and this GPU's own shards are counted where they reside.
+        if s.recompute and s.reused(p) < n:
+            whole = min(n, whole + s.block)  # all of it again, for its second forward
         gathered = w * max(0, whole - s.persistent(p))
     moments = [
         {
             "activations": live,
             "gradients": before + kept * done,
             # The bucket is made for the first gradient that is ready.
-            "communication buffers": gathered + (bucket if i else 0),
+            "communication buffers": gathered
+            + (bucket if i else 0)
+            + (copy if w * done >= copy or i == len(curve.done) - 1 else 0),
         }
         for i, (live, done) in enumerate(zip(curve.at(s.micro), curve.done, strict=True))
     ]
     return max(moments, key=lambda m: sum(m.values()))
+
+
+def twice_let_go(width: int, blocks: int) -> int:
+    """Elements of `blocks` recomputed blocks' attention and modulation. The MLP stays: the second
+    forward ends inside it, with the input of its last product.
+    """
+    return blocks * (10 * width**2 + 10 * width)
 
 
 def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
@@ -168,15 +253,17 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
         if sent > copies:
             return {"gradients": w * n, "communication buffers": sent}
         return {"gradients": w * n + copies}
-    if s.stage == 3:
+    if s.stage == 3 and s.offload == "none":
         part = min(n / s.world, s.number("sub_group_size"))
         return {"gradients": (4 + (2 if s.bf16 else 0)) * part}
-    if s.stage == 1 and s._sums_in_fp32:
+    if s._sums_whole:
         return {"gradients": w * n}
+    if s.offload != "none":  # they have left already, but stage 1 may start only now
+        return {"gradients": w * n} if s.stage == 1 and not s.leaves_early else {}
     # The shard's gradients, then flattened, then in float32.
     copies = 4 if s._sums_in_fp32 or not s.bf16 else 6
     update = ((4 if s._sums_in_fp32 else w) + copies) * n / s.world
-    if s.stage == 1:
+    if s.stage == 1 and not s.leaves_early:
         # Before that they leave the whole ones by way of the bucket, whose flattened copy takes
         # the place of those in it until the sending is over.
         bucket, leaving = w * s.number("reduce_bucket_size"), w * n * (1 + 1 / s.world)
@@ -202,8 +289,12 @@ class Message:
         return (2 if self.op == "all_reduce" else 1) * self.size * (world - 1) / world
 
 
-def messages(s: Sharding, p: Parameters) -> list[Message]:
-    """What one step sends; norms and flags of a few bytes are left out."""
+def messages(s: Sharding, p: Parameters, recomputed: int = 0) -> list[Message]:
+    """What one step sends; norms and flags of a few bytes are left out.
+
+    recomputed: elements of the weights that stage 3 lets go once more between a block's second
+    forward and its backward (`twice_let_go`).
+    """
     if s.world == 1:
         return []
     w, n = s.itemsize, p.numel
@@ -218,7 +309,10 @@ def messages(s: Sharding, p: Parameters) -> list[Message]:
         ]
     everything, small = n + sum(p.fixed), s.persistent(p)
     again = max(0, n - s.reused(p))  # let go after forward, wanted in backward
-    elements = small + s.forwards * (everything - small + min(again, everything - small))
+    once_more = recomputed * again / n
+    elements = small + s.forwards * (
+        everything - small + min(again, everything - small) + once_more
+    )
     gathers = math.ceil(elements / max(1, s.number("stage3_prefetch_bucket_size")))
     scatters = s.forwards * math.ceil(n / s.number("reduce_bucket_size"))
     return [

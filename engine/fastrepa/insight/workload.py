@@ -30,7 +30,7 @@ from fastrepa.generation.sampler import forwards_per_image
 from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
 from fastrepa.insight.sharding import Parameters
 from fastrepa.model.flops import counted_flops, model_flops
-from fastrepa.model.sit import SiT
+from fastrepa.model.sit import SiT, recomputed_blocks
 from fastrepa.vision.features import EncoderPlan, plan_encoder
 
 PIXEL_BYTES = 0.6
@@ -41,10 +41,10 @@ PIXEL_BYTES = 0.6
 class Workload:
     """One configuration, whatever it runs on. FLOPs and bytes are per image.
 
-    forward_flops: of the generator and its projectors; block_flops: of its blocks alone, which
-    checkpointing computes again; training_flops: forward and backward; sampling_flops: by the
-    configuration's `sample`, decoding left out. encoders and codec: those that run in training,
-    with their names; codec_decoder: what sampling runs.
+    forward_flops: of the generator and its projectors; block_flops: of its blocks alone;
+    training_flops: forward and backward, nothing twice; sampling_flops: by the configuration's
+    `sample`, decoding left out. encoders and codec: those that run in training, with their names;
+    codec_decoder: what sampling runs.
     """
 
     config: Config
@@ -63,8 +63,19 @@ class Workload:
     input_bytes: float
     input_is: str
 
-    def curve(self, checkpointing: str) -> Curve:
-        return _curve(self.config, self.side, self.channels, self.encoder_widths, checkpointing)
+    def curve(self, recompute: int) -> Curve:
+        """With every `recompute`-th block run again in backward; 0: none."""
+        return _curve(self.config, self.side, self.channels, self.encoder_widths, recompute)
+
+    def recomputed_flops(self, recompute: int) -> float:
+        """Of one image. The second forward ends once it has what backward wants: with kernels
+        "eager" before a block's last product, which is a part of the fused operation.
+        """
+        m = self.config.model
+        assert m.width and m.depth and m.patch
+        last = 2 * (self.side // m.patch) ** 2 * 4 * m.width**2
+        last = last if self.config.kernels == "eager" else 0
+        return recomputed_blocks(m.depth, recompute) * (self.block_flops / m.depth - last)
 
 
 def measure_workload(config: Config, *, image_bytes: float | None = None) -> Workload:
@@ -120,24 +131,25 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
-def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
+@lru_cache(maxsize=32)
+def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> Curve:
     return training_curve(
         Config.model_validate_json(key, strict=False),
         side=side,
         channels=channels,
         encoder_widths=widths,
-        checkpointing=how,
     )
 
 
-def _curve(config: Config, side: int, channels: int, widths: tuple[int, ...], how: str) -> Curve:
+def _curve(
+    config: Config, side: int, channels: int, widths: tuple[int, ...], recompute: int
+) -> Curve:
     # What the generator's memory does not depend on must not make it be traced again.
-    training = TrainingConfig(precision=config.training.precision)
+    training = TrainingConfig(precision=config.training.precision, recompute=recompute or "none")
     same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
     key = config.model_copy(update=same).model_dump_json()
-    return _curve_of(key, side, channels, widths, how)
+    return _curve_of(key, side, channels, widths)
 
 
 def frozen_flops(config: Config, plans: Sequence[EncoderPlan], *, cached_latents: bool) -> int:

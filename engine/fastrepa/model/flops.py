@@ -29,7 +29,7 @@ class ModelFlops:
     """FLOPs per image.
 
     transformer: the generator's forward, projectors left out: what sampling runs.
-    blocks: of it, the blocks, which checkpointing computes again.
+    blocks: of it, the blocks, which recomputation runs again.
     forward: transformer and projectors. training: forward and backward.
     """
 

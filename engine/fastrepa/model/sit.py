@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import Config
 from fastrepa.model.operations import OPERATIONS, Operations
@@ -186,13 +187,19 @@ class FinalLayer(nn.Module):
         return _next_linear(self.operations, x, pending, shift, scale, self.linear)
 
 
+def recomputed_blocks(depth: int, every: int) -> int:
+    """How many of a SiT's blocks run again in backward: 1, 1 + every, ..., the last one never."""
+    return len(range(0, depth - 1, every)) if every else 0
+
+
 class SiT(nn.Module):
     """The generator: (x_t, t, labels) -> velocity, and with targets also the alignment loss.
 
     side: latent side S in elements, a multiple of patch. encoder_widths: Z of every frozen encoder,
     one projector each, fed by the output of block number alignment_block (1-based). With prediction
     "data" the last layer's output is the clean latent, and is turned into the velocity of `path`.
-    Raises ValueError where the shape is impossible.
+    recompute N > 0: blocks 1, 1 + N, 1 + 2N, ... keep their input alone (Chen et al. 2016) and run
+    again in backward, to the same bits; 0: none do. Raises ValueError where a shape is impossible.
     """
 
     def __init__(
@@ -214,6 +221,7 @@ class SiT(nn.Module):
         prediction: str = "velocity",
         path: str = "linear",
         kernels: str = "fused",
+        recompute: int = 0,
     ) -> None:
         super().__init__()
         if side % patch:
@@ -224,7 +232,7 @@ class SiT(nn.Module):
             raise ValueError(f"alignment_block: {alignment_block} is not in 1..{depth}")
         self.side, self.channels, self.patch = side, channels, patch
         self.label_dropout, self.alignment_block = label_dropout, alignment_block
-        self.prediction, self.path = prediction, path
+        self.prediction, self.path, self.recompute = prediction, path, recompute
         self.operations = OPERATIONS[kernels]
         self.grid = side // patch
         self.x_embedder = PatchEmbed(channels, width, patch)
@@ -255,9 +263,9 @@ class SiT(nn.Module):
         """The model of a resolved configuration; side and channels come from the codec.
 
         attention: the backend; only a trainer passes the configured one, which may be for its
-        device and precision alone.
+        device and precision alone. A recompute that is still auto recomputes nothing.
         """
-        m = config.model
+        m, every = config.model, config.training.recompute
         assert m.width and m.depth and m.heads and m.patch and config.alignment.block
         return cls(
             side=side,
@@ -276,6 +284,7 @@ class SiT(nn.Module):
             prediction=config.objective.prediction,
             path=config.objective.path,
             kernels=config.kernels,
+            recompute=every if isinstance(every, int) else 0,
         )
 
     def reset_parameters(self) -> None:
@@ -324,7 +333,13 @@ class SiT(nn.Module):
         pending = None
         for done, block in enumerate(self.blocks):
             # What a block gave is complete once the next one has added its pending branch.
-            before, h, pending = block(h, c, pending)
+            if self.is_recomputed(done):
+                # The blocks draw nothing at random: no generator's state need be kept.
+                before, h, pending = checkpoint(
+                    block, h, c, pending, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                before, h, pending = block(h, c, pending)
             if done == self.alignment_block:
                 hidden = before
         before, patches = self.final_layer(h, c, pending)
@@ -336,6 +351,16 @@ class SiT(nn.Module):
         if targets is None:
             return velocity
         return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
+
+    def is_recomputed(self, done: int) -> bool:
+        """Whether that block is. The last one never: backward begins with it."""
+        last = done == len(self.blocks) - 1
+        return (
+            self.recompute > 0
+            and done % self.recompute == 0
+            and not last
+            and torch.is_grad_enabled()
+        )
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[B,T,p*p*C] -> [B,C,S,S]."""

@@ -96,6 +96,7 @@ def ema_model(
             if needed:
                 averaged[name] = value.to(world.device, dtype)
             del value
+    whole.let_go()
     if not needed:
         yield None
         return

@@ -116,6 +116,7 @@ def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: W
         stored = StoredTensors(path, sources.get(kind, kind))
         for name in whole.params:
             whole.set(name, kind, stored[name])
+    whole.let_go()
     whole.optimizer_step = state.optimizer_step
     rng = path / f"rng_rank_{world.rank:05d}.safetensors"
     if rng.exists():  # a rank that joined later starts its generators from the seed

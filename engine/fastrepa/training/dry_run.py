@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, Operations
-from fastrepa.model.sit import Attention
+from fastrepa.model.sit import Attention, SiT
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
 from fastrepa_kernels.attention import MODULES
@@ -87,6 +89,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     batches = RandomBatches(config, trainer, world.device)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
+    trainer.engine.module.recompute = 0  # FLOPs are those of the model, nothing twice
     # torch's counter cannot look into fused operations: the same products, counted unfused.
     for module in trainer.engine.module.modules():
         if isinstance(getattr(module, "operations", None), Operations):
@@ -113,7 +116,7 @@ def dry_run(config: Config, world: World) -> DryRun:
 
 
 @contextmanager
-def _kept_for_backward(model: torch.nn.Module) -> Iterator[list[int]]:
+def _kept_for_backward(model: SiT) -> Iterator[list[int]]:
     """Bytes that autograd keeps, each storage once, the weights left out."""
     total = [0]
     seen: set[int] = set()
@@ -127,8 +130,18 @@ def _kept_for_backward(model: torch.nn.Module) -> Iterator[list[int]]:
             total[0] += storage.nbytes()
         return tensor
 
+    def input_of(block: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor):
+                pack(leaf)
+
+    # What runs again in backward keeps its input, and not by way of these hooks.
+    blocks = [b for i, b in enumerate(model.blocks) if model.is_recomputed(i)]
+    hooks = [block.register_forward_pre_hook(input_of) for block in blocks]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield total
+    for hook in hooks:
+        hook.remove()
 
 
 def _memory(
@@ -145,13 +158,15 @@ def _memory(
         p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
     )
     vae = getattr(trainer.codec, "vae", None)
+    # zero.offload: not on the GPU.
+    where = "" if config.zero.offload == "none" else f" ({config.zero.offload})"
     return {
         "weights": trained * width // share(3),
         "gradients": trained * width // share(2),
         # A second float32 copy exists wherever ZeRO or bf16 needs a master beside the weights.
-        "master weights": 4 * trained // share(1) if low or stage else 0,
-        "Adam moments": 8 * trained // share(1),
-        "EMA": 4 * trained * len(config.training.ema) // share(1),
+        f"master weights{where}": 4 * trained // share(1) if low or stage else 0,
+        f"Adam moments{where}": 8 * trained // share(1),
+        f"EMA{where}": 4 * trained * len(config.training.ema) // share(1),
         "encoders": frozen,
         "codec": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae else 0,
         "kept for backward": activations,

@@ -102,6 +102,8 @@ class AdamWEMA(torch.optim.AdamW):
             self.prepare(p)
         bad: Tensor | None = self._bad(params)
         assert bad is not None
+        if params[0].device.type == "cpu":  # offloaded: the gradients' norm has been waited for
+            bad = bad.cpu()
         if bad.device.type == "cpu":  # in host memory already: reading it waits for nothing
             if bad:
                 return

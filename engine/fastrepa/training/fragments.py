@@ -37,6 +37,7 @@ class Fragments:
         for name in whole.params:
             start, values = whole.local(name, WEIGHT)
             held[name] = (start, values.numel())
+        whole.let_go()
         layout: list[Any] = [None] * world.size
         dist.all_gather_object(layout, held, group=group)
         sizes = [{name: count for name, (_, count) in of.items()} for of in layout]
@@ -77,6 +78,7 @@ class Fragments:
                 else:
                     continue
                 target.copy_(values, non_blocking=True)
+        self.whole.let_go()
 
     def exchange(self, host: Mapping[str, HostTensors]) -> None:
         """In a thread, once the copies are there: the rest of the tensors in `host`."""

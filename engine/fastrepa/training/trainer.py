@@ -30,6 +30,7 @@ from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.averages import ema_model, recorded
 from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
+from fastrepa.training.buckets import resolve_zero, trained_elements
 from fastrepa.training.checkpoint import (
     RunState,
     checkpoint_path,
@@ -42,6 +43,7 @@ from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.training.meters import SAMPLING, Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.offload import check_offload
 from fastrepa.training.survival import Watch, host_group_of
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
@@ -57,10 +59,10 @@ from fastrepa.training.zero import (
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
-             "training.wandb", "training.micro_batch", "training.ema", "data.path",
-             "data.decode", "data.readers", "data.read_ahead", "data.prefetch", "sample", "zero",
-             "survival", "attention", "kernels",
-             "deterministic")  # fmt: skip
+             "training.wandb", "training.micro_batch", "training.ema", "training.recompute",
+             "training.memory_budget_gb", "data.path", "data.decode", "data.readers",
+             "data.read_ahead", "data.prefetch", "sample", "zero", "survival", "attention",
+             "kernels", "deterministic")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -108,6 +110,7 @@ class Trainer:
         self.micro, self.forwards = micro_batch(config, world.size)
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.attention = choose_attention(config, world.device, dtype)
+        check_offload(config)
         if not random_weights:  # what fails cheaply comes first
             self.shards = self._open_shards()
         self.objective = Objective(config.objective)
@@ -151,6 +154,8 @@ class Trainer:
         )
         if checkpoint:
             load_model_weights(checkpoint, model)
+        config = resolve_zero(config, trained_elements(model.parameters()), world.size)
+        self.config = config
         torch.manual_seed(config.seed + 1 + world.rank)
         self.fixed = {
             n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad
@@ -419,7 +424,9 @@ class Trainer:
             "device": f"{where} x {w.size}",
             "model": f"{model}, {parameters / 1e6:.1f} M parameters",
             "precision": c.training.precision,
-            "ZeRO": str(c.zero.stage),
+            "ZeRO": str(c.zero.stage)
+            + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
+            "recompute": str(c.training.recompute),
             "attention": self.attention.backend,
             "kernels": c.kernels,
             "encoder": self.targets.describe(),

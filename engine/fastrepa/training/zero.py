@@ -45,7 +45,9 @@ from torch import Tensor, nn
 
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
+from fastrepa.training.buckets import resolve_zero, trained_elements
 from fastrepa.training.ema import EMA, MOMENTS, AdamWEMA
+from fastrepa.training.offload import SwappedStates, offload_settings
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, *MOMENTS, EMA)  # of every run; WholeTensors.kinds has those of one
@@ -146,7 +148,7 @@ def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The dictionary DeepSpeed wants, computed from ours."""
+    """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
     micro, forwards = micro_batch(config, world_size)
     bf16, stage = config.training.precision == "bf16", config.zero.stage
     out: dict[str, Any] = {
@@ -154,7 +156,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": forwards,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": _zero_optimization(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
@@ -167,8 +169,26 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return out
 
 
+def _zero_optimization(config: Config) -> dict[str, Any]:
+    z = config.zero
+    out: dict[str, Any] = {
+        "stage": z.stage,
+        "overlap_comm": z.overlap_comm,
+        "reduce_bucket_size": z.reduce_bucket_size,
+        "allgather_bucket_size": z.allgather_bucket_size,
+        "stage3_prefetch_bucket_size": z.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": z.param_persistence_threshold,
+        "sub_group_size": z.sub_group_size,
+    }
+    undecided = [name for name, value in out.items() if value == "auto"]
+    if undecided:
+        raise ValueError(f"zero.{undecided[0]}: still auto; resolve_zero comes first")
+    return out | offload_settings(config, len(MOMENTS) + len(config.training.ema))
+
+
 def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
     """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
+    config = resolve_zero(config, trained_elements(model.parameters()), world.size)
     # Broadcast by DeepSpeed from rank 0, so that every rank starts from the same weights.
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamWEMA(
@@ -209,8 +229,13 @@ class WholeTensors:
         self.stage = engine.zero_optimization_stage()
         self.params = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
         self._masters = self._unsharded_masters()
-        for master in self._all_masters():
-            optimizer.prepare(master)
+        self._swapped = None
+        if getattr(self.zero, "swap_optimizer", False):
+            self._swapped = SwappedStates(self.zero, optimizer)
+            self._swapped.prepare()
+        else:
+            for master in self._all_masters():
+                optimizer.prepare(master)
         if self._masters is None and self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -253,6 +278,8 @@ class WholeTensors:
             master = self._masters[id(p)]
             value = master if kind == WEIGHT else self.optimizer.state[master][kind]
             return value.detach()
+        if self._swapped is not None:
+            return self._swapped.get(p, None if kind == WEIGHT else kind)
         if kind == WEIGHT:
             return safe_get_full_fp32_param(p).detach()
         return safe_get_full_optimizer_state(p, kind).detach()
@@ -270,7 +297,9 @@ class WholeTensors:
                 return 0, torch.empty(0)
             values = part.get_hp_fragment(None if kind == WEIGHT else kind)
             return part.lp_fragment_address.start, values.detach()
-        if kind == WEIGHT:
+        if self._swapped is not None:
+            values = self._swapped.local(p, None if kind == WEIGHT else kind)
+        elif kind == WEIGHT:
             values = safe_get_local_fp32_param(p).detach()
         else:
             values = safe_get_local_optimizer_state(p, kind).detach()
@@ -285,6 +314,9 @@ class WholeTensors:
             master = self._masters[id(p)]
             target = master if kind == WEIGHT else self.optimizer.state[master][kind]
             target.copy_(value)
+            return
+        if self._swapped is not None:
+            self._swapped.set(p, None if kind == WEIGHT else kind, value.to(torch.float32))
             return
         value = value.to(self._device(), torch.float32)
         if self.stage == 3:
@@ -302,6 +334,11 @@ class WholeTensors:
             safe_set_full_fp32_param(p, value)
         else:
             safe_set_full_optimizer_state(p, value, kind)
+
+    def let_go(self) -> None:
+        """After the last get, local or set and before the next step: what came from NVMe goes."""
+        if self._swapped is not None:
+            self._swapped.let_go()
 
     def _device(self) -> torch.device:
         return next(self._all_masters()).device

@@ -10,7 +10,6 @@ from functools import partial
 
 import deepspeed.comm
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import config_from_dict
 from fastrepa.insight.peak_memory import highest, storages
@@ -35,8 +34,9 @@ def config_of(case):
                 "micro_batch": micro,
                 "precision": case.get("precision", "fp32"),
                 "ema": case.get("ema", 0.9999),
+                "recompute": case.get("recompute", "none"),
             },
-            "zero": {"stage": case.get("stage", 0)},
+            "zero": {"stage": case.get("stage", 0)} | case.get("settings", {}),
             "kernels": case.get("kernels", "fused"),
         }
     )
@@ -47,10 +47,6 @@ def measure(case, world):
     before = storages(CPU)  # held on to, so that no address is used again
     torch.manual_seed(0)
     model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
-    if case.get("checkpointing") == "blocks":
-        for block in model.blocks:
-            whole = block.forward
-            block.forward = lambda *args, whole=whole: checkpoint(whole, *args, use_reentrant=False)
     engine, optimizer = zero.start_engine(model, config, world)
     engine.train()
     whole_tensors = zero.WholeTensors(engine, optimizer)

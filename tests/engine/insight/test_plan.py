@@ -16,6 +16,7 @@ from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.insight.activations import frozen_network, training_curve
 from fastrepa.insight.hardware import GPUS, Links
+from fastrepa.insight.peak_memory import highest
 from fastrepa.insight.plan import (
     Assumptions,
     make_plan,
@@ -27,13 +28,16 @@ from fastrepa.insight.sharding import (
     ZERO_DEFAULTS,
     Parameters,
     backward_peak,
+    host,
+    host_sums,
     messages,
     resident,
+    twice_let_go,
     update_peak,
 )
 from fastrepa.insight.workload import measure_workload
-from fastrepa.model.sit import SiT
-from tests.engine.insight.measured_steps import CHANNELS, SIDE, WIDTHS, config_of, highest
+from fastrepa.model.sit import SiT, recomputed_blocks
+from tests.engine.insight.measured_steps import CHANNELS, SIDE, WIDTHS, config_of
 from tests.engine.training.runs import environment
 
 ROOT = Path(__file__).parents[3]
@@ -46,14 +50,17 @@ LET_GO = SMALL | {
     "stage3_prefetch_bucket_size": 0,
     "stage3_param_persistence_threshold": 1000,
 }
+CPU, WEIGHTS = {"offload": "cpu"}, {"offload_parameters": True}
 
 ONE = [
     {"stage": 0, "micro": 16, "precision": "fp32", "kernels": "fused"},
     {"stage": 0, "micro": 8, "precision": "bf16", "kernels": "eager", "forwards": 2},
     {"stage": 1, "micro": 4, "precision": "bf16", "model": {"width": 384, "heads": 6, "depth": 4}},
-    {"stage": 1, "micro": 24, "precision": "bf16", "checkpointing": "blocks",
+    {"stage": 1, "micro": 24, "precision": "bf16", "recompute": 1,
      "ema": [0.9999, {"sigma_rel": 0.1}]},
     {"stage": 2, "micro": 16, "precision": "fp32", "kernels": "eager", "zero": {}},
+    {"stage": 2, "micro": 16, "precision": "bf16", "settings": CPU, "recompute": 2},
+    {"stage": 3, "micro": 24, "precision": "fp32", "settings": CPU | WEIGHTS, "recompute": 1},
     {"stage": 2, "micro": 32, "precision": "bf16", "model": {"width": 96, "patch": 1}},
     {"stage": 3, "micro": 16, "precision": "bf16", "kernels": "eager", "model": {"qk_norm": True}},
 ]  # fmt: skip
@@ -66,6 +73,10 @@ TWO = [
     {"stage": 3, "micro": 8, "precision": "fp32"},
     {"stage": 3, "micro": 8, "precision": "bf16", "forwards": 2},
     {"stage": 3, "micro": 8, "precision": "bf16", "zero": LET_GO},
+    {"stage": 3, "micro": 8, "precision": "bf16", "zero": LET_GO, "recompute": 2},
+    {"stage": 1, "micro": 8, "precision": "fp32", "settings": CPU},
+    {"stage": 2, "micro": 8, "precision": "bf16", "settings": CPU, "forwards": 2},
+    {"stage": 3, "micro": 8, "precision": "bf16", "settings": CPU, "forwards": 2},
 ]
 CASES = [
     {"zero": SMALL, "world": world} | case for world in (1, 2) for case in (ONE, TWO)[world - 1]
@@ -73,8 +84,8 @@ CASES = [
 
 
 def name(case):
-    parts = (f"{k}={v}" for k, v in case.items() if k not in ("zero", "model"))
-    return " ".join((*parts, *(f"{k}={v}" for k, v in case.get("model", {}).items())))
+    flat = {**case, **case.get("model", {}), **case.get("settings", {})}
+    return " ".join(f"{k}={v}" for k, v in flat.items() if k not in ("zero", "model", "settings"))
 
 
 @pytest.fixture(scope="module")
@@ -101,34 +112,32 @@ def measured():
 def predicted(case):
     """(sharding, parameters) of a case, by what `plan` would make of its configuration."""
     config = config_of(case)
-    s = sharding(config, case["world"], case.get("checkpointing", "none"))
     with torch.device("meta"):
         model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     p = Parameters(tuple(n for n, t in sizes if t), tuple(n for n, t in sizes if not t))
+    s = sharding(config, case["world"], p)
     return replace(s, zero={**s.zero, **case["zero"]}), p
 
 
 @cache
-def _curve(model, precision, kernels, checkpointing):
+def _curve(model, precision, kernels, recompute):
     case = {
         "world": 1,
         "micro": 1,
         "model": dict(model),
         "precision": precision,
         "kernels": kernels,
+        "recompute": recompute,
     }
-    return training_curve(
-        config_of(case), side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS,
-        checkpointing=checkpointing,
-    )  # fmt: skip
+    return training_curve(config_of(case), side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
 
 
 def curve_of(case):
     """Stage and batch size do not matter to it."""
     model = tuple(sorted(case.get("model", {}).items()))
     return _curve(
-        model, case["precision"], case.get("kernels", "fused"), case.get("checkpointing", "none")
+        model, case["precision"], case.get("kernels", "fused"), case.get("recompute", "none")
     )
 
 
@@ -136,12 +145,19 @@ def curve_of(case):
 def test_memory_is_what_the_allocator_held(measured, case):
     s, p = predicted(case)
     curve = curve_of(case)
-    always = sum(resident(s, p).values())
-    peak = always + max(sum(backward_peak(s, p, curve).values()), sum(update_peak(s, p).values()))
+    # On a CPU what is offloaded is beside all else; nothing was saved.
+    always = sum(resident(s, p).values()) + sum(host(s, p, saves=False).values())
+    always -= host_sums(s, p)
+    peak = (
+        always
+        + host_sums(s, p)
+        + max(sum(backward_peak(s, p, curve).values()), sum(update_peak(s, p).values()))
+    )
     real = measured[name(case)]
-    # 10 % is promised; the worst of these is 4 % off, by the buffers inside fused operations.
+    # The worst of these is 9.5 % off, where the MLP is wide beside all else: what it makes again in
+    # backward is inside a fused operation, and not seen.
     assert always == pytest.approx(real["resident"], rel=0.03)
-    assert peak == pytest.approx(real["peak"], rel=0.06)
+    assert peak == pytest.approx(real["peak"], rel=0.1)
     assert peak > 1.1 * always  # or the activations would not have been tested
 
 
@@ -149,7 +165,9 @@ def test_memory_is_what_the_allocator_held(measured, case):
 def test_sent_bytes_are_what_deepspeed_logs(measured, case):
     s, p = predicted(case)
     real = {op: size for op, size in measured[name(case)]["sent"].items() if size > 4096}
-    ours = {m.op: m.logged for m in messages(s, p)}
+    model = config_of(case).model
+    again = twice_let_go(model.width, recomputed_blocks(model.depth, s.recompute))
+    ours = {m.op: m.logged for m in messages(s, p, again)}
     assert ours.keys() == real.keys()
     for op, size in real.items():
         assert ours[op] == pytest.approx(size, rel=0.05), op
@@ -202,7 +220,7 @@ def test_a_frozen_networks_memory_and_flops():
     frozen, real = frozen_network(build, run, torch.float32), build()
     assert frozen.weights == sum(4 * p.numel() for p in real.parameters())
     with torch.no_grad():
-        peak = highest(lambda: run(real, 32, torch.float32))
+        peak = highest(lambda: run(real, 32, torch.float32), torch.device("cpu"))
     assert frozen.at(32) == pytest.approx(peak, rel=0.1)
     d, t, blocks = 192, 17, 12
     products = blocks * (12 * t * d * d + 2 * t * t * d) + 16 * 768 * d + d * 1000
@@ -254,18 +272,19 @@ def test_a_plan_adds_up():
 
 
 def test_the_first_part_that_is_too_much_and_the_cheapest_way_that_fits():
-    plan = planned(gpus=(8,))
+    plan = planned("training.global_batch=16384", gpus=(8,))
     (row,) = plan.rows
     e = row.configured
-    assert e.sharding.micro == 1024 and e.total > plan.gpu.memory
+    assert e.sharding.micro == 2048 and e.total > plan.gpu.memory
     assert e.first_too_much(plan.gpu.memory) == "activations"
     assert e.first_too_much(e.memory["weights"] / 2) == "weights"
     assert e.first_too_much(e.total) is None
     best = row.cheapest
-    assert best.total <= plan.gpu.memory and best.sharding.micro < 1024
-    # Checkpointing every block would fit with larger batches, at a third more arithmetic.
-    assert best.sharding.checkpointing == "none"
-    assert row.other.sharding.checkpointing == "blocks"
+    assert best.total <= plan.gpu.memory and best.sharding.micro < 2048
+    # Recomputing every block would fit with larger batches, at a quarter more arithmetic.
+    assert best.sharding.recompute == 0
+    assert best.sharding.offload == "none"
+    assert row.other.sharding.recompute == 1
     assert row.other.total < e.total / 2
     assert row.other.step["recomputation"] > 0 == e.step["recomputation"]
 
@@ -276,25 +295,63 @@ def test_nothing_fits():
     assert row.configured.first_too_much(80e9) == "weights"
     assert row.least.total > 80e9
     assert row.least.sharding.stage == 3
+    assert row.least.sharding.offloads_parameters
+
+
+def test_recompute_auto_is_the_fewest_blocks_that_fit():
+    (row,) = planned("training.recompute=auto", "training.global_batch=10240", gpus=(8,)).rows
+    chosen = row.configured
+    assert chosen.sharding.recompute > 1
+    assert chosen.total <= GPUS["h100"].memory
+    # One block less does not fit. Of SiT-B's 12, n leave out the last.
+    blocks = recomputed_blocks(12, chosen.sharding.recompute)
+    fewer = next(n for n in range(1, 12) if recomputed_blocks(12, n) < blocks)
+    (less,) = planned(
+        f"training.recompute={fewer}", "training.global_batch=10240", gpus=(8,)
+    ).rows  # fmt: skip
+    assert less.configured.total > GPUS["h100"].memory
+    (plenty,) = planned("training.recompute=auto", "training.micro_batch=8", gpus=(8,)).rows
+    assert plenty.configured.sharding.recompute == 0
+    (never,) = planned("training.recompute=auto", gpus=(1,), gpu="a100").rows
+    assert never.configured.sharding.recompute == 1
+    assert never.configured.total > GPUS["a100"].memory
+
+
+def test_offload_moves_states_to_the_host():
+    here = planned("zero.stage=2", gpus=(64,)).rows[0].configured
+    there = planned("zero.stage=2", "zero.offload=cpu", gpus=(64,)).rows[0].configured
+    n = planned(gpus=(64,)).workload.parameters.numel
+    for part in ("master weights", "Adam moments", "EMA"):
+        assert there.memory[part] == 0 < here.memory[part] == there.host[part]
+    assert here.host["checkpoint writer"] == there.host["checkpoint writer"] == 16 * n / 64
+    assert sum(here.host.values()) == 16 * n / 64
+    assert there.step["offload"] > 0 == here.step["offload"]
+    assert there.step["optimiser"] > here.step["optimiser"]
+    settings = ("zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/n")
+    disk = planned(*settings, gpus=(64,)).rows[0].configured
+    assert disk.nvme == 16 * n / 64
+    assert disk.host["Adam moments"] == 0 < disk.host["NVMe buffers"]
+    assert disk.step["offload"] > there.step["offload"]
 
 
 def test_assumptions_matter_where_they_should():
-    base = planned(gpus=(64,)).rows[0].configured
-    fast = planned(gpus=(64,), efficiency=0.8).rows[0].configured
+    apart = "zero.overlap_comm=false"
+    base = planned(apart, gpus=(64,)).rows[0].configured
+    fast = planned(apart, gpus=(64,), efficiency=0.8).rows[0].configured
     assert fast.step["generator"] == pytest.approx(base.step["generator"] / 2)
     assert fast.step["communication"] == base.step["communication"]
-    slow = planned(gpus=(64,), network=5e9).rows[0].configured
+    slow = planned(apart, gpus=(64,), network=5e9).rows[0].configured
     assert slow.step["communication"] > 5 * base.step["communication"]
-    waiting = planned(gpus=(64,), storage=1e6).rows[0].configured
-    read = 128 * planned(gpus=(64,)).workload.input_bytes / 1e6
+    waiting = planned(apart, gpus=(64,), storage=1e6).rows[0].configured
+    read = 128 * planned(apart, gpus=(64,)).workload.input_bytes / 1e6
     assert waiting.seconds == pytest.approx(read)  # the step is hidden behind the reading
-    small = planned(gpus=(64,), reserve=0.0).rows[0].configured
+    small = planned(apart, gpus=(64,), reserve=0.0).rows[0].configured
     assert base.total - small.total == 4e9
     # Stage 3 gathers under the arithmetic where DeepSpeed may.
     sharded = planned("zero.stage=3", gpus=(64,)).rows[0].configured
     assert sharded.hidden > 0 == base.hidden
-    apart = planned("zero.stage=3", gpus=(64,), overlap=0.0).rows[0].configured
-    assert apart.step["communication"] == pytest.approx(
+    bound = planned("zero.stage=3", gpus=(64,), overlap=0.0).rows[0].configured
+    assert bound.step["communication"] == pytest.approx(
         sharded.step["communication"] + sharded.hidden
     )
 
@@ -332,7 +389,8 @@ def work_parameters():
         (["--gpus", "3"], ["--gpus", "3", "training.global_batch", "16", "=18"]),
         (["--gpus", "8", "training.micro_batch=4"], ["training.micro_batch", "4", "2 images"]),
         (["--gpu", "h300"], ["--gpu", "'h300'", "a100, h100, h200, b200", "did you mean"]),
-        (["--checkpointing", "all"], ["--checkpointing", "'all'", "none, blocks"]),
+        (["training.recompute=all"], ["training.recompute", "'all'", "none or auto or a number"]),
+        (["--pcie-gbs", "0"], ["--pcie-gbs", "above 0"]),
         (["--efficiency", "1.4"], ["--efficiency", "1.4", "between 0 and 1"]),
         (["--overlap", "nan"], ["--overlap", "nan"]),
         (["--network-gbs", "0"], ["--network-gbs", "above 0"]),

@@ -1,0 +1,166 @@
+"""Optimiser states outside the GPU: DeepSpeed's ZeRO-Offload (host memory), ZeRO-Infinity (NVMe).
+
+The masters, Adam's moments and the EMA stay where they are and the host's cores update them, by the
+same AdamWEMA; only gradients and updated weights cross over. On NVMe they are in host memory one
+sub-group at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrepa.config import Config
+from fastrepa.errors import ConfigError
+
+
+def offload_settings(config: Config, states: int) -> dict[str, Any]:
+    """DeepSpeed's `offload_optimizer` and `offload_param`; states: tensors kept beside a weight."""
+    z = config.zero
+    if z.offload == "none":
+        return {}
+    pin = torch.cuda.is_available()  # there is nothing to copy to otherwise
+    optimizer: dict[str, Any] = {"device": z.offload, "pin_memory": pin}
+    if z.offload == "nvme":
+        # A buffer for each state, the weight and its gradient.
+        optimizer |= {"nvme_path": str(swap_folder(config)), "buffer_count": states + 2}
+    out: dict[str, Any] = {"offload_optimizer": optimizer}
+    if z.offload_parameters:
+        out["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    return out
+
+
+def swap_folder(config: Config) -> Path:
+    """The run's own part of zero.nvme_path. Nothing in it is needed once the run has ended."""
+    assert config.zero.nvme_path
+    return Path(config.zero.nvme_path) / config.run.strip("/").replace("/", "_")
+
+
+def check_offload(config: Config) -> None:
+    """Before anything is built: raises ConfigError where `zero.offload: nvme` cannot work here.
+
+    DeepSpeed's async_io op is compiled at its first use, which takes minutes, once.
+    """
+    if config.zero.offload != "nvme":
+        return
+    folder = swap_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable_{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"zero.nvme_path: {folder} is not writable ({e})") from None
+    missing = [program for program in ("c++", "ninja") if shutil.which(program) is None]
+    if missing:
+        raise ConfigError(
+            f"zero.offload: 'nvme' needs DeepSpeed's async_io op, and {' and '.join(missing)} to "
+            "compile it, not found; or use zero.offload=cpu"
+        )
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if not _links_libaio(builder):
+            raise ConfigError(
+                "zero.offload: 'nvme' needs DeepSpeed's async_io op, and that needs libaio's "
+                "header and library, not found: install libaio-dev (Debian) or libaio-devel "
+                "(Fedora), or name their folders in CFLAGS and LDFLAGS; or use zero.offload=cpu"
+            )
+        try:
+            builder.load(verbose=False)
+        except Exception as e:
+            reason = " ".join(str(e).split())[-300:]
+            raise ConfigError(
+                f"zero.offload: 'nvme' needs DeepSpeed's async_io op, which does not build: "
+                f"{reason}"
+            ) from None
+
+
+def _links_libaio(builder: Any) -> bool:
+    """DeepSpeed links a call of it to find out; the linker's own words go nowhere."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            return bool(builder.is_compatible(verbose=False))
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+class SwappedStates:
+    """Whole tensors of stage 3 whose masters and states are on NVMe.
+
+    DeepSpeed's own access reads a whole sub-group for each tensor. This holds the last one in
+    memory until another is wanted, and writes it back where it was changed. `let_go` gives the
+    buffers back before the next step. Collective, as WholeTensors is.
+    """
+
+    def __init__(self, zero: Any, optimizer: Any) -> None:
+        self.zero, self.optimizer = zero, optimizer
+        self._held: int | None = None
+        self._changed = False
+
+    def prepare(self) -> None:
+        """Create the states of every sub-group, each while its masters are in memory."""
+        for group, master in enumerate(self.zero.fp32_partitioned_groups_flat):
+            with self._group(group, change=True):
+                self.optimizer.prepare(master)
+        self.let_go()
+
+    def get(self, p: Tensor, kind: str | None) -> Tensor:
+        """The whole state `kind` of a parameter, None: its master; float32, on its device."""
+        whole: Tensor = self.zero._fp32_state_allgather(p, self.local(p, kind).to(p.device))
+        return whole
+
+    def local(self, p: Tensor, kind: str | None) -> Tensor:
+        """This rank's slice, padding included, until the next call or `let_go`; no collective."""
+        group, part = self._part(p)
+        with self._group(group, change=False):
+            return self._tensor(group, kind).narrow(0, *part)
+
+    def set(self, p: Tensor, kind: str | None, value: Tensor) -> None:
+        group, (start, size) = self._part(p)
+        with self._group(group, change=True):
+            mine = torch.zeros(size)
+            first = size * self.zero._get_param_partition_rank(p)
+            flat = value.flatten()[first : first + size]  # the last rank's ends in padding
+            mine[: flat.numel()] = flat
+            self._tensor(group, kind).narrow(0, start, size).copy_(mine)
+
+    def let_go(self) -> None:
+        if self._held is None:
+            return
+        group, self._held = self._held, None
+        if self.zero._swappable_optimizer_subgroup(group):
+            if self._changed:
+                self.zero._optimizer_states_and_gradient_swap_out(group)
+            else:
+                self.zero._release_swap_buffers(group)
+        self._changed = False
+
+    @contextlib.contextmanager
+    def _group(self, group: int, *, change: bool) -> Iterator[None]:
+        if self._held != group:
+            self.let_go()
+            if self.zero._swappable_optimizer_subgroup(group):
+                self.zero._optimizer_states_and_gradient_swap_in(group)
+            self._held = group
+        self._changed |= change
+        yield
+
+    def _part(self, p: Tensor) -> tuple[int, tuple[int, int]]:
+        group, start, size = self.zero.grad_position[self.zero.get_param_id(p)]
+        return group, (start, size)
+
+    def _tensor(self, group: int, kind: str | None) -> Tensor:
+        master: Tensor = self.zero.fp32_partitioned_groups_flat[group]
+        return (master if kind is None else self.optimizer.state[master][kind]).detach()
