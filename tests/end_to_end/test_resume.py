@@ -23,7 +23,7 @@ LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_ch
 
 
 def test_killed_and_continued_equals_undisturbed(tmp_path):
-    # benchmarks/records/faults_cpu.jsonl has 25 kills, in two stages.
+    # `python -m benchmarks.faults kills2 kills3` does 25 of them, in two stages.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
     arguments += ["zero.stage=3", "training.precision=bf16", "deterministic=true"]
     arguments += ["training.ema=[0.99, {sigma_rel: 0.1}]"]
