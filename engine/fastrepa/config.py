@@ -225,6 +225,10 @@ class TrainingConfig(_Section):
         description="what recompute auto may fill per rank, in 1e9 bytes; None: the GPU's memory; "
         "without a GPU nothing is recomputed",
     )
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="blocks: each of the generator's blocks under torch.compile; not stage 3",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="gradient norm; 0: no clipping")
@@ -401,6 +405,9 @@ class Config(_Section):
                 "attention.backend: 'sdpa-cudnn' has no deterministic backward; "
                 "deterministic: true needs 'auto' or another one"
             )
+        if t.compile != "none" and self.zero.stage == 3:
+            # Stage 3 gathers weights in hooks of the block's children, which break its graph.
+            raise ValueError(f"training.compile: {t.compile!r} needs zero.stage 0, 1 or 2, got 3")
         depth = self.model.depth
         if a.block and depth and self.vision.encoders and a.block > depth:
             raise ValueError(f"alignment.block: {a.block} is past the last block, {depth}")

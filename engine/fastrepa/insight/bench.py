@@ -3,7 +3,7 @@
 Contenders, each turn a process of its own, the turns alternating round by round:
     ours             the configuration as it is
     ours+recompute   with training.recompute=1
-    ours+compile     its blocks under torch.compile
+    ours+compile     with training.compile=blocks
     eager            the eager twins of our kernels, in the same engine
     eager+compile    those under torch.compile: what a good engineer would try first
     reference        the published algorithm (reference_step.py), under autocast in fp16 and bf16

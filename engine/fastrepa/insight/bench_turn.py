@@ -36,6 +36,7 @@ def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Co
         tree["training"].pop("recompute", None)
     if contender == "ours+recompute":
         tree["training"]["recompute"] = 1
+    tree["training"]["compile"] = "blocks" if contender == "ours+compile" else "none"
     return config_from_dict(tree)
 
 
@@ -47,9 +48,6 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
         use_reference(trainer, task["precision"])
     if contender == "eager+compile":
         trainer.engine.module.compile(dynamic=False)
-    if contender == "ours+compile":
-        for block in trainer.engine.module.blocks:
-            block.compile(dynamic=False)
     batches = RandomBatches(config, trainer, world.device, trainer.micro)
     given = [next(batches) for _ in range(trainer.forwards)]  # made once: reading is not measured
 
@@ -88,7 +86,7 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
     """Images of random weights: what they show does not change what they cost."""
     trainer = Trainer(config, world, random_weights=True)
     model = trainer.engine.module
-    if task["contender"].endswith("+compile"):
+    if task["contender"] == "eager+compile":
         model.compile(dynamic=False)
     batch = config.training.global_batch
     numbers = torch.arange(batch)

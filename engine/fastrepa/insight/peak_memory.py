@@ -18,7 +18,10 @@ def storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
             for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None and tensor.device.type == device.type:
                     storage = tensor.untyped_storage()
-                    out[storage.data_ptr()] = storage
+                    try:
+                        out[storage.data_ptr()] = storage
+                    except RuntimeError:  # what torch.compile traces with has no memory
+                        continue
     return out
 
 

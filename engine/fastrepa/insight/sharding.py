@@ -153,12 +153,14 @@ def resident(s: Sharding, p: Parameters) -> dict[str, float]:
 
 def host(s: Sharding, p: Parameters, *, saves: bool = True) -> dict[str, float]:
     """Bytes of host memory per GPU, by part: offloaded states, and the checkpoint writer, which
-    keeps its share of weight, moments and EMA in float32 for as long as the run lasts.
+    keeps its share of weight, moments and averages in float32 for as long as the run lasts, and in
+    stage 3, whose tensors are in slices, what it sends to the ranks that write them.
     """
     w, n, part = s.itemsize, p.numel, p.numel / s.world
     out = dict.fromkeys(HOST_PARTS, 0.0)
     states = 12 + 4 * s.emas  # bytes of weight, moments and averages
-    out["checkpoint writer"] = states * part if saves else 0.0
+    sent = 1 - 1 / s.world if s.stage == 3 else 0
+    out["checkpoint writer"] = states * part * (1 + sent) if saves else 0.0
     if s.offload == "none":
         return out
     if s.offload == "cpu":

@@ -59,10 +59,10 @@ from fastrepa.training.zero import (
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
-             "training.wandb", "training.micro_batch", "training.ema", "training.recompute",
-             "training.memory_budget_gb", "data.path", "data.decode", "data.readers",
-             "data.read_ahead", "data.prefetch", "sample", "zero", "survival", "attention",
-             "kernels", "deterministic")  # fmt: skip
+             "training.wandb", "training.micro_batch", "training.compile", "training.ema",
+             "training.recompute", "training.memory_budget_gb", "data.path", "data.decode",
+             "data.readers", "data.read_ahead", "data.prefetch", "sample", "zero", "survival",
+             "attention", "kernels", "deterministic")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -162,6 +162,9 @@ class Trainer:
         }
         self.engine, self.optimizer = start_engine(model, config, world)
         self.engine.train()
+        if config.training.compile == "blocks":
+            for block in self.engine.module.blocks:
+                block.compile(dynamic=False)
         self.whole = WholeTensors(self.engine, self.optimizer)
         self.resumed_from, self._resume_notes = checkpoint, list[str]()
         if checkpoint:
@@ -428,7 +431,7 @@ class Trainer:
             + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
             "recompute": str(c.training.recompute),
             "attention": self.attention.backend,
-            "kernels": c.kernels,
+            "kernels": c.kernels + (", compiled" if c.training.compile == "blocks" else ""),
             "encoder": self.targets.describe(),
             "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}"
             + (" (cached)" if self.cached_latents else ""),

@@ -92,6 +92,29 @@ def test_the_first_losses_of_fast_and_published_steps_agree():
     assert ((fast - plain).abs() / plain.abs())[:10].max() < 1e-5
 
 
+def test_compiled_blocks_train_alike(monkeypatch):
+    """The graphs, run by torch's own kernels: what Inductor makes of them is its own affair."""
+    compiled = []
+
+    def compile_(module, **options):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(
+            module._call_impl, backend="aot_eager", fullgraph=True, **options
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    curves = []
+    for way in ("none", "blocks"):
+        config = tiny("training.precision=fp32", f"training.compile={way}")
+        trainer = Trainer(config, join_world(), random_weights=True)
+        batches = RandomBatches(config, trainer, CPU, 4)
+        curves.append([trainer.train_step(batches)["loss"].item() for _ in range(3)])
+    assert len(compiled) == 3 and ", compiled" in trainer.first_line()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"training.compile: 'blocks' needs zero.stage 0, 1 or 2"):
+        tiny("training.compile=blocks", "zero.stage=3")
+
+
 def test_highest_moment():
     x = torch.randn(1000)
     assert highest(lambda: (x * 2) + (x * 3), CPU) == 3 * x.nbytes

@@ -328,6 +328,7 @@ def test_offload_moves_states_to_the_host():
     assert there.step["offload"] > 0 == here.step["offload"]
     assert there.step["optimiser"] > here.step["optimiser"]
     settings = ("zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/n")
+    # Stage 3 sends all but its own slices.
     disk = planned(*settings, gpus=(64,)).rows[0].configured
     assert disk.nvme == 16 * n / 64
     assert disk.host["Adam moments"] == 0 < disk.host["NVMe buffers"]
