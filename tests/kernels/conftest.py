@@ -87,8 +87,8 @@ def place_fp32(request):
         yield chosen
 
 
-# `torch.device` as a context notes, once and for all, which functions make tensors: torch's own, not
-# those that the fixture below puts in their place while something compiles.
+# `torch.device` as a context notes, once and for all, which functions make tensors: torch's own,
+# not those that the fixture below puts in their place while something compiles.
 with torch.device("cpu"):
     torch.empty(0)
 
