@@ -106,6 +106,10 @@ class Ranks:
         """All that was printed so far, by earlier ones in this folder too."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
+    def steps_said(self) -> int:
+        """How many steps these processes have logged."""
+        return self.said()[self.before :].count("\nstep ")
+
     def wait(self, seconds: float) -> list[int]:
         """Exit codes. Raises TimeoutExpired."""
         ends = time.monotonic() + seconds
@@ -196,9 +200,11 @@ def kills(
                     until(lambda: _partials(run) - seen or not ranks.running(), "a save")  # noqa: B023
                 time.sleep(draw.uniform(0.0, 0.04))
             else:
-                first = max(0, saved) + draw.randint(1, 2)
+                # Its own steps: the log of an earlier life may be longer than what was saved, and
+                # ranks that have not met yet wait for each other as long as a rendezvous may take.
+                steps_done = draw.randint(1, 2)
                 until(
-                    lambda: steps_of(run)[-1:] > [first] or not ranks.running(),  # noqa: B023
+                    lambda: ranks.steps_said() >= steps_done or not ranks.running(),  # noqa: B023
                     "a step",
                 )
                 time.sleep(draw.uniform(0.0, 0.1))

@@ -41,7 +41,7 @@ def train_command(run, *overrides, ranks=1):
 def train(run, *overrides, ranks=1, check=True):
     done = subprocess.run(
         train_command(run, *overrides, ranks=ranks),
-        env=environment(), capture_output=True, text=True, timeout=300,
+        env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -30,7 +30,7 @@ def test_every_stage_and_every_resume_against_float64(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "tests.engine.training.ema_stages", tmp_path],
-        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("EVERY LEG AGREES") == 2

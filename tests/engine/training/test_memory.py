@@ -26,7 +26,7 @@ def compared():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
          "--nproc-per-node", "2", "-m", "tests.engine.training.memory_steps"],
-        env=environment(), capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(x[9:]) for x in done.stdout.splitlines() if x.startswith("COMPARED ")]

@@ -51,7 +51,7 @@ def curves(tmp_path_factory):
         program = "tests.engine.training.combinations"
         done = subprocess.run(
             [*python, program, str(folder), str(STEPS), *runs.values()],
-            env=environment(), capture_output=True, text=True, timeout=400, cwd=ROOT,
+            env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return {c: json.loads((folder / f"{n}.json").read_text()) for n, c in enumerate(runs)}

@@ -52,7 +52,7 @@ def saved(exported, tmp_path_factory):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "tests.engine.training.zero_engines", folder, out / "contents.safetensors", out,
          *CASES],
-        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
