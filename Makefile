@@ -25,7 +25,7 @@ quickstart: $(READY)
 	@$(BIN)/fastrepa train configs/quickstart.yaml
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
