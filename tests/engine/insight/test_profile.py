@@ -24,7 +24,6 @@ from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.meters import NAMES
-from fastrepa.training.zero import join_world
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
 from tests.engine.training.runs import ROOT
@@ -56,7 +55,7 @@ def _(x):
 slow.register_autograd(lambda _, gradient: gradient)
 
 
-def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path):
+def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path, world):
     batch, latents = RandomBatches.__next__, PixelCodec.latents
 
     def stalled(batches):
@@ -76,7 +75,7 @@ def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path):
     monkeypatch.setattr(PixelCodec, "latents", planted)
     monkeypatch.setitem(OPERATIONS, "fused", replace(FUSED, adaln_mlp=adaln_mlp))
     config = load_config(QUICKSTART, [*SMALL, "data.path=nowhere", "vision.encoders=[]"])
-    report = profile_run(config, join_world(), steps=2, warmup=1, out=tmp_path / "out")
+    report = profile_run(config, world, steps=2, warmup=1, out=tmp_path / "out")
     (profile,) = report.profiles
     said = findings(report)
 
@@ -94,11 +93,13 @@ def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path):
     assert not Path("nowhere").exists()
 
 
-def run_command(monkeypatch, *arguments):
+def run_command(monkeypatch, world, *arguments):
     """The console script's exit code."""
     from fastrepa.cli import main
 
     monkeypatch.setattr(sys, "argv", ["fastrepa", "profile", str(QUICKSTART), *arguments])
+    monkeypatch.setattr("fastrepa.training.zero.join_world", lambda *_: world)
+    monkeypatch.setattr("fastrepa.training.zero.leave_world", lambda: None)
     try:
         main()
     except SystemExit as stopped:
@@ -106,11 +107,11 @@ def run_command(monkeypatch, *arguments):
     return 0
 
 
-def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_path):
+def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_path, world):
     out = tmp_path / "out"
     monkeypatch.setenv("COLUMNS", "200")
     options = ("--steps", "2", "--warmup", "1", "--against", "eager", "--out", str(out))
-    assert run_command(monkeypatch, *SMALL, *options) == 0
+    assert run_command(monkeypatch, world, *SMALL, *options) == 0
     text = " ".join(capsys.readouterr().out.split())
     for word in ("data: read from configs/quickstart/emoji/train", "its weights", "ceilings",
                  "data wait", "speed-up", "attention, backward", "fastrepa::", "roofline",
@@ -171,8 +172,8 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_input_is_one_line(monkeypatch, capsys, options, words):
-    assert run_command(monkeypatch, *SMALL, *options) == 1
+def test_wrong_input_is_one_line(monkeypatch, capsys, world, options, words):
+    assert run_command(monkeypatch, world, *SMALL, *options) == 1
     err = capsys.readouterr().err
     assert err.startswith("fastrepa: error: ") and err.count("\n") == 1
     for word in words:
@@ -250,11 +251,9 @@ def test_a_trace_of_a_gpu():
 
 
 @pytest.mark.gpu
-def test_a_profile_on_a_gpu(tmp_path):
+def test_a_profile_on_a_gpu(tmp_path, world):
     config = load_config(QUICKSTART, [*SMALL, "data.path=nowhere"])
-    report = profile_run(
-        config, join_world(), steps=3, warmup=2, out=tmp_path / "out", against="eager"
-    )
+    report = profile_run(config, world, steps=3, warmup=2, out=tmp_path / "out", against="eager")
     for profile in report.profiles:
         kernels = [k for o in profile.trace.operations for k in o.kernels]
         assert any("gemm" in k or "cutlass" in k or "xmma" in k for k in kernels)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -33,7 +32,7 @@ from fastrepa.training.checkpoint import (
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.fragments import shares
 from fastrepa.training.writing import HostTensors, write_durably
-from fastrepa.training.zero import KINDS, WholeTensors, join_world, start_engine
+from fastrepa.training.zero import KINDS, WholeTensors, start_engine
 from tests.engine.training.runs import ROOT, SMALL, environment
 
 SHAPES = st.dictionaries(
@@ -52,22 +51,13 @@ def state(step, **metrics):
 
 
 @pytest.fixture(scope="module")
-def engine():
+def engine(world):
     """A started ZeRO-1 engine of one process: (world, gloo group, whole tensors, fixed ones)."""
-    if dist.is_initialized():
-        pytest.fail("another test left its process group behind")
-    environment = dict(os.environ)
-    world = join_world()
-    try:
-        config = load_config(ROOT / "configs/quickstart.yaml", ["run=unused", *SMALL])
-        model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
-        fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-        started, optimizer = start_engine(model, config, world)
-        yield world, dist.new_group(backend="gloo"), WholeTensors(started, optimizer), fixed
-    finally:
-        dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(environment)
+    config = load_config(ROOT / "configs/quickstart.yaml", ["run=unused", *SMALL])
+    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
+    fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    started, optimizer = start_engine(model, config, world)
+    return world, dist.new_group(backend="gloo"), WholeTensors(started, optimizer), fixed
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fastrepa.insight.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.meters import NAMES, SAMPLING, ImageFlops, Meter
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World, join_world
+from fastrepa.training.zero import World
 from tests.engine.training.runs import ROOT
 
 BATCH = 8
@@ -27,12 +27,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def world():
-    # The process keeps its group: other tests of this process may want it too.
-    return join_world()
 
 
 @pytest.fixture(scope="module")
