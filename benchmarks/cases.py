@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrepa.model.operations import per_sample_alignment
 from fastrepa_kernels import adaln, adamw_ema, cost, mlp
 from fastrepa_kernels.adaln_linear import (
     adaln_linear,
@@ -139,18 +140,6 @@ def _alignment(shape: Shape, dtype: torch.dtype, device: torch.device) -> Proble
         near = F.silu(F.silu(part) @ weights[2].t()) @ weights[4].t()
         target = near / near.float().std().to(dtype) + _randn(device, dtype, *near.shape)
     return Problem([x, *weights], [target], [torch.ones((), device=device)])
-
-
-def _alignment_loop(leaves: list[Tensor], fixed: list[Tensor]) -> tuple[Tensor]:
-    x, w1, b1, w2, b2, w3, b3 = leaves
-    h = F.silu(F.linear(F.silu(F.linear(x.to(w1.dtype), w1, b1)), w2, b2))
-    projected = F.linear(h, w3, b3)
-    loss = torch.zeros((), device=x.device, dtype=torch.promote_types(w1.dtype, torch.float32))
-    for ours, theirs in zip(projected, fixed[0], strict=True):
-        a = F.normalize(ours.to(loss.dtype), dim=-1)
-        b = F.normalize(theirs.to(loss.dtype), dim=-1)
-        loss = loss - (a * b).sum(-1).mean()
-    return (loss / x.shape[0],)
 
 
 def _linear_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -316,7 +305,7 @@ CASES = {
                 "ours": _aligned(projector_alignment),
                 "eager": _aligned(projector_alignment_reference),
                 "compile": _aligned(torch.compile(projector_alignment_reference, dynamic=False)),
-                "loop": _alignment_loop,
+                "loop": _aligned(per_sample_alignment),
             },
             _alignment_cost,
         ),

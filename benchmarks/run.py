@@ -30,6 +30,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from fastrepa.insight.peak_memory import highest
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 
@@ -153,23 +154,7 @@ def saved_bytes(provider: Provider, problem: Problem) -> int:
 
 def peak_bytes(provider: Provider, problem: Problem, device: torch.device) -> int:
     """Most bytes alive above the inputs during forward and backward."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _once(provider, problem)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        _once(provider, problem)
-    result = profile.kineto_results
-    assert result is not None
-    events = [e for e in result.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return highest(lambda: _once(provider, problem), device)
 
 
 def _copies(problem: Problem, device: torch.device) -> list[Problem]:

@@ -6,6 +6,7 @@ residual's gradient left out; db2 from da; gate's and scale's sums swapped.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ SIZES = [(1, 1, 8, 3, 5), (2, 37, 72, 112, 40), (3, 5, 1152, 24, 16)]  # B, T, D
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "-".join(map(str, s)))
 residuals = pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual and norm"])
 mlps = pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
+
+
+@dataclass
+class Cpu:
+    """Where no path of the kernels is forced."""
+
+    dtype: torch.dtype
+
+    def randn(self, *shape):
+        return torch.randn(shape, dtype=self.dtype)
 
 
 def operands(place, size, mlp):
@@ -58,12 +69,7 @@ def functions(mlp, residual):
 @mlps
 @residuals
 def test_formula_gradcheck(mlp, residual):
-    class Wide:
-        @staticmethod
-        def randn(*shape):
-            return torch.randn(shape, dtype=torch.float64)
-
-    given = [t.requires_grad_() for t in operands(Wide, (2, 3, 4, 5, 3), mlp)]
+    given = [t.requires_grad_() for t in operands(Cpu(torch.float64), (2, 3, 4, 5, 3), mlp)]
     ours, reference = functions(mlp, residual)
     assert torch.autograd.gradcheck(ours, given)
     assert torch.autograd.gradcheck(reference, given)
@@ -173,13 +179,8 @@ def test_compiles_to_one_graph(place_fp32, residual, mlp):
 
 @mlps
 def test_autocast(mlp):
-    class Cpu:
-        @staticmethod
-        def randn(*shape):
-            return torch.randn(shape)
-
     torch.manual_seed(5)
-    given = operands(Cpu, SIZES[1], mlp)
+    given = operands(Cpu(torch.float32), SIZES[1], mlp)
     ours = functions(mlp, True)[0]
     low = [t.to(torch.bfloat16) if i > 4 else t for i, t in enumerate(given)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -199,12 +200,7 @@ def test_autocast(mlp):
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    class Cpu:
-        @staticmethod
-        def randn(*shape):
-            return torch.randn(shape)
-
-    given = operands(Cpu, SIZES[1], True)
+    given = operands(Cpu(torch.float32), SIZES[1], True)
     for i, shape in change.items():
         given[i] = torch.randn(shape)
     with pytest.raises(ValueError, match=message):

@@ -110,7 +110,7 @@ def bench(
 
     Raises ConfigError for options that are not allowed, FastrepaError where a turn fails.
     """
-    cases = plan_cases(config, against, precisions, batches, ranks, sampling)
+    cases = plan_cases(against, precisions, batches, ranks, sampling)
     for option, value in (("--rounds", rounds), ("--steps", steps), ("--warmup", warmup)):
         if value < 1:
             raise ConfigError(f"{option}: {value} is not 1 or more")
@@ -151,7 +151,6 @@ def bench(
 
 
 def plan_cases(
-    config: Config,
     against: Sequence[str],
     precisions: Sequence[str],
     batches: Sequence[int],

@@ -6,6 +6,7 @@ starts it, and reads the line that it prints.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -49,20 +50,9 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
     if contender == "eager+compile":
         trainer.engine.module.compile(dynamic=False)
     batches = RandomBatches(config, trainer, world.device, trainer.micro)
-    given = [next(batches) for _ in range(trainer.forwards)]  # made once: reading is not measured
-
-    class Given:
-        def __init__(self) -> None:
-            self.number = 0
-
-        def __next__(self) -> Any:
-            self.number += 1
-            return given[self.number % len(given)]
-
-        def close(self) -> None:
-            return
-
-    source, losses = Given(), []
+    # Made once: reading is not measured.
+    source = itertools.cycle([next(batches) for _ in range(trainer.forwards)])
+    losses: list[Any] = []
     for _ in range(task["warmup"]):
         losses.append(trainer.train_step(source)["loss"])
     seconds = _timed(

@@ -187,22 +187,18 @@ def _norm_modulate(a: dict[str, Any], backward: bool = False) -> Cost:
     return cost(b, t, d, x.element_size(), low, backward=backward)
 
 
-def _adaln_linear(a: dict[str, Any], backward: bool = False) -> Cost:
-    x, weight = a["x"], a["weight"]
-    b, t, d = x.shape
-    return adaln_linear_cost(
-        b, t, d, weight.shape[0], x.element_size(), weight.element_size(),
-        residual=a["branch"] is not None, backward=backward,
-    )  # fmt: skip
+def _adaln(cost: Callable[..., Cost], weight: str, *, backward: bool) -> Callable[..., Cost]:
+    """Of adaln_linear and adaln_mlp; `weight` names the first one, whose rows are the width."""
 
+    def of_call(a: dict[str, Any]) -> Cost:
+        x, w = a["x"], a[weight]
+        b, t, d = x.shape
+        return cost(
+            b, t, d, w.shape[0], x.element_size(), w.element_size(),
+            residual=a["branch"] is not None, backward=backward,
+        )  # fmt: skip
 
-def _adaln_mlp(a: dict[str, Any], backward: bool = False) -> Cost:
-    x, w1 = a["x"], a["w1"]
-    b, t, d = x.shape
-    return adaln_mlp_cost(
-        b, t, d, w1.shape[0], x.element_size(), w1.element_size(),
-        residual=a["branch"] is not None, backward=backward,
-    )  # fmt: skip
+    return of_call
 
 
 def _gated_residual(a: dict[str, Any], backward: bool = False) -> Cost:
@@ -241,10 +237,10 @@ def _adamw_ema(a: dict[str, Any]) -> Cost:
 OURS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "fastrepa::norm_modulate": _norm_modulate,
     "fastrepa::norm_modulate_backward": lambda a: _norm_modulate(a, backward=True),
-    "fastrepa::adaln_linear": _adaln_linear,
-    "fastrepa::adaln_linear_backward": lambda a: _adaln_linear(a, backward=True),
-    "fastrepa::adaln_mlp": _adaln_mlp,
-    "fastrepa::adaln_mlp_backward": lambda a: _adaln_mlp(a, backward=True),
+    "fastrepa::adaln_linear": _adaln(adaln_linear_cost, "weight", backward=False),
+    "fastrepa::adaln_linear_backward": _adaln(adaln_linear_cost, "weight", backward=True),
+    "fastrepa::adaln_mlp": _adaln(adaln_mlp_cost, "w1", backward=False),
+    "fastrepa::adaln_mlp_backward": _adaln(adaln_mlp_cost, "w1", backward=True),
     "fastrepa::gated_residual": _gated_residual,
     "fastrepa::gated_residual_backward": lambda a: _gated_residual(a, backward=True),
     "fastrepa::linear_gelu": _linear_gelu,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 
 from fastrepa.config import Config
-from fastrepa.errors import FastrepaError
-from fastrepa.training.zero import World
+from fastrepa.training.zero import World, of_first_rank
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
 
@@ -23,18 +19,9 @@ def resolve_recompute(config: Config, world: World) -> Config:
     """
     if config.training.recompute != "auto":
         return config
-    answer: list[Any] = [("none", None)]
-    budget = _budget(config, world)
-    if budget is not None and world.is_first:
-        try:
-            answer[0] = _decide(config, world.size, budget)
-        except FastrepaError as e:
-            answer[0] = e
-    if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], FastrepaError):
-        raise answer[0]
-    every, warning = answer[0]
+    every, warning = of_first_rank(
+        world, lambda: _decide(config, world.size, _budget(config, world))
+    )
     if warning and world.is_first:
         print(f"warning: {warning}", flush=True)
     training = config.training.model_copy(update={"recompute": every})
@@ -50,8 +37,10 @@ def _budget(config: Config, world: World) -> float | None:
     return None
 
 
-def _decide(config: Config, world_size: int, budget: float) -> tuple[int | str, str | None]:
+def _decide(config: Config, world_size: int, budget: float | None) -> tuple[int | str, str | None]:
     """(setting, warning); imports what only plan needs."""
+    if budget is None:
+        return "none", None
     from dataclasses import replace
 
     from fastrepa.insight.plan import fewest_recomputed, memory_peak, sharding

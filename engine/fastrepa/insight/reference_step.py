@@ -8,34 +8,19 @@ transformer's arithmetic are those of the trainer it takes the place in, so that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import Config
 from fastrepa.data.pipeline import Batch
-from fastrepa.model.operations import EAGER, Operations
+from fastrepa.model.operations import EAGER, Operations, per_sample_alignment
 from fastrepa.training.trainer import Trainer
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 DECAY = 0.9999  # the reference's
-
-
-def per_sample_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
-    """-mean cosine as the reference takes it: a Python loop over the batch."""
-    w1, b1, w2, b2, w3, b3 = weights
-    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
-    projected = F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
-    loss = torch.zeros((), device=x.device)
-    for ours, theirs in zip(projected, target, strict=True):
-        ours = F.normalize(ours.float(), dim=-1)
-        theirs = F.normalize(theirs.float(), dim=-1)
-        loss = loss - (ours * theirs).sum(dim=-1).mean()
-    return loss / x.shape[0]
 
 
 REFERENCE = replace(EAGER, projector_alignment=per_sample_alignment)

@@ -73,13 +73,28 @@ def _adaln_mlp(
     return out if residual is None else (x, out)
 
 
-def _projector_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
+def _projection(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     w1, b1, w2, b2, w3, b3 = weights
     h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
-    z = F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
+    return F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
+
+
+def _projector_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
+    z = _projection(x, weights)
     wide = torch.promote_types(z.dtype, torch.float32)
     unit = F.normalize(z.to(wide), dim=-1, eps=1e-12)
     return -(unit * F.normalize(target.to(wide), dim=-1, eps=1e-12)).sum(-1).mean()
+
+
+def per_sample_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The same loss as the reference takes it, in a Python loop over the batch: a rival."""
+    projected = _projection(x, weights)
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    loss = torch.zeros((), device=x.device, dtype=wide)
+    for ours, theirs in zip(projected, target, strict=True):
+        a, b = F.normalize(ours.to(wide), dim=-1), F.normalize(theirs.to(wide), dim=-1)
+        loss = loss - (a * b).sum(-1).mean()
+    return loss / x.shape[0]
 
 
 EAGER = Operations(_adaln_linear, _adaln_mlp, _projector_alignment)

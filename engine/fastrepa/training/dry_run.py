@@ -77,9 +77,6 @@ class RandomBatches:
         values = torch.randint(low, high, size, dtype=dtype, generator=self.generator)
         return values.to(self.device)
 
-    def close(self) -> None:
-        return
-
 
 def dry_run(config: Config, world: World) -> DryRun:
     """Build the run of `config`, take one step at batch 2 per rank, and a second one to count."""

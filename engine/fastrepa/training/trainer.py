@@ -21,7 +21,7 @@ from fastrepa.config import Config, load_config, save_config
 from fastrepa.data.codec import build_codec
 from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.pipeline import Batch, DataPipeline
-from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError
 from fastrepa.exit_codes import REQUEUE
 from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
@@ -52,6 +52,7 @@ from fastrepa.training.zero import (
     World,
     grad_norm,
     micro_batch,
+    of_first_rank,
     start_engine,
     time_collectives,
 )
@@ -73,7 +74,6 @@ class Batches(Protocol):
     """An endless stream of micro-batches that starts at the run's step."""
 
     def __next__(self) -> Batch: ...
-    def close(self) -> None: ...
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -141,7 +141,9 @@ class Trainer:
             self.cached_latents = latents_are_cached(config.data, self.shards, self.codec)
             self.targets.check(self.shards, weights=world.is_first)
 
-        checkpoint = None if random_weights else _shared_checkpoint(self.run, world)
+        checkpoint = (
+            None if random_weights else of_first_rank(world, lambda: _newest_checkpoint(self.run))
+        )
         self.step = read_state(checkpoint).step if checkpoint else 0
         # Every rank draws the same initial weights; generators differ afterwards.
         torch.manual_seed(config.seed)
@@ -540,23 +542,14 @@ class _Signals:
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def _shared_checkpoint(run: Path, world: World) -> Path | None:
-    """The first rank looks, verifies and tells the others."""
-    answer: list[Any] = [None]
-    if world.is_first:
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                answer[0] = newest_checkpoint(run)
-            for w in caught:
-                print(f"warning: {w.message}", flush=True)
-        except CheckpointError as e:
-            answer[0] = e
-    if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], CheckpointError):
-        raise answer[0]
-    return answer[0]
+def _newest_checkpoint(run: Path) -> Path | None:
+    """What the first rank finds and verifies; its warnings are lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = newest_checkpoint(run)
+    for w in caught:
+        print(f"warning: {w.message}", flush=True)
+    return found
 
 
 def _warn_of_changes(run: Path, config: Config) -> None:

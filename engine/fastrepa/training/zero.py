@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -44,13 +44,15 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.training.buckets import resolve_zero, trained_elements
 from fastrepa.training.ema import EMA, MOMENTS, AdamWEMA
 from fastrepa.training.offload import SwappedStates, offload_settings
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, *MOMENTS, EMA)  # of every run; WholeTensors.kinds has those of one
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,23 @@ def _take_over_slurm(env: MutableMapping[str, str]) -> None:
     env.update({ours: env[theirs] for ours, theirs in names.items()}, WORLD_SIZE=tasks)
     if env.get("SLURM_NTASKS_PER_NODE", "").isdigit():
         env["LOCAL_WORLD_SIZE"] = env["SLURM_NTASKS_PER_NODE"]
+
+
+def of_first_rank(world: World, work: Callable[[], T]) -> T:
+    """What `work` gives on the first rank, given to all; its FastrepaError is raised on all alike
+    (collective).
+    """
+    answer: list[Any] = [None]
+    if world.is_first:
+        try:
+            answer[0] = work()
+        except FastrepaError as e:
+            answer[0] = e
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], FastrepaError):
+        raise answer[0]
+    return cast(T, answer[0])
 
 
 def leave_world() -> None:

@@ -14,7 +14,6 @@ from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import join_world
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 CPU = torch.device("cpu")
@@ -31,7 +30,7 @@ def tiny(*more):
 
 
 def test_what_runs():
-    named = plan_cases(tiny(), ["eager", "reference"], ["fp32", "fp16"], [4, 8], [1, 2], True)
+    named = plan_cases(["eager", "reference"], ["fp32", "fp16"], [4, 8], [1, 2], True)
     assert Case("reference", "fp16", 8) in named and Case("ours", "fp16", 8) not in named
     assert Case("eager", "fp32", 4, 2) in named and Case("reference", "fp32", 4, 2) not in named
     assert [c for c in named if c.sampler] == [
@@ -74,9 +73,8 @@ def test_a_wrong_contender_gets_no_time():
     assert bad.problem
 
 
-def test_the_first_losses_of_fast_and_published_steps_agree():
+def test_the_first_losses_of_fast_and_published_steps_agree(world):
     """50 steps in float32: our kernels, optimiser and losses against the reference algorithm's."""
-    world = join_world()
     curves = []
     for kernels, published in (("fused", False), ("eager", True)):
         config = tiny("training.precision=fp32", f"kernels={kernels}")
@@ -92,7 +90,7 @@ def test_the_first_losses_of_fast_and_published_steps_agree():
     assert ((fast - plain).abs() / plain.abs())[:10].max() < 1e-5
 
 
-def test_compiled_blocks_train_alike(monkeypatch):
+def test_compiled_blocks_train_alike(monkeypatch, world):
     """The graphs, run by torch's own kernels: what Inductor makes of them is its own affair."""
     compiled = []
 
@@ -106,7 +104,7 @@ def test_compiled_blocks_train_alike(monkeypatch):
     curves = []
     for way in ("none", "blocks"):
         config = tiny("training.precision=fp32", f"training.compile={way}")
-        trainer = Trainer(config, join_world(), random_weights=True)
+        trainer = Trainer(config, world, random_weights=True)
         batches = RandomBatches(config, trainer, CPU, 4)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(3)])
     assert len(compiled) == 3 and ", compiled" in trainer.first_line()
