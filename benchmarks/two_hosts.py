@@ -49,7 +49,7 @@ def lose_hosts(folder: Path, command: list[str]) -> list[dict[str, Any]]:
     """
     done = subprocess.run(
         [*NAMESPACES, sys.executable, "-m", "benchmarks.two_hosts", str(folder), *command],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")
@@ -128,7 +128,7 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def _until(true: Any, what: str, seconds: float = 100.0) -> float:
+def _until(true: Any, what: str, seconds: float = 300.0) -> float:
     """Wait; the time at which it was so."""
     ends = time.monotonic() + seconds
     while not true():
@@ -168,8 +168,10 @@ def _main(folder: Path, command: list[str]) -> None:
     _cable()
     for host in hosts:
         host.plug_in()
+    # torchrun is this Python's, whether or not its environment is activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {
-        **os.environ, "RDZV": "node0:29400", "NNODES": "2", "NPROC_PER_NODE": "1",
+        **os.environ, "PATH": path, "RDZV": "node0:29400", "NNODES": "2", "NPROC_PER_NODE": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     launch = [
@@ -204,9 +206,14 @@ def _main(folder: Path, command: list[str]) -> None:
 
     for host in hosts:
         host.start(launch, environment)
-    lose("host killed", 4, hosts[1].kill, [hosts[0]], second_host_again)
-    lose("link pulled", _saved(run) + 4, lambda: hosts[0].link("down"), hosts,
-         lambda: hosts[0].link("up"))  # fmt: skip
+    try:
+        lose("host killed", 4, hosts[1].kill, [hosts[0]], second_host_again)
+        lose("link pulled", _saved(run) + 4, lambda: hosts[0].link("down"), hosts,
+             lambda: hosts[0].link("up"))  # fmt: skip
+    except TimeoutError as e:
+        raise SystemExit(
+            "\n".join([str(e), *(f"{h.name}: {h.said()[-2000:]}" for h in hosts)])
+        ) from e
     codes = [host.launcher.wait() for host in hosts if host.launcher]
     print(json.dumps({"fault": "none", "codes": codes, "steps": _steps(run)}))
 
