@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastrepa.training.meters import NAMES
+from fastrepa.training.regions import NAMES
 from tests.engine.training.runs import ROOT, command, environment, metrics, train
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrepa.insight.profile import Profile, Report, Row, by_operation, by_part
-from fastrepa.training.meters import NAMES
+from fastrepa.training.regions import NAMES
 
 REGION_COLOURS = dict(
     zip(

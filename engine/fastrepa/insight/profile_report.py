@@ -19,7 +19,7 @@ from fastrepa.insight.profile import (
     mfu_of_ceiling,
     report_as_dict,
 )
-from fastrepa.training.meters import NAMES
+from fastrepa.training.regions import NAMES
 
 SHOWN = 16  # operations in the table; profile.json has them all
 KERNELS = 2  # of an operation's kernels

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 
 from fastrepa.insight.operation_costs import NOTHING, Counted
-from fastrepa.training.meters import OTHER
+from fastrepa.training.regions import OTHER
 from fastrepa_kernels.cost import Cost
 
 REGION, PART, STEP = "region/", "part/", "profiled step"

@@ -35,17 +35,9 @@ from fastrepa.data.codec import codec_shape
 from fastrepa.insight.hardware import peak_flops
 from fastrepa.insight.workload import frozen_flops
 from fastrepa.model.flops import model_flops
+from fastrepa.training.regions import NAMES, OTHER, SAMPLING
 from fastrepa.training.zero import World
 from fastrepa.vision.features import plan_encoder
-
-REGIONS = (
-    "data_wait", "encoder", "codec", "forward", "backward", "communication", "optimiser",
-    "checkpoint",
-)  # fmt: skip
-OTHER = "other"
-SAMPLING = "sampling"  # drawing pictures is no training: it counts nowhere
-NAMES = (*REGIONS, OTHER)
-"""The shares of a log line, of the time since the last one: they add up to 1."""
 
 
 @dataclass(frozen=True)

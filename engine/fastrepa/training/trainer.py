@@ -41,9 +41,10 @@ from fastrepa.training.checkpoint import (
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
-from fastrepa.training.meters import SAMPLING, Meter, image_flops
+from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.offload import check_offload
+from fastrepa.training.regions import SAMPLING
 from fastrepa.training.survival import Watch, host_group_of
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions

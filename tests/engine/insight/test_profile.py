@@ -23,7 +23,7 @@ from fastrepa.insight.workload import measure_workload
 from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.training.dry_run import RandomBatches
-from fastrepa.training.meters import NAMES
+from fastrepa.training.regions import NAMES
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
 from tests.engine.training.runs import ROOT

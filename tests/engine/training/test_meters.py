@@ -11,7 +11,8 @@ from fastrepa.config import load_config
 from fastrepa.insight.hardware import GPUS, peak_flops
 from fastrepa.insight.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.training.dry_run import RandomBatches
-from fastrepa.training.meters import NAMES, SAMPLING, ImageFlops, Meter
+from fastrepa.training.meters import ImageFlops, Meter
+from fastrepa.training.regions import NAMES, SAMPLING
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
 from tests.engine.training.runs import ROOT

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from fastrepa.training.meters import NAMES
+from fastrepa.training.regions import NAMES
 from tests.engine.training.runs import ROOT, environment, metrics, train
 
 STEPS = 10
