@@ -15,7 +15,7 @@ cache serves generators of any patch; `CachedFeatures` brings them to the genera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
     """
     recipe = find_recipe(config.name)
     where = f"vision.encoders ({config.name})"
-    model = _blueprint(recipe, recipe.timm_args, where)
+    model = blueprint(recipe, recipe.timm_args, where)
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{where}: this timm model gives no intermediate features")
     index, stride, plain = _tap(model, where)
@@ -81,7 +81,7 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
     args = dict(recipe.timm_args)
     if getattr(timm.get_pretrained_cfg(recipe.timm_name), "fixed_input_size", False):
         args["img_size"] = side
-        model = _blueprint(recipe, args, where)
+        model = blueprint(recipe, args, where)
     norm = plain and recipe.norm
     _cut(model, index, norm)
     try:
@@ -263,7 +263,7 @@ def check_column(
         )
 
 
-def _blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:
+def blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:
     """The network without weights, on the meta device, in eval mode."""
     try:
         with torch.device("meta"):
@@ -323,9 +323,16 @@ def _regrid(maps: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
     return F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=False)
 
 
-def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
-    """The cut network with its weights, fp32, on the CPU."""
-    recipe, args = plan.recipe, plan.timm_args
+def load_network(
+    config: EncoderConfig,
+    recipe: Recipe,
+    args: Mapping[str, Any],
+    cut: Callable[[nn.Module], None],
+) -> nn.Module:
+    """The network with its weights, fp32, on the CPU; `cut` takes off, in place, what is not used.
+
+    Only what is left must have weights. Raises WeightsError.
+    """
     # Building draws initial values: the run's own randomness must not notice. Only the CPU's
     # generator is seeded; torch.manual_seed would also reset the GPUs', which nobody puts back.
     with torch.random.fork_rng(devices=[]):
@@ -335,16 +342,23 @@ def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
         else:
             network = timm.create_model(recipe.timm_name, **args)
     if config.weights in ("hub", "random"):
-        _cut(network, plan.index, plan.norm)
+        cut(network)
         return network
     package = config.weights.removeprefix("package:")
     from_package = package != config.weights
     path = weights_of.find_package_weights(package) if from_package else Path(config.weights)
     state = weights_of.unwrap(weights_of.read_checkpoint(path), path)
     state = weights_of.rename(state, network, path, by_order=from_package)
-    _cut(network, plan.index, plan.norm)
+    cut(network)
     weights_of.load(state, network, path)
     return network
+
+
+def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
+    """The network of the tokens: cut after the block or stage that is taken."""
+    return load_network(
+        config, plan.recipe, plan.timm_args, lambda network: _cut(network, plan.index, plan.norm)
+    )
 
 
 def _offer_own_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:

