@@ -564,6 +564,22 @@ def convert(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, up to eight.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file; default: NAME_report.html, here.")
+    ] = None,
+) -> None:
+    """Runs side by side as one HTML page: curves, samples, configurations, times, environments.
+
+    The page needs no network and no other file. Runs that are still going, or were cut off, count.
+    """
+    from fastrepa.insight.report import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

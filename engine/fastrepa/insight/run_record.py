@@ -1,0 +1,157 @@
+"""A run folder as it is found: going on, finished or just begun, its last line half written.
+
+Reads files alone and needs neither torch nor a valid configuration: runs of other versions count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastrepa.errors import DataError, nearest
+
+_STEP = re.compile(r"step_(\d+)(\.png)?")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`lines` are those of metrics.jsonl in order of their steps, one for each step, null as NaN.
+
+    `config` and `environment` are empty where the file is missing or damaged; `notes` says so.
+    `logged` is when metrics.jsonl was last written.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    lines: list[dict[str, float]]
+    samples: dict[int, Path]
+    checkpoints: list[int]
+    logged: datetime | None
+    notes: list[str]
+
+    @property
+    def step(self) -> int:
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def steps(self) -> int | None:
+        """training.steps, where the configuration says it."""
+        steps = _at(self.config, "training.steps")
+        return steps if isinstance(steps, int) else None
+
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key; None where there is none."""
+        return _at(self.config, key)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Every run, each under the shortest name that tells it from the others.
+
+    Raises DataError for a folder that is missing, is no run, or is given twice.
+    """
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise DataError(f"{folder}: is given twice")
+        seen.add(folder.resolve())
+    names = _names([folder.resolve().parts for folder in folders])
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    length = 1
+    while length < max(map(len, paths)) and len({p[-length:] for p in paths}) < len(paths):
+        length += 1
+    return ["/".join(p[-length:]) for p in paths]
+
+
+def _read_run(folder: Path, name: str) -> RunRecord:
+    if not folder.is_dir():
+        known = sorted(p.name for p in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        raise DataError(f"{folder}: no such run folder{nearest(folder.name, known)}")
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "config.yaml").exists() and not metrics.exists():
+        raise DataError(f"{folder}: is no run folder: it has no config.yaml and no metrics.jsonl")
+    notes: list[str] = []
+    lines, unreadable = _read_lines(metrics)
+    if unreadable:
+        notes.append(f"{unreadable} line{'s' * (unreadable > 1)} of metrics.jsonl left out: broken")
+    return RunRecord(
+        folder=folder,
+        name=name,
+        config=_read_mapping(folder / "config.yaml", yaml.safe_load, notes),
+        environment=_read_mapping(folder / "environment.json", json.loads, notes),
+        lines=lines,
+        samples=_by_step(folder / "samples"),
+        checkpoints=list(_by_step(folder / "checkpoints")),
+        logged=datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if lines else None,
+        notes=notes,
+    )
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
+    by_step: dict[int, dict[str, float]] = {}
+    unreadable = 0
+    raw = path.read_bytes().splitlines() if path.exists() else []
+    for line in raw:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError):  # being written, or what a crash left
+            unreadable += 1
+            continue
+        numbers = {k: math.nan if v is None else v for k, v in record.items()}
+        numbers = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+        by_step.setdefault(step, {}).update(numbers)
+    return [by_step[step] for step in sorted(by_step)], unreadable
+
+
+def _read_mapping(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError, yaml.YAMLError):
+        found = "damaged"
+    if isinstance(found, dict):
+        return found
+    notes.append(f"{path.name} {'is missing' if found is None else 'cannot be read'}")
+    return {}
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _STEP.fullmatch(path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists of values are leaves, lists of mappings are not."""
+    for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            value = {str(i): v for i, v in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node

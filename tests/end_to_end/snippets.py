@@ -1,0 +1,63 @@
+"""What README and docs tell people to type: the fenced commands and the Python snippets."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.engine.training.runs import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = ("", "bash", "sh", "shell", "console")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page: its words, and what variables it is given."""
+
+    where: str
+    words: tuple[str, ...]
+    variables: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return shlex.join((*self.variables, *self.words))
+
+
+def snippets() -> list[Snippet]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in _FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 2
+            found.append(Snippet(page, line, match[1], match[2]))
+    return found
+
+
+def commands() -> list[Command]:
+    """In the order of the pages; what is there twice comes once."""
+    found: dict[str, Command] = {}
+    for snippet in snippets():
+        if snippet.language not in SHELL:
+            continue
+        line = snippet.line
+        for text in snippet.text.replace("\\\n", "\0").splitlines():
+            words = shlex.split(text.replace("\0", " "), comments=True)
+            here = f"{snippet.page.relative_to(ROOT)}:{line}"
+            line += 1 + text.count("\0")
+            count = next((i for i, w in enumerate(words) if not re.match(r"[A-Z_]+=", w)), 0)
+            if words:
+                command = Command(here, tuple(words[count:]), tuple(words[:count]))
+                found.setdefault(str(command), command)
+    return list(found.values())

