@@ -249,7 +249,13 @@ def _config_table(runs: Sequence[RunRecord]) -> dict[str, Any]:
     columns = [dict(flattened(run.config)) for run in runs]
     if len(runs) == 1:
         names = [*names, "default"]
-        columns.append(dict(flattened(_defaults(runs[0].config))) if columns[0] else {})
+        defaults = dict(flattened(_defaults(runs[0].config))) if columns[0] else {}
+        # What was auto is a number in a run's configuration, and nobody set it.
+        resolved = [key for key, value in defaults.items() if value == "auto"]
+        columns = [
+            {key: value for key, value in column.items() if key not in resolved}
+            for column in (columns[0], defaults)
+        ]
     for column in columns:
         column.pop("run", None)
     return {"names": names, "rows": _table(columns, only=True) if all(columns) else []}

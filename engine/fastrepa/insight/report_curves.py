@@ -35,6 +35,7 @@ _EVALUATION = re.compile(
     r"(s?fid|fd|kid|is|isc|inception|precision|recall|clip|evaluation|best)(_.*)?$"
 )
 _SCALES = {"peak_memory_bytes": 1e-9}
+_EXACT = ("lr", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def curves(runs: Sequence[RunRecord], key: str) -> list[dict[str, Any]]:
         finite = np.isfinite(table[:, 2])
         steps, seconds, values = table[finite].T
         values = values * _SCALES.get(key, 1.0)
-        exact = key == "lr" or is_evaluation(key)  # set, or measured seldom: shown as it is
+        exact = key in _EXACT or is_evaluation(key)  # of no noise, or seldom: no mean
         mean = running_mean(values, 1 if exact else 2 * (len(values) // 20) + 1)
         thin = [_thinned(a) for a in (steps, seconds, values, mean)] if len(values) else [[]] * 4
         out.append(

@@ -140,13 +140,15 @@ def _by_step(folder: Path) -> dict[int, Path]:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; lists of values are leaves, lists of mappings are not."""
+    """(dotted key, value) of every leaf: lists of values are leaves, those of mappings are not, and
+    of what is empty there is nothing.
+    """
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(v, dict) for v in value):
             value = {str(i): v for i, v in enumerate(value)}
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{key}.")
-        else:
+        elif value != []:
             yield f"{prefix}{key}", value
 
 

@@ -235,13 +235,15 @@ def test_a_run_that_goes_on_with_a_line_half_written(copy, tmp_path):
 def test_a_run_of_which_hardly_anything_is_there(tmp_path):
     folder = tmp_path / "<b>&\"run'"
     folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "fd_</script>": 2}')
     (folder / "config.yaml").write_text("{unclosed")
     (folder / "samples").mkdir()
     (folder / "samples" / "step_0000002.png").write_bytes(b"no picture")
     parsed = of(folder, tmp_path)
     assert parsed.all("h1")[0]["text"] == folder.name
     text = " ".join(e["text"] for e in parsed.all("p"))
-    for said in ("Nothing has been logged yet", "config.yaml cannot be read",
+    assert json.loads(parsed.by_id("data")["text"])["curves"].keys() == {"fd_</script>"}
+    for said in ("No step has been timed yet", "config.yaml cannot be read",
                  "environment.json is missing", "step_0000002.png cannot be read"):  # fmt: skip
         assert said in text
 
@@ -272,11 +274,12 @@ def test_evaluations_have_curves_of_their_own(copy, tmp_path):
     assert of(copy, tmp_path).rows("Summary table")["fd x"] == ["30.5 at step 6"]
 
 
-def test_long_runs_are_thinned(copy):
+def test_long_runs_are_thinned(trained, copy):
     lines = [{"step": s, "seconds": s / 2, "loss": math.sin(s)} for s in range(1, 5001)]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = trained[0] / "samples" / "step_0000002.png"
     for step in range(100):
-        shutil.copy(next((copy / "samples").iterdir()), copy / "samples" / f"step_{step:07d}.png")
+        shutil.copy(picture, copy / "samples" / f"step_{step:07d}.png")
     [curve] = curves(read_runs([copy]), "loss")
     assert len(curve["step"]) == len(curve["value"]) == len(curve["mean"]) == POINTS
     assert curve["step"][-1] == 5000
