@@ -150,7 +150,7 @@ RULES = [
     Rule("fastrepa profile", fastrepa, "a smaller model, one step",
          [*QUICKSTART, "--steps", "1", "--warmup", "1"]),
     Rule("fastrepa bench", fastrepa, "a smaller model, one turn of one step",
-         [*QUICKSTART, "--rounds", "1", "--steps", "1", "--warmup", "0"]),
+         [*QUICKSTART, "--rounds", "1", "--steps", "1"]),
     Rule("fastrepa convert", fastrepa, "as written"),
     Rule("fastrepa report", fastrepa, "as written"),
     Rule("tensorboard", tensorboard, "a server: its input must be there"),
@@ -229,7 +229,7 @@ class Workshop:
         rule.how([rule.swap.get(word, word) for word in words] + add)
 
 
-@pytest.mark.parametrize("command", [str(c) for c in commands()])
+@pytest.mark.parametrize("command", [pytest.param(str(c), id=c.where) for c in commands()])
 def test_commands(workshop, command):
     workshop.run_up_to(command)
 

@@ -388,13 +388,14 @@ def test_in_a_browser(chromium, page, tmp_path):
         assert tab.run(VALUES).startswith("step 6aligned")
 
         # What the controls change.
-        top = "[...document.querySelectorAll('#curve-loss text')].map(t => t.textContent).join()"
-        linear = tab.run(top)
+        ticks = "[...document.querySelectorAll('#curve-loss text')].map(t => t.textContent).join()"
+        line = "document.querySelector('#curve-loss path:not(.raw)').getAttribute('d')"
+        linear = tab.run(line)
         tab.run("document.querySelector('#curve-loss input[name=log]').click()")
-        assert tab.run(top) != linear
+        assert tab.run(line) != linear
         tab.run("document.querySelector('input[name=axis][value=seconds]').focus()")
         tab.press(" ")
-        assert tab.run(top).endswith(" s")
+        assert tab.run(ticks).endswith(" s")
         tab.run("document.querySelector('input[name=shown][value=\"1\"]').click()")
         assert tab.run(drawn) == 1
         for scheme in ("light", "dark"):
