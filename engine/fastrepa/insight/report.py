@@ -80,7 +80,6 @@ def render(runs: Sequence[RunRecord]) -> str:
     data = {
         "runs": [run.name for run in runs],
         "curves": {panel.key: curves(runs, panel.key) for panel in shown},
-        "units": {panel.key: panel.unit for panel in shown},
     }
     page = files("fastrepa.insight") / "page"
     return environment.get_template("report.html").render(
@@ -95,6 +94,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         panels=shown,
         grids=grids,
         sample_steps=sorted({step for run in runs for step in _chosen(list(run.samples))}),
+        blocks=[probed for run in runs if (probed := _blocks(run))],
         times=_times(runs),
         environment=_table(
             [dict(flattened(_shown_environment(run.environment))) for run in runs], only=None
@@ -305,16 +305,27 @@ def _grids(run: RunRecord) -> list[dict[str, Any]]:
     return out
 
 
-def _embedded(path: Path) -> tuple[str, int, int]:
-    """A picture as a data URI of WebP, at most PICTURE_SIDE pixels a side, and its size."""
+def _embedded(path: Path, side: int = PICTURE_SIDE) -> tuple[str, int, int]:
+    """A picture as a data URI of WebP, at most `side` pixels a side, and its size."""
     from PIL import Image
 
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size
+
+
+def _blocks(run: RunRecord) -> dict[str, Any] | None:
+    """The picture and the words of `fastrepa probe RUN`, where it has been run."""
+    folder = run.folder / "probe"
+    try:
+        uri, width, height = _embedded(folder / "heat_map.png", side=2 * PICTURE_SIDE)
+        said = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["said"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {"name": run.name, "uri": uri, "width": width, "height": height, "said": said}
 
 
 # Time -----------------------------------------------------------------------------------------

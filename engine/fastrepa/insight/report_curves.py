@@ -11,7 +11,6 @@ import numpy as np
 
 from fastrepa.generation.pictures import running_mean
 from fastrepa.insight.run_record import RunRecord
-from fastrepa.training.regions import NAMES
 
 POINTS = 600
 """A curve has at most this many points: each is then the mean of as many log lines."""
@@ -31,9 +30,10 @@ SPEED = (
     ("data_wait", "share of time waiting for data", ""),
     ("peak_memory_bytes", "peak memory", "GB"),
 )
-_EVALUATION = re.compile(
-    r"(s?fid|fd|kid|is|isc|inception|precision|recall|clip|evaluation|best)(_.*)?$"
-)
+# What `fastrepa evaluate` calls its metrics; a metric's own spread (_std) is no curve.
+_EVALUATION = re.compile(r"(s?fid|kid|inception_score|clip_score|(fd|kd|precision|recall)(_.*)?)$")
+_NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "clip_score": "CLIP score"}
+_HIGHER = ("precision", "recall", "inception_score", "clip_score")
 _SCALES = {"peak_memory_bytes": 1e-9}
 _EXACT = ("lr", "peak_memory_bytes")
 
@@ -54,7 +54,7 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
     evaluation = sorted(key for key in there if is_evaluation(key))
     groups = {
         "Learning": LEARNING,
-        "Evaluation": [(key, evaluation_title(key), "") for key in evaluation],
+        "Evaluation": [(key, evaluation_title(key), better(key)) for key in evaluation],
         "Speed": SPEED,
     }
     return [
@@ -66,11 +66,15 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
 
 
 def is_evaluation(key: str) -> bool:
-    return key not in NAMES and _EVALUATION.match(key) is not None
+    return _EVALUATION.match(key) is not None and not key.endswith("_std")
 
 
 def evaluation_title(key: str) -> str:
-    return key.replace("_", " ")
+    return _NAMES.get(key, key)
+
+
+def better(key: str) -> str:
+    return f"{'higher' if key.startswith(_HIGHER) else 'lower'} is better"
 
 
 def curves(runs: Sequence[RunRecord], key: str) -> list[dict[str, Any]]:

@@ -249,29 +249,30 @@ def test_a_run_of_which_hardly_anything_is_there(tmp_path):
 
 
 def test_evaluations_have_curves_of_their_own(copy, tmp_path):
-    names = (
-        "fid",
-        "sfid",
-        "kid",
-        "is",
-        "inception_score",
-        "precision",
-        "fd_dinov2_vitb14",
-        "recall",
-    )
-    assert all(map(is_evaluation, names))
-    assert not any(
-        map(is_evaluation, [*NAMES, "loss", "lr", "step", "images_per_s", "skipped_steps"])
-    )
+    names = ("fid", "sfid", "kid", "inception_score", "precision", "recall", "clip_score",
+             "fd_dinov2_vitb14", "kd_x", "recall_x")  # fmt: skip
+    others = ("kid_std", "loss", "lr", "step", "images_per_s", "skipped_steps", *NAMES)
+    assert [name for name in (*names, *others) if is_evaluation(name)] == list(names)
     path = copy / "metrics.jsonl"
     with path.open("a") as f:  # a line of its own for a step that has one
         f.write(json.dumps({"step": 4, "fd_x": 40.0}) + "\n")
         f.write(json.dumps({"step": 6, "fd_x": 30.5}) + "\n")
     [record] = read_runs([copy])
     assert len(record.lines) == 6
-    assert [p.title for p in panels([record]) if p.group == "Evaluation"] == ["fd x"]
+    panel = next(p for p in panels([record]) if p.group == "Evaluation")
+    assert (panel.key, panel.title, panel.unit) == ("fd_x", "fd_x", "lower is better")
     assert curves([record], "fd_x")[0]["mean"] == [40.0, 30.5]
-    assert of(copy, tmp_path).rows("Summary table")["fd x"] == ["30.5 at step 6"]
+    assert of(copy, tmp_path).rows("Summary table")["fd_x"] == ["30.5 at step 6"]
+
+
+def test_what_a_probe_found_is_shown(trained, copy, tmp_path):
+    assert not [e for e in of(copy, tmp_path).elements if e.get("id") == "blocks"]
+    (copy / "probe").mkdir()
+    shutil.copy(trained[0] / "curves.png", copy / "probe" / "heat_map.png")
+    (copy / "probe" / "probe.json").write_text(json.dumps({"said": ["Block 2 leads."]}))
+    parsed = of(copy, tmp_path)
+    assert "Block 2 leads." in [e["text"] for e in parsed.all("p")]
+    assert "Heat maps of run" in parsed.all("img")[-1]["alt"]
 
 
 def test_long_runs_are_thinned(trained, copy):

@@ -140,11 +140,10 @@
 
   /* Without a cursor: every run's last value, which is also what a screen reader gets. */
   function describe(figure, points) {
-    const unit = data.units[figure.dataset.key];
     const last = points.map((c) => [c.run, c.mean.at(-1)]);
     show(figure, "last", last);
     const title = figure.querySelector("h4").textContent;
-    const text = last.map(([run, value]) => `${data.runs[run]} ${short(value)} ${unit}`.trim()).join(", ");
+    const text = last.map(([run, value]) => `${data.runs[run]} ${short(value)}`).join(", ");
     figure.querySelector("svg").setAttribute("aria-label", `${title}, last: ${text || "nothing"}`);
   }
 
