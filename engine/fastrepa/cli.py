@@ -580,6 +580,59 @@ def report(
 
 
 @app.command()
+def probe(
+    target: Annotated[
+        Path, typer.Argument(help="A run folder, a prepared data set, or a folder of images.")
+    ],
+    encoders: Annotated[
+        str | None,
+        typer.Option(help="NAME[=WEIGHTS][@INPUT], with commas; of a run by default its own."),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", "-n", help="Images; default: 500, of a run 1000.")
+    ] = None,
+    time: Annotated[
+        float | None, typer.Option(help="Of a run's noised inputs: 0 data, 1 noise; default: 0.5.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="A set the run has not seen; default: validation, beside its own."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Of a plain folder's images in pixels; default: 256.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of images, and of the noise.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: RUN/probe, or NAME_probe, here.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run's blocks know, step by step; or whether an encoder will help on your images.
+
+    A run: how far each block agrees with the encoder (CKNNA, linear CKA) and what a linear probe
+    reads from it, over all checkpoints. Images: every encoder beside random weights and raw pixels.
+    """
+    from fastrepa.insight.probe import print_probe
+    from fastrepa.insight.probe import probe as measure
+
+    with _progress("probe", shown=True) as progress:
+        probed = measure(
+            target,
+            encoders=encoders,
+            num=num,
+            time=time,
+            held_out=held_out,
+            resolution=resolution,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            progress=progress,
+        )
+    print_probe(probed, as_json=json)
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

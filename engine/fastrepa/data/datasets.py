@@ -55,6 +55,11 @@ class DataSet(Protocol):
         """
 
 
+def is_data(path: Path) -> bool:
+    """Whether the folder is a data set by what it holds, sound or not."""
+    return (path / MANIFEST).exists() or (path / LATENTS / LABELS).exists()
+
+
 def open_data(
     path: str | Path,
     *,

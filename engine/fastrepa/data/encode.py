@@ -46,6 +46,7 @@ from fastrepa.data.shards import (
     write_manifest,
 )
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.vision.registry import parse_encoders
 
 MIN_COSINE = 0.999  # of a stored token to the encoder's, below which print_encoded warns
 PENDING_WRITES = 4  # batches that wait for the disk, at most
@@ -125,27 +126,6 @@ def encode_columns(
     return EncodeReport(tuple(c for c in columns if c.name in names), tuple(kept))
 
 
-def parse_encoders(text: str) -> tuple[EncoderConfig, ...]:
-    """Encoders from `NAME[=WEIGHTS][@INPUT]`, separated by commas; WEIGHTS as in `vision.encoders`.
-
-    "dinov2-vit-b", "dinov2-vit-b=dinov2_vitb14_pretrain.pth,clip-vit-l", "resnet50.a1_in1k@224".
-    ConfigError for an input that is no number of pixels, or an empty name.
-    """
-    encoders = []
-    for part in text.split(","):
-        rest, at, side = part.strip().rpartition("@") if "@" in part else (part.strip(), "", "")
-        name, equals, weights = rest.partition("=")
-        if not name or (equals and not weights) or (at and not (side.isdecimal() and int(side))):
-            raise ConfigError(
-                f"--cache-features: {part.strip()!r} is not NAME[=WEIGHTS][@INPUT], such as "
-                f"dinov2-vit-b or dinov2-vit-b=weights.pth@224"
-            )
-        encoders.append(
-            EncoderConfig(name=name, weights=weights or "hub", input=int(side) if at else None)
-        )
-    return tuple(encoders)
-
-
 def encode_settings(
     codec: str | None,
     codec_weights: str | None,
@@ -175,7 +155,7 @@ def encode_settings(
     chosen: dict[str, Any] = {"weights": codec_weights} if codec_weights else {}
     return {
         "codec": CodecConfig(name="sd-vae", **chosen) if codec else None,
-        "encoders": parse_encoders(cache_features) if cache_features else (),
+        "encoders": parse_encoders(cache_features, "--cache-features") if cache_features else (),
         "reference": reference,
         "flip": flip,
         "precision": precision,

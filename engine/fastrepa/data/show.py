@@ -82,10 +82,10 @@ def show(
     title = f"{name}: {len(chosen)} of {len(gallery.labels):,} images, {gallery.resolution} px"
     captions = [_caption(gallery, number) for number in chosen]
     sheet = contact_sheet([gallery.image(number) for number in chosen], captions, title)
-    _save(sheet, sheet_path)
+    save_picture(sheet, sheet_path)
     if with_columns:
         few = choose(gallery.labels, features, seed, allowed)
-        _save(_columns_picture(gallery, few, name), columns_path)
+        save_picture(_columns_picture(gallery, few, name), columns_path)
     return ShowReport(wanted, gallery.summary())
 
 
@@ -190,7 +190,8 @@ def _check_free(path: Path) -> None:
         )
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that is known as ours; DataError where it cannot be written."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
     buffer = io.BytesIO()

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import timm
 
+from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -192,6 +193,28 @@ def find_recipe(name: str) -> Recipe:
     pretrained = timm.get_pretrained_cfg(name)
     mean, std = (pretrained.mean, pretrained.std) if pretrained else (IMAGENET_MEAN, IMAGENET_STD)
     return Recipe(name, name, mean=_triple(mean), std=_triple(std), side="per-16")
+
+
+def parse_encoders(text: str, option: str) -> tuple[EncoderConfig, ...]:
+    """Encoders from `NAME[=WEIGHTS][@INPUT]`, separated by commas; WEIGHTS as in `vision.encoders`.
+
+    "dinov2-vit-b", "dinov2-vit-b=dinov2_vitb14_pretrain.pth,clip-vit-l", "resnet50.a1_in1k@224".
+    ConfigError, naming the command line's option, for an input that is no number of pixels, or an
+    empty name.
+    """
+    encoders = []
+    for part in text.split(","):
+        rest, at, side = part.strip().rpartition("@") if "@" in part else (part.strip(), "", "")
+        name, equals, weights = rest.partition("=")
+        if not name or (equals and not weights) or (at and not (side.isdecimal() and int(side))):
+            raise ConfigError(
+                f"{option}: {part.strip()!r} is not NAME[=WEIGHTS][@INPUT], such as "
+                f"dinov2-vit-b or dinov2-vit-b=weights.pth@224"
+            )
+        encoders.append(
+            EncoderConfig(name=name, weights=weights or "hub", input=int(side) if at else None)
+        )
+    return tuple(encoders)
 
 
 def default_side(recipe: Recipe, stride: int, resolution: int) -> int:

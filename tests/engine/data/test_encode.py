@@ -21,7 +21,7 @@ from PIL import Image
 from fastrepa.config import CodecConfig, EncoderConfig
 from fastrepa.data import codec as codec_room
 from fastrepa.data.columns import first_damaged, open_rows
-from fastrepa.data.encode import EncodeReport, encode_columns, parse_encoders
+from fastrepa.data.encode import EncodeReport, encode_columns
 from fastrepa.data.index import load_index
 from fastrepa.data.prepare import prepare
 from fastrepa.data.ranks import Ranks
@@ -282,16 +282,6 @@ def test_full_disk_is_known_beforehand(make_set: MakeSet, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=r"features\.tf_efficientnet_lite0 take 0\.0 GB, the disk"):
         encode(shards, encoders=[LITE])
     assert contents(shards.path) == before
-
-
-def test_names_of_encoders_on_the_command_line() -> None:
-    a, b, c = parse_encoders("dinov2-vit-b, clip-vit-l=w/ViT.safetensors,x.y_z=package:p@128")
-    assert (a.name, a.weights, a.input) == ("dinov2-vit-b", "hub", None)
-    assert (b.name, b.weights, b.input) == ("clip-vit-l", "w/ViT.safetensors", None)
-    assert (c.name, c.weights, c.input) == ("x.y_z", "package:p", 128)
-    for bad in ("", "a,,b", "a=", "=w", "a@", "a@0", "a@12px"):
-        with pytest.raises(ConfigError, match=r"is not NAME\[=WEIGHTS\]\[@INPUT\]"):
-            parse_encoders(bad)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import timm
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.vision.features import plan_encoder
-from fastrepa.vision.registry import REGISTRY, default_side, find_recipe
+from fastrepa.vision.registry import REGISTRY, default_side, find_recipe, parse_encoders
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -118,3 +118,15 @@ def test_misspelt_name_suggests_the_nearest(wrong, right):
     assert repr(wrong) in message
     assert f"did you mean '{right}" in message
     assert "\n" not in message
+
+
+def test_names_of_encoders_on_the_command_line():
+    a, b, c = parse_encoders(
+        "dinov2-vit-b, clip-vit-l=w/ViT.safetensors,x.y_z=package:p@128", "--o"
+    )
+    assert (a.name, a.weights, a.input) == ("dinov2-vit-b", "hub", None)
+    assert (b.name, b.weights, b.input) == ("clip-vit-l", "w/ViT.safetensors", None)
+    assert (c.name, c.weights, c.input) == ("x.y_z", "package:p", 128)
+    for bad in ("", "a,,b", "a=", "=w", "a@", "a@0", "a@12px"):
+        with pytest.raises(ConfigError, match=r"^--o: .* is not NAME\[=WEIGHTS\]\[@INPUT\]"):
+            parse_encoders(bad, "--o")
