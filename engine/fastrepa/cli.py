@@ -508,6 +508,89 @@ def sample(
 
 
 @app.command()
+def evaluate(
+    samples: Annotated[
+        Path,
+        typer.Argument(
+            help="A run (it generates), a folder of images, an npz of ADM's, a prepared data set, "
+            "or an npz of statistics."
+        ),
+    ],
+    reference: Annotated[Path, typer.Argument(help="What they are compared with; any of these.")],
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="fid, sfid, inception_score, kid, precision, recall, clip_score, and fd_, kd_, "
+            "precision_ or recall_ with an encoder's space (fd_dinov2_vitb14), with commas. "
+            "Default: the encoders', or without any the first six."
+        ),
+    ] = None,
+    encoders: Annotated[
+        str | None,
+        typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas."),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="A local file; default: torch-fidelity's, downloaded once.")
+    ] = None,
+    clip: Annotated[
+        str, typer.Option(help="open_clip's NAME=WEIGHTS (a tag or file), or local-dir:FOLDER.")
+    ] = "ViT-L-14=openai",
+    num: Annotated[int | None, typer.Option("--num", "-n", help="Images of a run.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Of a run: ode, heun or sde.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a run's images.")] = 0,
+    ema: EmaOption = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Images per forward.")
+    ] = 32,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where the reference's features are kept; default: REFERENCE.statistics."
+        ),
+    ] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Also write the reference's Inception statistics (npz).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs: one record.")] = False,
+) -> None:
+    """Measure how far generated images are from real ones; under torchrun, on every GPU.
+
+    Settings of a run's images that are left out are the run's own. Only on Inception's features
+    are distances called FID and KID.
+    """
+    from fastrepa.generation.evaluate import evaluate as measure
+    from fastrepa.generation.evaluate_report import print_evaluation
+    from fastrepa.vision.registry import parse_encoders
+
+    model, _, weights = clip.partition("=")
+    done = measure(
+        samples,
+        reference,
+        metrics=[m.strip() for m in metrics.split(",") if m.strip()] if metrics else None,
+        encoders=parse_encoders(encoders, "--encoders") if encoders else (),
+        inception_weights=None if inception_weights is None else str(inception_weights),
+        clip=(model, weights or None),
+        batch_size=batch_size,
+        cache=cache,
+        save_statistics=save_statistics,
+        seed=seed,
+        ema=ema,
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        cfg=cfg,
+        guidance_low=guidance_low,
+        guidance_high=guidance_high,
+    )
+    if done.is_first:
+        print_evaluation(done, as_json=json)
+
+
+@app.command()
 def convert(
     run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
     file: Annotated[

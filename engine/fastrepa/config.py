@@ -202,7 +202,9 @@ class EmaConfig(_Section):
 
 
 class KeepBestConfig(_Section):
-    """Which checkpoint is the best: by a key of metrics.jsonl, as last logged before the save."""
+    """Which checkpoint is the best: by a key of metrics.jsonl, as last logged before the save, or
+    by an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
+    """
 
     metric: str
     mode: Literal["min", "max"] = "min"
@@ -270,6 +272,28 @@ class SampleConfig(_Section):
     cfg: Annotated[float, Field(ge=1.0)] = 1.0
     guidance_low: Probability = 0.0
     guidance_high: Probability = 1.0
+
+
+class EvaluationConfig(_Section):
+    """Metrics of generated images during training, on the first average; `fastrepa evaluate` has
+    them all. Sampler, steps and guidance are those of `sample`.
+    """
+
+    every: NonNegative = Field(0, description="steps between evaluations; 0: never")
+    reference: str | None = Field(
+        None, description="what `fastrepa evaluate` takes, runs apart; None: the training data"
+    )
+    num: Positive = Field(1000, description="images generated: the same seeds and labels each time")
+    batch_size: Positive = Field(32, description="images per forward")
+    metrics: tuple[str, ...] | None = Field(
+        None, strict=False, description="None: the encoders', or Inception's without any"
+    )
+    encoders: tuple[EncoderConfig, ...] = Field(
+        (), strict=False, description="spaces to measure in, besides Inception's; grid is not used"
+    )
+    inception_weights: str | None = Field(
+        None, description="a local file; None: torch-fidelity's, downloaded once"
+    )
 
 
 class ZeroConfig(_Section):
@@ -350,6 +374,7 @@ class Config(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     sample: SampleConfig = SampleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     zero: ZeroConfig = ZeroConfig()
     survival: SurvivalConfig = SurvivalConfig()
     kernels: Literal["fused", "eager"] = "fused"

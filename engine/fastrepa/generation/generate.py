@@ -44,8 +44,9 @@ from fastrepa.randomness import KeyedRandom, Stream
 BATCH_SIZE = 32
 GRID_IMAGES = 64
 RECORD = "sampling.json"
+PNG_NAME = re.compile(r"\d{6,}\.png")
 _OURS = re.compile(
-    r"\d{6,}\.png|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD)
+    PNG_NAME.pattern + r"|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD)
 )
 
 
@@ -234,7 +235,7 @@ def sample_run(
         world = zero.join_world()
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
-    config = _with_settings(config, settings)
+    config = with_settings(config, settings)
     num = config.sample.num
     batch_size = min(batch_size, num)
     chosen = choose_classes(classes, info.classes, config.model.num_classes)
@@ -290,7 +291,7 @@ def sample_run(
     return SampleFolder(folder, num, grid, packed[0] if packed else None, seconds, world.is_first)
 
 
-def _with_settings(config: Config, settings: dict[str, Any]) -> Config:
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     """The run's configuration with its `sample` section overridden, validated as a whole."""
     given = {k: v for k, v in settings.items() if v is not None}
     tree = config.model_dump(mode="json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ PANELS = (
 )
 EXACT = ("lr",)
 """Keys that are set, not measured: shown without a mean."""
+EVALUATION = re.compile(r"(fid|sfid|inception_score|kid|precision|recall|clip_score|(fd|kd)_\w+)$")
+"""Keys of `evaluation` that get a panel too: those of Inception, and encoders' distances."""
+EVALUATION_COLOUR = "#a8326f"
 _COLUMNS = 3
 
 
@@ -70,16 +74,20 @@ def save_grid(
 def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training curves as a PNG: a small panel for each of PANELS that the metrics hold.
 
-    `metrics` are a run's logged lines (`step` and any of the panels' keys). Every panel shows the
-    raw values, pale, a centred running mean, and the mean's last value; steps whose value is not
-    finite are marked in red on the lower edge. Without metrics the picture says so.
+    `metrics` are a run's logged lines (`step` and any of the panels' keys); what EVALUATION matches
+    gets panels after them. Every panel shows the raw values, pale, a centred running mean, and the
+    mean's last value; steps whose value is not finite are marked in red on the lower edge. Without
+    metrics the picture says so.
     """
     # Imported here, and without pyplot: no window system, no state shared with the caller's plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = {key: points for key, _, _ in PANELS if len((points := _points(metrics, key))[0])}
-    shown = [panel for panel in PANELS if panel[0] in series]
+    measured = dict.fromkeys(key for line in metrics for key in line if EVALUATION.match(key))
+    evaluated = [(key, key.replace("_", " "), EVALUATION_COLOUR) for key in measured]
+    panels = [*PANELS, *(p for p in evaluated if not p[0].endswith("_std"))]
+    series = {key: points for key, _, _ in panels if len((points := _points(metrics, key))[0])}
+    shown = [panel for panel in panels if panel[0] in series]
     rows = max(1, math.ceil(len(shown) / _COLUMNS))
     columns = 2 if len(shown) == 4 else max(1, min(_COLUMNS, len(shown)))
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")

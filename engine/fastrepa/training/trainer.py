@@ -41,6 +41,7 @@ from fastrepa.training.checkpoint import (
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
+from fastrepa.training.evaluation import Evaluation
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.offload import check_offload
@@ -63,8 +64,8 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
              "training.wandb", "training.micro_batch", "training.compile", "training.ema",
              "training.recompute", "training.memory_budget_gb", "data.path", "data.decode",
-             "data.readers", "data.read_ahead", "data.prefetch", "sample", "zero", "survival",
-             "attention", "kernels", "deterministic")  # fmt: skip
+             "data.readers", "data.read_ahead", "data.prefetch", "sample", "evaluation", "zero",
+             "survival", "attention", "kernels", "deterministic")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -141,6 +142,7 @@ class Trainer:
         if not random_weights:
             self.cached_latents = latents_are_cached(config.data, self.shards, self.codec)
             self.targets.check(self.shards, weights=world.is_first)
+            self.evaluation = Evaluation(config, world, self.codec, self.shards.classes)
 
         checkpoint = (
             None if random_weights else of_first_rank(world, lambda: _newest_checkpoint(self.run))
@@ -277,6 +279,8 @@ class Trainer:
             if self.resumed_from:
                 for line in (f"continuing {self.run} from step {self.step}", *self._resume_notes):
                     telemetry.say(line)
+            for line in self.evaluation.first_words():
+                telemetry.warn(line)
             if self.step >= config.training.steps:
                 telemetry.say(
                     f"{self.run} is finished already: to go on, raise training.steps; "
@@ -354,12 +358,16 @@ class Trainer:
             last = stop() or self.step == t.steps
             if last:
                 self._give_up_if_bad()
-            if self.step % t.log_every == 0 or last:
+            evaluated = self.evaluation.due(self.step)
+            if self.step % t.log_every == 0 or last or evaluated:
                 rate = learning_rate(self.config, self.step - 1)
                 read = meter.read(self.step, rate, grad_norm(self.engine))
                 before, skipped = skipped, self.step - self.whole.optimizer_step
                 self.metrics = {**read, "skipped_steps": skipped}
-                telemetry.log(self.metrics)
+                if evaluated:
+                    with meter.region(SAMPLING):
+                        self._evaluate(telemetry, watch)
+                telemetry.log(self.metrics | self.evaluation.at(self.step))
                 if skipped > before:
                     telemetry.warn(
                         f"{skipped - before} step(s) up to step {self.step} had a loss or "
@@ -409,7 +417,7 @@ class Trainer:
             classes=self.shards.classes,
             world_size=self.world.size,
             versions=versions(),
-            metrics=self.metrics,
+            metrics=self.metrics | self.evaluation.at(self.step),
             emas=recorded(self.config.training.ema),
             ema_since=self.optimizer.ema_since,
         )
@@ -452,6 +460,18 @@ class Trainer:
                 f"model.num_classes is {self.config.model.num_classes}"
             )
         return shards
+
+    def _evaluate(self, telemetry: Telemetry, watch: Watch) -> None:
+        """Metrics of the averaged weights; training.keep_best may go by them (collective)."""
+        scores = self.evaluation.measure(
+            self.step,
+            self.whole,
+            self.fixed,
+            alive=lambda: watch.progress(self.step),
+            warn=telemetry.warn,
+        )
+        figures = " · ".join(f"{name} {value:.5g}" for name, value in scores.items())
+        telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """A grid from the averaged weights, in eval mode: samples/step_*.png (collective)."""

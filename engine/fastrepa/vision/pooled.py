@@ -83,7 +83,7 @@ class PooledEncoder(nn.Module):
     """`forward(image_u8 [B,3,H,W] uint8) -> [B,Z]` fp32, outside autograd, for any H and W.
 
     Like a FrozenEncoder it stays in eval mode. width: Z; side: pixels the network sees; digest:
-    SHA-256 of its fp32 weights; space: how results name it.
+    SHA-256 of its fp32 weights; name: how results call its space.
     """
 
     mean: Tensor
@@ -94,7 +94,7 @@ class PooledEncoder(nn.Module):
         super().__init__()
         plan = plan_pooled(config)
         network = load_network(config, plan.recipe, plan.timm_args, _drop_classifier)
-        self.name, self.space = config.name, space_name(config.name)
+        self.name = space_name(config.name)
         self.side, self.width, self.digest = plan.side, plan.width, digest(network)
         self.network = (
             network.to(device).to(memory_format=torch.channels_last).requires_grad_(False)

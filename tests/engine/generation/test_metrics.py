@@ -13,6 +13,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from fastrepa.generation.metrics import (
     Moments,
     clip_score,
+    frechet_bias,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -58,6 +59,18 @@ def test_a_set_is_at_no_distance_from_itself_and_few_images_change_nothing(n):
     middle = np.linalg.eigvalsh(root @ b.covariance.numpy() @ root).clip(0) ** 0.5
     wanted = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
     assert distance(x, y) == pytest.approx(wanted.item() - 2 * middle.sum(), rel=1e-6)
+
+
+def test_the_bias_of_few_images_is_about_what_halves_of_them_say():
+    """The true distance is known: the images' own Gaussian against itself, moved by one."""
+    many = features(40_000, 16, 1)
+    truth = Moments.of(many)
+    x = features(100, 16, 2)
+    few = Moments.of(x)
+    moved = truth.mean + 0.25
+    found = frechet_distance(few.mean, few.covariance, moved, truth.covariance)
+    excess = found - frechet_distance(truth.mean, truth.covariance, moved, truth.covariance)
+    assert frechet_bias(x, moved, truth.covariance) == pytest.approx(excess, rel=0.5)
 
 
 def _root(sigma):

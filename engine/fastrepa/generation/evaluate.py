@@ -1,0 +1,505 @@
+"""`fastrepa evaluate SAMPLES REFERENCE`: how good generated images are, in the field's numbers.
+
+    fid, sfid, kid, precision, recall, inception_score      torch-fidelity's Inception
+    fd_SPACE, kd_SPACE, precision_SPACE, recall_SPACE       any encoder (vision/pooled.py)
+    clip_score                                              open_clip, "a photo of a CLASS"
+
+A distance in another space than Inception's is never called FID or KID: fd_dinov2_vitb14.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastrepa.config import EncoderConfig
+from fastrepa.errors import ConfigError, DataError, nearest
+from fastrepa.generation.extractors import PROMPT, Clip, Encoder, Extractor, Inception
+from fastrepa.generation.feature_sets import FeatureSet, StatisticsCache, Wanted, extract
+from fastrepa.generation.feature_sets import save_statistics as write_statistics
+from fastrepa.generation.image_sources import (
+    AdmImages,
+    Gaussian,
+    Generated,
+    ImageSource,
+    Statistics,
+    is_run,
+    open_stored,
+)
+from fastrepa.generation.metrics import (
+    clip_score,
+    frechet_bias,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from fastrepa.vision.pooled import space_name
+from fastrepa.vision.registry import REGISTRY
+
+if TYPE_CHECKING:  # it brings DeepSpeed
+    from fastrepa.training.zero import World
+
+Kind = Literal["frechet", "kernel", "precision", "recall", "inception_score", "clip_score"]
+
+INCEPTION: dict[str, tuple[Kind, str]] = {
+    "fid": ("frechet", "pool"),
+    "sfid": ("frechet", "spatial"),
+    "inception_score": ("inception_score", "logits"),
+    "kid": ("kernel", "pool"),
+    "precision": ("precision", "pool"),
+    "recall": ("recall", "pool"),
+}
+PREFIXES: dict[str, Kind] = {
+    "fd": "frechet",
+    "kd": "kernel",
+    "precision": "precision",
+    "recall": "recall",
+}
+CLIP = "clip_score"
+HIGHER: tuple[Kind, ...] = (
+    "precision",
+    "recall",
+    "inception_score",
+    "clip_score",
+)  # kinds where more is better
+OF_SAMPLES: tuple[Kind, ...] = ("inception_score", "clip_score")  # kinds that look at no reference
+ENOUGH = 10  # images for every dimension of a Frechet distance, below which its bias is warned of
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`feature`: what it compares, as "space.feature"."""
+
+    name: str
+    kind: Kind
+    feature: str
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.kind in HIGHER
+
+
+def choose_metrics(
+    names: Sequence[str] | None, encoders: Sequence[EncoderConfig] = ()
+) -> tuple[list[Metric], list[EncoderConfig]]:
+    """Metrics by name, and the encoders they need.
+
+    By default all of the encoders', or Inception's where there is no encoder. A space of the
+    registry (fd_dinov2_vitb14) need not be among `encoders`: its weights are then the hub's.
+    Raises ConfigError naming a metric that is not known, and two encoders of one space.
+    """
+    found: dict[str, EncoderConfig] = {}
+    for encoder in encoders:
+        space = space_name(encoder.name)
+        if space in found:
+            raise ConfigError(
+                f"encoders: {found[space].name} and {encoder.name} would both be called {space}"
+            )
+        found[space] = encoder
+    known = {space_name(row): EncoderConfig(name=row) for row in REGISTRY} | found
+    table = {name: Metric(name, kind, f"inception.{f}") for name, (kind, f) in INCEPTION.items()}
+    table[CLIP] = Metric(CLIP, "clip_score", "clip.image")
+    of_spaces = {
+        f"{prefix}_{space}": Metric(f"{prefix}_{space}", kind, f"{space}.pool")
+        for space in known
+        for prefix, kind in PREFIXES.items()
+    }
+    if names is None:
+        names = [n for n, m in of_spaces.items() if m.feature.partition(".")[0] in found]
+        names = names or list(INCEPTION)
+    table |= of_spaces
+    for name in names:
+        if name not in table:
+            raise ConfigError(
+                f"metrics: {name!r} is not known{nearest(name, table)}; allowed: "
+                f"{', '.join([*INCEPTION, CLIP])}, and {', '.join(f'{p}_SPACE' for p in PREFIXES)} "
+                f"of an encoder's space ({', '.join(found) or 'none is given'})"
+            )
+    chosen = [table[name] for name in dict.fromkeys(names)]
+    spaces = {metric.feature.partition(".")[0] for metric in chosen}
+    return chosen, [encoder for space, encoder in known.items() if space in spaces]
+
+
+@dataclass
+class Side:
+    """One of the two sets that are compared, as features; complete on the first rank alone.
+
+    num: images, None where only statistics are known; gaussians and kept: by "space.feature";
+    labels [K]: of the kept features' images.
+    """
+
+    num: int | None
+    gaussians: dict[str, Gaussian] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    classes: Sequence[str] = ()
+
+
+class Evaluator:
+    """The extractors that some metrics need, and how two sets become numbers."""
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        encoders: Sequence[EncoderConfig],
+        world: World,
+        *,
+        inception_weights: str | None = None,
+        clip: tuple[str, str | None] = ("ViT-L-14", "openai"),
+    ) -> None:
+        """Build them (collective). Raises ConfigError and WeightsError, on all ranks alike where
+        the first meets it.
+        """
+        from fastrepa.training.zero import of_first_rank
+
+        self.metrics, self.world = list(metrics), world
+        self.extractors: dict[str, Extractor] = {}
+        spaces = {metric.feature.partition(".")[0] for metric in metrics}
+        configs = {space_name(encoder.name): encoder for encoder in encoders}
+
+        def make(space: str) -> None:
+            if space == "inception":
+                self.extractors[space] = Inception(inception_weights)
+            elif space == "clip":
+                self.extractors[space] = Clip(*clip)
+            else:
+                self.extractors[space] = Encoder(configs[space])
+
+        for space in sorted(spaces):
+            of_first_rank(world, partial(make, space))
+            if not world.is_first:  # the first has downloaded what had to be
+                make(space)
+
+    def wanted(self, *, reference: bool, kept: frozenset[str] = frozenset()) -> Wanted:
+        """Which features the metrics need of the reference, or of the samples."""
+
+        def features(*kinds: Kind) -> frozenset[str]:
+            return frozenset(m.feature for m in self.metrics if m.kind in kinds)
+
+        pairs = features("kernel", "precision", "recall")
+        alone = frozenset() if reference else features(*OF_SAMPLES)
+        return Wanted(features("frechet"), pairs | alone | kept)
+
+    def biased(self, num: int) -> list[Metric]:
+        """The Frechet distances for which `num` images are few."""
+        return [
+            metric
+            for metric in self.metrics
+            if metric.kind == "frechet" and num < ENOUGH * self.width(metric)
+        ]
+
+    def width(self, metric: Metric) -> int:
+        space, _, feature = metric.feature.partition(".")
+        return self.extractors[space].widths[feature]
+
+    def measure(
+        self,
+        source: ImageSource | Statistics,
+        wanted: Wanted,
+        *,
+        batch_size: int = BATCH_SIZE,
+        cache: StatisticsCache | None = None,
+        progress: Callable[[int], None] = lambda images: None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Side:
+        """A set's features, from `cache` where it has them (collective)."""
+        if isinstance(source, Statistics):
+            return Side(None, _inceptions(source.gaussians))
+        given = _inceptions(source.gaussians) if isinstance(source, AdmImages) else {}
+        wanted = Wanted(wanted.moments - given.keys(), wanted.kept)
+        found = self._from_cache(source, wanted, cache)
+        if found is None:
+            for extractor in self.extractors.values():
+                extractor.to(self.world.device)
+            found = extract(
+                source,
+                self.extractors,
+                wanted,
+                world=self.world,
+                batch_size=min(batch_size, source.num),
+                progress=progress,
+            )
+            if self.world.is_first and cache is not None and (digest := source.digest()):
+                try:
+                    for space in wanted.spaces:
+                        cache.save(digest, self.extractors[space], found)
+                except OSError as error:
+                    note(f"{cache.folder}: cannot be written ({error.strerror}); nothing is kept")
+        gaussians = {
+            name: (moments.mean, moments.covariance)
+            for name, moments in found.moments.items()
+            if moments.count > 1
+        }
+        labels = None if source.labels is None else source.labels[found.numbers]
+        return Side(source.num, gaussians | given, found.kept, labels, source.classes)
+
+    def _from_cache(
+        self, source: ImageSource, wanted: Wanted, cache: StatisticsCache | None
+    ) -> FeatureSet | None:
+        """All that is wanted, on the first rank; on the others an empty set (collective)."""
+        from fastrepa.training.zero import of_first_rank
+
+        found: list[FeatureSet] = []
+
+        def look() -> bool:
+            if cache is None or (digest := source.digest()) is None:
+                return False
+            for space in wanted.spaces:
+                part = cache.load(digest, self.extractors[space], wanted.of(space))
+                if part is None or part.num != source.num:
+                    return False
+                found.append(part)
+            return True
+
+        if not of_first_rank(self.world, look):
+            return None
+        whole = FeatureSet(source.num, {}, {})
+        for part in found:
+            whole.moments |= part.moments
+            whole.kept |= part.kept
+        return whole
+
+    def scores(self, samples: Side, reference: Side) -> dict[str, float]:
+        """Every metric by name, and NAME_std where it is a mean over parts; on the first rank.
+
+        Raises DataError where a side has not what a metric needs, or too few images.
+        """
+        out: dict[str, float] = {}
+        manifolds: dict[str, tuple[float, float]] = {}
+        for metric in self.metrics:
+            try:
+                x = self._of(samples, metric)
+                y = x if metric.kind in OF_SAMPLES else self._of(reference, metric)
+                if metric.kind == "frechet":
+                    out[metric.name] = frechet_distance(*x, *y)
+                elif metric.kind == "kernel":
+                    out[metric.name], out[f"{metric.name}_std"] = kernel_distance(x, y)
+                elif metric.kind in ("precision", "recall"):
+                    if metric.feature not in manifolds:
+                        manifolds[metric.feature] = precision_recall(x, y)
+                    out[metric.name] = manifolds[metric.feature][metric.kind == "recall"]
+                elif metric.kind == "inception_score":
+                    out[metric.name], out[f"{metric.name}_std"] = inception_score(x)
+                else:
+                    out[metric.name] = clip_score(x, self._texts(samples))
+            except ValueError as error:
+                raise DataError(f"{metric.name}: {error}") from None
+        return out
+
+    def _of(self, side: Side, metric: Metric) -> Any:
+        """What the metric compares, of one side."""
+        stored: Mapping[str, Any] = side.gaussians if metric.kind == "frechet" else side.kept
+        if metric.feature in stored:
+            value = stored[metric.feature]
+            # Distances by pairs are worth a GPU's time; its float64 is the host's.
+            return value if metric.kind == "frechet" else value.to(self.world.device)
+        if side.num is None:
+            needs = "statistics of its features" if metric.kind == "frechet" else "images"
+            raise DataError(f"{metric.name}: needs {needs}, which the statistics' file has not")
+        raise ValueError(f"needs two images, got {side.num}")
+
+    def _texts(self, side: Side) -> Tensor:
+        if side.labels is None or not side.classes:
+            raise DataError(
+                f"{CLIP}: the samples have no class names; a run, a data set, class folders and "
+                f"what `fastrepa sample --classes` wrote have them"
+            )
+        clip = self.extractors["clip"]
+        assert isinstance(clip, Clip)
+        texts = clip.texts([PROMPT.format(name) for name in side.classes])
+        return texts[side.labels].to(self.world.device)
+
+
+def _inceptions(gaussians: Mapping[str, Gaussian]) -> dict[str, Gaussian]:
+    return {f"inception.{name}": value for name, value in gaussians.items()}
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; `settings` are those of a run's images."""
+
+    samples: str
+    reference: str
+    num_samples: int | None
+    num_reference: int | None
+    metrics: tuple[Metric, ...]
+    scores: dict[str, float]
+    notes: tuple[str, ...]
+    extractors: dict[str, str]
+    settings: dict[str, Any]
+    seconds: float
+    is_first: bool
+
+
+def evaluate(
+    samples: Path,
+    reference: Path,
+    *,
+    metrics: Sequence[str] | None = None,
+    encoders: Sequence[EncoderConfig] = (),
+    inception_weights: str | None = None,
+    clip: tuple[str, str | None] = ("ViT-L-14", "openai"),
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    save_statistics: Path | None = None,
+    seed: int = 0,
+    ema: str | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Compare two sets; under torchrun every process calls this and does a share.
+
+    `cache`: folder for what is kept of the reference, by default one beside it. `save_statistics`:
+    an npz of the reference's to write. seed, ema and settings (keys of SampleConfig) are those of
+    the images that a run generates for this.
+    Raises FastrepaError.
+    """
+    from fastrepa.training import zero
+
+    started = time.perf_counter()
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: {batch_size} is less than 1")
+    chosen, needed = choose_metrics(metrics, encoders)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        world = zero.World(0, 1, 0, device)
+    else:
+        world = zero.join_world()
+    notes: list[str] = []
+    record: dict[str, Any] = {}
+
+    def open_source(path: Path) -> Any:
+        if not is_run(path):
+            return open_stored(path)
+        return _run_source(path, world, record, batch_size, seed=seed, ema=ema, **settings)
+
+    sources = [open_source(path) for path in (samples, reference)]
+    if not record and (given := [k for k, v in settings.items() if v is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
+    evaluator = Evaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
+    few = [] if sources[0].num is None else evaluator.biased(sources[0].num)
+    sides = []
+    for source, path, is_reference in zip(
+        sources, (samples, reference), (False, True), strict=True
+    ):
+        folder = cache or path.with_name(f"{path.resolve().name}.statistics")
+        extra = frozenset() if is_reference else frozenset(metric.feature for metric in few)
+        with _bar(path.name, source.num, shown=world.is_first) as advance:
+            side = evaluator.measure(
+                source,
+                evaluator.wanted(reference=is_reference, kept=extra),
+                batch_size=batch_size,
+                cache=StatisticsCache(folder) if is_reference else None,
+                progress=advance,
+                note=notes.append,
+            )
+        sides.append(side)
+
+    def compare() -> dict[str, float]:
+        scores = evaluator.scores(*sides)
+        for metric in few:
+            notes.append(_bias_note(evaluator, metric, *sides))
+        if save_statistics is not None:
+            write_statistics(save_statistics, sides[1].gaussians)
+        return scores
+
+    scores = zero.of_first_rank(world, compare)
+    if world.size > 1:
+        zero.leave_world()
+    return Evaluation(
+        str(samples),
+        str(reference),
+        sides[0].num,
+        sides[1].num,
+        tuple(chosen),
+        scores,
+        tuple(notes),
+        {name: extractor.identity for name, extractor in evaluator.extractors.items()},
+        record,
+        time.perf_counter() - started,
+        world.is_first,
+    )
+
+
+def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: Side) -> str:
+    """Few images for a Frechet distance, and how much that adds, from halves of the samples."""
+    features, width = samples.kept[metric.feature], evaluator.width(metric)
+    text = (
+        f"{metric.name}: {samples.num:,} images are few for {width:,} dimensions "
+        f"({ENOUGH * width:,} would do): it comes out too great"
+    )
+    if len(features) < 4:
+        return text
+    bias = frechet_bias(features, *reference.gaussians[metric.feature])
+    return f"{text}, by about {bias:.4g} (halves of the images say); compare equal numbers only"
+
+
+def _run_source(
+    run: Path,
+    world: World,
+    record: dict[str, Any],
+    batch_size: int,
+    *,
+    seed: int,
+    ema: str | None,
+    **settings: Any,
+) -> Generated:
+    """A run's images as `fastrepa sample` would draw them; `record` is told how."""
+    from fastrepa.data.codec import build_codec
+    from fastrepa.generation.generate import default_labels, with_settings
+    from fastrepa.training import averages, checkpoint
+
+    model, config, info = checkpoint.load_ema_model(run, world.device, ema)
+    config = with_settings(config, settings)
+    record.update(
+        checkpoint_step=info.step,
+        ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
+        seed=seed,
+        **config.sample.model_dump(),
+    )
+    codec = build_codec(config.data.codec, resolution=config.data.resolution, device=world.device)
+    return Generated(
+        model,
+        codec,
+        default_labels(config.sample.num, config.model.num_classes),
+        info.classes,
+        seed=seed,
+        batch_size=min(batch_size, config.sample.num),
+        sample_config=config.sample,
+        path=config.objective.path,
+        input_shape=(info.channels, info.side, info.side),
+        null_label=config.model.num_classes,
+    )
+
+
+@contextmanager
+def _bar(name: str, num: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Images taken of a source, where a terminal shows them; all ranks are as far as this one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn())
+    hidden = num is None or not (shown and console.is_terminal)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with Progress(*columns, Remaining(), console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(name, total=num)
+
+        def advance(images: int) -> None:
+            bar.update(task, advance=images * ranks)
+
+        yield advance
