@@ -96,9 +96,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         sample_steps=sorted({step for run in runs for step in _chosen(list(run.samples))}),
         blocks=[probed for run in runs if (probed := _blocks(run))],
         times=_times(runs),
-        environment=_table(
-            [dict(flattened(_shown_environment(run.environment))) for run in runs], only=None
-        ),
+        environment=_table([_shown_environment(run.environment) for run in runs]),
         reproduce=[_reproduce(run) for run in runs],
         report_command=shlex.join(["fastrepa", "report", *(str(run.folder) for run in runs)]),
         # A closing tag inside the data would end the script element.
@@ -222,18 +220,14 @@ def _steps(steps: Sequence[int]) -> str:
 # Tables of keys -------------------------------------------------------------------------------
 
 
-def _table(columns: Sequence[dict[str, Any]], only: bool | None) -> list[dict[str, Any]]:
-    """Rows of `key`, `cells` (a text for each column) and `differs`; only: those that differ, or
-    do not; None: all, what differs first.
-    """
+def _table(columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `key`, `cells` (a text for each column) and `differs`, those that differ first."""
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = []
     for key in keys:
         values = [column.get(key, _ABSENT) for column in columns]
         cells = ["not set" if v is _ABSENT else _cell(v) for v in values]
         rows.append({"key": key, "cells": cells, "differs": len(set(cells)) > 1})
-    if only is not None:
-        return [row for row in rows if row["differs"] is only]
     return sorted(rows, key=lambda row: not row["differs"])
 
 
@@ -258,7 +252,8 @@ def _config_table(runs: Sequence[RunRecord]) -> dict[str, Any]:
         ]
     for column in columns:
         column.pop("run", None)
-    return {"names": names, "rows": _table(columns, only=True) if all(columns) else []}
+    rows = _table(columns) if all(columns) else []
+    return {"names": names, "rows": [row for row in rows if row["differs"]]}
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +273,7 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown_environment(environment: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in environment.items() if key != "command"}
+    return dict(flattened({k: v for k, v in environment.items() if k != "command"}))
 
 
 # Pictures -------------------------------------------------------------------------------------

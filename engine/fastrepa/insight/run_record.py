@@ -46,12 +46,15 @@ class RunRecord:
     @property
     def steps(self) -> int | None:
         """training.steps, where the configuration says it."""
-        steps = _at(self.config, "training.steps")
+        steps = self.setting("training.steps")
         return steps if isinstance(steps, int) else None
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where there is none."""
-        return _at(self.config, key)
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -150,10 +153,3 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flattened(value, f"{prefix}{key}.")
         elif value != []:
             yield f"{prefix}{key}", value
-
-
-def _at(tree: Mapping[str, Any], key: str) -> Any:
-    node: Any = tree
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
