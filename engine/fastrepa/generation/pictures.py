@@ -27,8 +27,10 @@ PANELS = (
 )
 EXACT = ("lr",)
 """Keys that are set, not measured: shown without a mean."""
-EVALUATION = re.compile(r"(fid|sfid|inception_score|kid|precision|recall|clip_score|(fd|kd)_\w+)$")
-"""Keys of `evaluation` that get a panel too: those of Inception, and encoders' distances."""
+EVALUATION = re.compile(
+    r"(fid|sfid|inception_score|kid|clip_score|precision|recall|(fd|kd|precision|recall)_\w+)$"
+)
+"""Keys of `evaluation` that get a panel too: those of Inception, and of encoders' spaces."""
 EVALUATION_COLOUR = "#a8326f"
 _COLUMNS = 3
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastrepa.generation.pictures import running_mean
+from fastrepa.generation.pictures import EVALUATION, running_mean
 from fastrepa.insight.run_record import RunRecord
 
 POINTS = 600
@@ -30,8 +29,6 @@ SPEED = (
     ("data_wait", "share of time waiting for data", ""),
     ("peak_memory_bytes", "peak memory", "GB"),
 )
-# What `fastrepa evaluate` calls its metrics; a metric's own spread (_std) is no curve.
-_EVALUATION = re.compile(r"(s?fid|kid|inception_score|clip_score|(fd|kd|precision|recall)(_.*)?)$")
 _NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "clip_score": "CLIP score"}
 _HIGHER = ("precision", "recall", "inception_score", "clip_score")
 _SCALES = {"peak_memory_bytes": 1e-9}
@@ -66,7 +63,7 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
 
 
 def is_evaluation(key: str) -> bool:
-    return _EVALUATION.match(key) is not None and not key.endswith("_std")
+    return EVALUATION.match(key) is not None and not key.endswith("_std")
 
 
 def evaluation_title(key: str) -> str:
