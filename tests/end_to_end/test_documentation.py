@@ -86,7 +86,6 @@ def pip(words: list[str]) -> str:
 def module(words: list[str]) -> str:
     """`python -m NAME ARGUMENTS`, in this process."""
     assert words[:2] == ["python", "-m"]
-    importlib.import_module(words[2])
     code: object = None
     with mock.patch.object(sys, "argv", words[2:]):
         try:
