@@ -33,7 +33,7 @@ from fastrepa.insight.run_record import RunRecord, flattened, read_runs
 from fastrepa.training.regions import NAMES
 
 MAX_RUNS = 8  # as many as there are colours that can be told apart
-PICTURES = 24  # sample grids of a run
+PICTURES, ALL_PICTURES = 24, 48  # sample grids of a run, and of all of them, at most
 PICTURE_SIDE = 880  # pixels; larger grids are reduced
 LAST = 10  # log lines whose mean is a run's last value
 _ABSENT = object()
@@ -75,7 +75,9 @@ def render(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    grids = [_grids(run) for run in runs]  # notes what it cannot read
+    steps = [_chosen(list(run.samples), ALL_PICTURES // len(runs)) for run in runs]
+    # Notes what it cannot read, so it comes before the notes.
+    grids = [_grids(run, chosen) for run, chosen in zip(runs, steps, strict=True)]
     shown = panels(runs)
     data = {
         "runs": [run.name for run in runs],
@@ -93,7 +95,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         groups=list(dict.fromkeys(panel.group for panel in shown)),
         panels=shown,
         grids=grids,
-        sample_steps=sorted({step for run in runs for step in _chosen(list(run.samples))}),
+        sample_steps=sorted({grid["step"] for of_run in grids for grid in of_run}),
         blocks=[probed for run in runs if (probed := _blocks(run))],
         times=_times(runs),
         environment=_table([_shown_environment(run.environment) for run in runs]),
@@ -279,18 +281,19 @@ def _shown_environment(environment: dict[str, Any]) -> dict[str, Any]:
 # Pictures -------------------------------------------------------------------------------------
 
 
-def _chosen(steps: Sequence[int]) -> list[int]:
-    """At most PICTURES of the steps, evenly spread, the first and the last among them."""
-    if len(steps) <= PICTURES:
+def _chosen(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of the steps, and PICTURES, evenly spread, first and last among them."""
+    most = min(most, PICTURES)
+    if len(steps) <= most:
         return list(steps)
-    places = np.linspace(0, len(steps) - 1, PICTURES).round().astype(int)
+    places = np.linspace(0, len(steps) - 1, most).round().astype(int)
     return [steps[place] for place in places]
 
 
-def _grids(run: RunRecord) -> list[dict[str, Any]]:
-    """`step`, `uri`, `width` and `height` of every chosen grid that can be read."""
+def _grids(run: RunRecord, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """`step`, `uri`, `width` and `height` of every grid of these steps that can be read."""
     out = []
-    for step in _chosen(list(run.samples)):
+    for step in steps:
         try:
             uri, width, height = _embedded(run.samples[step])
         except OSError:  # being written, or damaged
@@ -308,7 +311,7 @@ def _embedded(path: Path, side: int = PICTURE_SIDE) -> tuple[str, int, int]:
         image = opened.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=88)
+    image.save(buffer, format="WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size
 
 

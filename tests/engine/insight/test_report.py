@@ -15,7 +15,7 @@ import yaml
 
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError, DataError
-from fastrepa.insight.report import MAX_RUNS, PICTURES, write_report
+from fastrepa.insight.report import ALL_PICTURES, MAX_RUNS, PICTURES, write_report
 from fastrepa.insight.report_curves import POINTS, curves, is_evaluation, panels
 from fastrepa.insight.run_record import flattened, read_runs
 from fastrepa.training.regions import NAMES
@@ -285,6 +285,11 @@ def test_long_runs_are_thinned(trained, copy):
     parsed = of(copy, copy.parent)
     assert len(parsed.all("img")) == PICTURES
     assert parsed.by_id("sample-step")["data-steps"].split()[:: PICTURES - 1] == ["0", "99"]
+    many = [copy, *(shutil.copytree(copy, copy.with_name(f"run{i}")) for i in range(MAX_RUNS - 1))]
+    page = write_report(many, copy.with_name("page.html"))
+    pictures = [e["alt"] for e in Parsed(page.read_text()).all("img")]
+    assert len(pictures) == ALL_PICTURES
+    assert sum(alt.startswith("Samples of run3 ") for alt in pictures) == ALL_PICTURES // MAX_RUNS
 
 
 def test_mistakes_are_named(trained, tmp_path):
