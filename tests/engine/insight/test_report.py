@@ -23,7 +23,7 @@ from tests.engine.insight import browser
 from tests.engine.insight.command_line import run
 from tests.engine.training.runs import ROOT, SMALL, metrics
 
-VOID = {"meta", "link", "input", "img", "br"}
+VOID = {"meta", "link", "input", "img", "wbr"}
 
 
 class Parsed(HTMLParser):
