@@ -218,6 +218,8 @@ class Evaluator:
             return Side(None, _inceptions(source.gaussians))
         given = _inceptions(source.gaussians) if isinstance(source, AdmImages) else {}
         wanted = Wanted(wanted.moments - given.keys(), wanted.kept)
+        if not wanted.spaces:  # no image need be looked at
+            return Side(source.num, given)
         found = self._from_cache(source, wanted, cache)
         if found is None:
             for extractor in self.extractors.values():

@@ -83,11 +83,11 @@ class Stills:
             return torch.from_numpy(np.array(self._read(number))).permute(2, 0, 1)
 
         with ThreadPoolExecutor(READERS) as readers:
-            ahead = [list(map(int, batch)) for batch in numbers]
-            jobs = [readers.submit(read, i) for i in ahead[0]] if ahead else []
-            for following in (*ahead[1:], []):
-                images = [job.result() for job in jobs]
-                jobs = [readers.submit(read, i) for i in following]
+            jobs = [[readers.submit(read, i) for i in batch.tolist()] for batch in numbers[:1]]
+            for following in range(1, len(numbers) + 1):
+                images = [job.result() for job in jobs.pop()]
+                for batch in numbers[following : following + 1]:
+                    jobs.append([readers.submit(read, i) for i in batch.tolist()])
                 if len({image.shape for image in images}) == 1:
                     yield [torch.stack(images)]
                 else:

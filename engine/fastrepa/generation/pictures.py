@@ -86,8 +86,8 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     measured = dict.fromkeys(key for line in metrics for key in line if EVALUATION.match(key))
-    evaluated = [(key, key.replace("_", " "), EVALUATION_COLOUR) for key in measured]
-    panels = [*PANELS, *(p for p in evaluated if not p[0].endswith("_std"))]
+    evaluated = [(k, k, EVALUATION_COLOUR) for k in measured if not k.endswith("_std")]
+    panels = [*PANELS, *evaluated]
     series = {key: points for key, _, _ in panels if len((points := _points(metrics, key))[0])}
     shown = [panel for panel in panels if panel[0] in series]
     rows = max(1, math.ceil(len(shown) / _COLUMNS))

@@ -18,7 +18,8 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.generation.evaluate import choose_metrics, evaluate
 from fastrepa.generation.extractors import Clip, Inception
-from fastrepa.generation.generate import write_adm_npz, write_png
+from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
+from fastrepa.generation.image_sources import open_stored
 from tests.engine.training.runs import ROOT
 
 EMOJI = ROOT / "configs/quickstart/emoji/validation"
@@ -128,6 +129,22 @@ def test_spatial_features_are_those_of_adm(inception_weights):
     y = torch.relu(conv.bn(conv.conv(kept["x"])))[:, :7]
     assert spatial.shape == (2, 2023)
     assert torch.allclose(spatial.view(2, 17, 17, 7)[1, 3, 5], y[1, :, 3, 5])
+
+
+def test_images_come_in_any_batches_on_any_number_of_ranks(two_sets):
+    """The last of four ranks has none of three batches; the npz skips what is not asked for."""
+    root, sets = two_sets
+    for path in (root / "bright", root / "bright.npz"):
+        source = open_stored(path)
+        seen = []
+        for rank in range(4):
+            numbers = rank_batches(source.num, 5, rank, 4)
+            batches = [torch.cat(parts) for parts in source.batches(numbers)]
+            assert len(batches) == len(numbers) == (rank < 3)
+            seen += batches
+        assert torch.equal(torch.cat(seen), sets["bright"])
+        (second,) = source.batches([torch.tensor([1, 4, 13])])
+        assert torch.equal(second[0], sets["bright"][[1, 4, 13]])
 
 
 def run(*args):

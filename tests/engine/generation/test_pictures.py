@@ -123,6 +123,19 @@ def test_curves(tmp_path, count):
             assert grey or inside.sum() > 5, (row, column)
 
 
+def test_curves_of_evaluations(tmp_path):
+    """A third row; of each metric's panel nothing for its deviation over parts."""
+    lines = metrics(30)
+    save_curves(lines, tmp_path / "without.png")
+    scores = {"fid": 20.0, "fd_dinov2_vitb14": 300.0, "fd_dinov2_vitb14_std": 1.0}
+    save_curves([*lines, *metrics(4, **scores)], tmp_path / "with.png")
+    curve, before = coloured(tmp_path / "with.png"), read(tmp_path / "without.png")
+    assert curve.shape[0] == pytest.approx(before.shape[0] * 1.5, abs=2)
+    width, below = curve.shape[1] // 3, curve[-curve.shape[0] // 3 + 40 :]
+    drawn = [below[:, i * width : (i + 1) * width].sum() > 20 for i in range(3)]
+    assert drawn == [True, True, False]
+
+
 def test_curves_without_some_keys_or_without_anything(tmp_path):
     plain = [{k: v for k, v in m.items() if k != "alignment_loss"} for m in metrics(30)]
     save_curves(plain, tmp_path / "plain.png")
