@@ -164,6 +164,7 @@ RULES = [
          ["--encoders", FEATURES]),
     Rule("fastrepa evaluate runs/", fastrepa, "the same, with 4 images of 2 steps",
          ["--encoders", FEATURES, "-n", "4", "--steps", "2"]),
+    Rule("fastrepa probe configs/", fastrepa, "40 images", ["--num", "40"]),
     Rule("fastrepa probe data/", fastrepa, "Lite0 for encoders whose weights are not here",
          ["--encoders", FEATURES, "--num", "24"]),
     Rule("fastrepa probe runs/", fastrepa, "the images there are",

@@ -35,7 +35,7 @@ from fastrepa.data.columns import features_dtype
 from fastrepa.data.image_sample import ImageSample, draw_sample
 from fastrepa.data.sheet import false_colours, principal_components
 from fastrepa.data.show import choose
-from fastrepa.errors import DataError, WeightsError
+from fastrepa.errors import ConfigError, DataError, WeightsError
 from fastrepa.insight.duplicates import (
     alike_by_features,
     alike_by_hash,
@@ -56,6 +56,7 @@ from fastrepa.insight.similarity import (
     mean_cosine,
     mean_share,
 )
+from fastrepa.vision.registry import encoder_label, find_recipe
 
 IMAGES = 500
 PICTURED = 6
@@ -160,6 +161,11 @@ def probe_data(
     """
     progress = progress or (lambda *_: None)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    labels = [encoder_label(config) for config in encoders]
+    for config, label in zip(encoders, labels, strict=True):
+        find_recipe(config.name)  # a mistyped name fails before anything is read
+        if labels.count(label) > 1:
+            raise ConfigError(f"--encoders: {label} is named twice")
     sample = draw_sample(
         data, num, seed=seed, resolution=resolution, progress=lambda s: progress("reading", s)
     )
@@ -171,11 +177,11 @@ def probe_data(
     tokens: dict[int, tuple[Tensor, Tensor, float, int]] = {}
     missing = []
     for number, config in enumerate(encoders):
-        progress(config.name, number / len(encoders))
+        progress(labels[number], number / len(encoders) / 2)
         try:
             made, speed, side = _tokens(config, sample.images, batch_size, device)
         except WeightsError as error:
-            missing.append((config.name, str(error)))
+            missing.append((labels[number], str(error)))
             continue
         untrained = config.model_copy(update={"weights": "random"})
         control, _, _ = _tokens(untrained, sample.images, batch_size, device)
@@ -191,11 +197,11 @@ def probe_data(
     found: list[EncoderProbe] = []
     for number, (made, control, speed, side) in tokens.items():
         config, grid = encoders[number], _grid(made)
-        progress(f"measuring {config.name}", 0.5 + 0.5 * len(found) / len(tokens))
+        progress(f"measuring {labels[number]}", 0.5 + 0.5 * len(found) / len(tokens))
         if grid not in pixels:
             cut = pixel_tokens(sample.images, grid)
             pixels[grid] = _measure(PIXELS, cut, sample.labels, groups, pictured)
-        features = _measure(config.name, made, sample.labels, groups, pictured)
+        features = _measure(labels[number], made, sample.labels, groups, pictured)
         random = _measure(RANDOM, control, sample.labels, groups, pictured)
         gains = _gains(features, {RANDOM: random, PIXELS: pixels[grid]}, sample.labels, groups)
         word, why = verdict(features, gains, sample.no_labels)

@@ -25,15 +25,14 @@ def save_heat_map(probe: RunProbe, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, np.ndarray, str, str]] = []
+    chance = f"unrelated: about {NEIGHBOURS / probe.held_out:.2g}"
     for number, name in enumerate(probe.encoders):
-        chance = f"unrelated: about {NEIGHBOURS / probe.held_out:.2g}"
-        panels.append((f"CKNNA to {name}", probe.cknna[number], "{:.2f}", chance))
-        panels.append(
-            (f"linear CKA to {name}, debiased", probe.cka[number], "{:.2f}", "unrelated: 0")
-        )
+        to = f", {_short(name)}" if len(probe.encoders) > 1 else ""
+        panels.append((f"CKNNA{to}", probe.cknna[number], "{:.2f}", chance))
+        panels.append((f"linear CKA{to}", probe.cka[number], "{:.2f}", "debiased; unrelated: 0"))
     if np.isfinite(probe.accuracy).any():
         encoders = ", ".join(f"{a:.0%}" for a in probe.encoder_accuracy)
-        reference = f"guessing {probe.chance:.0%}, the encoder {encoders}"
+        reference = f"guessing {100 * probe.chance:.3g}%, the encoder {encoders}"
         title = "linear probe, balanced accuracy, %"
         panels.append((title, 100 * probe.accuracy, "{:.0f}", reference))
     depth, count = probe.accuracy.shape
@@ -108,10 +107,14 @@ def _heading(figure: Any, probe: RunProbe) -> None:
     )  # fmt: skip
     aligned = f"; red: block {probe.block}, the aligned one" if probe.block else ""
     figure.text(
-        0.15 / figure.get_figwidth(), 1 - 0.49 / height, f"averaged weights, {probe.held_out:,} "
-        f"images at t = {probe.time:g}, pooled tokens{aligned}", fontsize=8.5, color=PALE,
-        va="center",
+        0.15 / figure.get_figwidth(), 1 - 0.49 / height, f"against {', '.join(probe.encoders)}; "
+        f"{probe.held_out:,} images at t = {probe.time:g}, averaged weights{aligned}", fontsize=8.5,
+        color=PALE, va="center",
     )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else f"{name[:18]}…{name[-7:]}"
 
 
 def save_features(probe: DataProbe, path: Path) -> None:
@@ -120,7 +123,7 @@ def save_features(probe: DataProbe, path: Path) -> None:
     images = [sample.images[int(i)].permute(1, 2, 0).numpy() for i in chosen]
     strips = [Strip(images, "image", f"{sample.resolution} px", smooth=True)]
     for encoder in probe.encoders:
-        strips.append(_strip(encoder.features, encoder.config.name, encoder.verdict))
+        strips.append(_strip(encoder.features, encoder.features.name, encoder.verdict))
         strips.append(_strip(encoder.random, "  with random weights", ""))
     seen = set()
     for encoder in probe.encoders:

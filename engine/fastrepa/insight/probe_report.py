@@ -60,7 +60,8 @@ def print_run_probe(probe: RunProbe, console: Console) -> None:
     last = len(probe.steps) - 1
     shown = sorted({round(i * last / (STEPS - 1)) for i in range(STEPS)})
     for title, values in tables:
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        console.print(f"[bold]{title}[/bold]", soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("block")
         for i in shown:
             table.add_column(f"step {probe.steps[i]:,}", justify="right", no_wrap=True)
@@ -132,7 +133,7 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
     shown: set[int] = set()
     for place, e in enumerate(probe.encoders, start=1):
         table.add_row(
-            f"[bold]{place}. {e.config.name}[/bold]", *_cells(e.features),
+            f"[bold]{place}. {e.features.name}[/bold]", *_cells(e.features),
             f"{e.images_per_second:,.0f}", f"{e.cache_bytes:,}",
         )  # fmt: skip
         table.add_row(f"   {RANDOM}", *_cells(e.random))
@@ -143,7 +144,7 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
     for place, e in enumerate(probe.encoders, start=1):
         colour = COLOURS[e.verdict]
         console.print(
-            f"{place}. {e.config.name}: [bold {colour}]{e.verdict}[/]: {e.why}", soft_wrap=True
+            f"{place}. {e.features.name}: [bold {colour}]{e.verdict}[/]: {e.why}", soft_wrap=True
         )
         if e.gains:
             margins = (f"{by:+.3f} ± {error:.3f} {what}" for what, (by, error) in e.gains.items())
@@ -152,7 +153,7 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
         console.print(f"-  {name}: left out: {reason}", markup=False, soft_wrap=True)
     if sample.no_labels:
         console.print(f"separability left out: {sample.no_labels}", markup=False, soft_wrap=True)
-    pairs = ", ".join(f"{e.duplicates} by {e.config.name}" for e in probe.encoders)
+    pairs = ", ".join(f"{e.duplicates} by {e.features.name}" for e in probe.encoders)
     console.print(
         f"nearly identical pairs: {len(probe.duplicates)} by hash, {pairs}; none was split",
         markup=False, soft_wrap=True,

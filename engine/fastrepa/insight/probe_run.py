@@ -44,6 +44,7 @@ from fastrepa.training.checkpoint import (
 from fastrepa.training.ema import EMA
 from fastrepa.training.objective import Objective
 from fastrepa.vision.features import check_column, plan_encoder
+from fastrepa.vision.registry import encoder_label
 
 HELD_OUT = ("validation", "val", "held_out", "test")  # names of a set beside the run's own
 TIME = 0.5
@@ -141,10 +142,12 @@ def probe_run(
     if config.model.label_dropout == 0:
         said.append("the null class was never trained (model.label_dropout is 0)")
     m = config.model
+    names = [encoder_label(e) for e in encoders]
+    said += [_leading(*pair, steps) for pair in zip(names, found_cknna, strict=True)]
     return RunProbe(
         run=run,
         title=m.name or f"SiT {m.width} wide, {m.depth} deep",
-        encoders=[e.name for e in encoders],
+        encoders=names,
         steps=steps,
         cknna=found_cknna,
         cka=found_cka,
@@ -183,6 +186,17 @@ def block_features(model: SiT, x_t: Tensor, time: float, batch_size: int) -> lis
         for hook in hooks:
             hook.remove()
     return [torch.cat(part).numpy() for part in parts]
+
+
+def _leading(encoder: str, table: np.ndarray, steps: Sequence[int]) -> str:
+    """Which block agrees most with the encoder at the last step; table [blocks, steps]."""
+    if not np.isfinite(table[:, -1]).any():
+        return f"no block's features can be compared with {encoder}'s"
+    block = int(np.nanargmax(table[:, -1]))
+    return (
+        f"at step {steps[-1]:,} block {block + 1} of {len(table)} agrees most with {encoder}: "
+        f"CKNNA {table[block, -1]:.2f}, {table[block, 0]:.2f} at the start"
+    )
 
 
 def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) -> Iterator[SiT]:

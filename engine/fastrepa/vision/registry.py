@@ -217,6 +217,11 @@ def parse_encoders(text: str, option: str) -> tuple[EncoderConfig, ...]:
     return tuple(encoders)
 
 
+def encoder_label(config: EncoderConfig) -> str:
+    """Name and, where one is set, input side, as the command line has them: "resnet50@224"."""
+    return config.name + (f"@{config.input}" if config.input else "")
+
+
 def default_side(recipe: Recipe, stride: int, resolution: int) -> int:
     """The encoder's input side in pixels for an image of `resolution`, by the recipe's rule.
 

@@ -17,9 +17,9 @@ from fastrepa.data.gallery import Gallery
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.insight.probe import kind_of, probe
 from fastrepa.insight.probe_data import PIXELS, RANDOM, Measured, pixel_tokens, probe_data, verdict
-from fastrepa.insight.probe_run import block_features, probe_run
+from fastrepa.insight.probe_run import _images, _weights, block_features, probe_run
 from fastrepa.model.sit import SiT
-from fastrepa.training.checkpoint import RunState, checkpoint_path
+from fastrepa.training.checkpoint import RunState, checkpoint_path, read_state
 from tests.engine.training.runs import ROOT
 
 EMOJI = ROOT / "configs/quickstart/emoji"
@@ -101,6 +101,18 @@ def test_blocks_are_read_after_their_last_branch(run):
     assert np.abs(found[0] - found[2]).max() > 0.01
 
 
+def test_step_0_is_what_the_trainer_starts_from(run):
+    folder, config, models = run
+    made = read_state(checkpoint_path(folder, 200))
+    weights = _weights(config, models[200], made, [checkpoint_path(folder, 100)])
+    torch.manual_seed(config.seed)
+    expected = SiT.from_config(config, side=32, channels=3, encoder_widths=[112]).state_dict()
+    found = next(weights).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = next(weights).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in models[100].state_dict().items())
+
+
 def test_a_run_is_measured_on_held_out_images_at_every_checkpoint(run, monkeypatch):
     folder, _, _ = run
     result = CliRunner().invoke(app, ["probe", str(folder), "-n", "100"], env={"COLUMNS": "150"})
@@ -112,13 +124,13 @@ def test_a_run_is_measured_on_held_out_images_at_every_checkpoint(run, monkeypat
     assert record["steps"] == [0, 100, 200] and record["aligned_block"] == 2
     assert np.asarray(Image.open(folder / "probe/heat_map.png")).std() > 10
     for name in ("cknna", "linear_cka_debiased"):
-        table = np.array(record[name]["tf_efficientnet_lite0"])
+        table = np.array(record[name]["tf_efficientnet_lite0@128"])
         assert table.shape == (3, 3)
         # adaLN-Zero: at step 0 every block hands its input on.
         assert table[:, 0] == pytest.approx(table[0, 0], abs=1e-5)
         assert np.ptp(table[:, 1]) > 1e-3 and np.abs(table).max() <= 1
     # The encoder knows more of the images than random weights do of noised ones.
-    assert record["linear_probe_of_encoder"]["tf_efficientnet_lite0"] > 0.4
+    assert record["linear_probe_of_encoder"]["tf_efficientnet_lite0@128"] > 0.4
     assert 0 < np.max(record["linear_probe"]) < 0.4
     assert not any("warning" in line for line in record["said"])
 
@@ -148,6 +160,8 @@ def test_a_generator_that_passes_the_features_on_is_found_aligned(tmp_path, monk
         assert table[1, 2] == pytest.approx(1, abs=1e-9)
         table[1, 2] = 0
         assert np.abs(table).max() < 0.4
+    assert found.said[-1].startswith("at step 200 block 2 of 3 agrees most with tf_efficientnet")
+    assert "CKNNA 1.00" in found.said[-1]
 
 
 def test_without_a_held_out_set_a_run_is_measured_on_its_own_with_a_warning(tmp_path):
@@ -159,6 +173,9 @@ def test_without_a_held_out_set_a_run_is_measured_on_its_own_with_a_warning(tmp_
     found = probe_run(tmp_path / "run", num=40, encoders=[small])
     assert "no held-out set" in found.said[0] and found.block is None
     assert (found.fitted, found.held_out) == (40, 40)
+    config = load_config(tmp_path / "run/config.yaml")
+    data = _images(config, None, 40, 0, lambda *_: None)
+    assert not set(data.places[0]) & set(data.places[1])
     given = probe_run(
         tmp_path / "run", num=40, encoders=[small], held_out=EMOJI / "validation", seed=0
     )
@@ -212,7 +229,7 @@ def test_encoders_without_weights_are_named_and_the_others_go_on(emoji_probe):
     assert reasons.keys() == {"resnet18", "tf_efficientnet_lite1"}
     assert "nowhere.pth: no such weights file" in reasons["resnet18"]
     assert "no such package is installed" in reasons["tf_efficientnet_lite1"]
-    for word in ("1. tf_efficientnet_lite0: helps", "resnet18: left out: nowhere.pth",
+    for word in ("1. tf_efficientnet_lite0@128: helps", "resnet18: left out: nowhere.pth",
                  "random weights", "raw pixels", "8x8x112", "7,300", "features.png"):  # fmt: skip
         assert word in output, word
     picture = np.asarray(Image.open(folder / "features.png"))
@@ -302,6 +319,7 @@ def test_targets_are_told_apart_by_what_they_hold(run, tmp_path):
 @pytest.mark.parametrize(("target", "options", "words"), [
     ("data", {}, "--encoders: say which to try"),
     ("data", {"encoders": "a="}, "--encoders: 'a=' is not NAME"),
+    ("data", {"encoders": f"{OPTION},{OPTION}"}, "tf_efficientnet_lite0@128 is named twice"),
     ("data", {"encoders": OPTION, "time": 0.5}, "--time: is for a run, and .* is a data set"),
     ("data", {"encoders": OPTION, "resolution": 32}, "--resolution: 32, but .* at 64 px"),
     ("data", {"encoders": "efficientnet_lit0"}, "no encoder named 'efficientnet_lit0'"),

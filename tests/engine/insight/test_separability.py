@@ -132,4 +132,5 @@ def test_groups_follow_chains():
     group = groups_of(7, *pairs)
     assert len(np.unique(group)) == 4
     assert group[0] == group[1] == group[2] and group[4] == group[5] != group[0]
+    assert len(np.unique(groups_of(4, np.array([[0, 1], [2, 3], [1, 3]])))) == 1
     assert len(np.unique(groups_of(3, np.zeros((0, 2), dtype=np.int64)))) == 3
