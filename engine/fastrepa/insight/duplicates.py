@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from fastrepa.insight.similarity import unit_rows
+
 HASH_SIDE = 16
 HASH_BITS = 8  # of 256 that two pictures' hashes may differ in
 COSINE = 0.95  # of centred token maps, at least
@@ -30,7 +32,7 @@ def alike_by_hash(hashes: np.ndarray) -> np.ndarray:
     """Pairs [P,2] of rows of bool [N,256] that differ in at most HASH_BITS bits."""
     signs = np.where(hashes, 1.0, -1.0)
     least = hashes.shape[1] - 2 * HASH_BITS
-    return _pairs(signs, signs, least)
+    return _pairs(signs, least)
 
 
 def alike_by_features(tokens: np.ndarray) -> np.ndarray:
@@ -40,9 +42,7 @@ def alike_by_features(tokens: np.ndarray) -> np.ndarray:
     """
     x = tokens.reshape(len(tokens), -1).astype(np.float64)
     x -= x.mean(0)
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    x /= np.where(length > 0, length, 1.0)
-    return _pairs(x, x, COSINE)
+    return _pairs(unit_rows(x), COSINE)
 
 
 def groups_of(count: int, *pairs: np.ndarray) -> np.ndarray:
@@ -61,10 +61,11 @@ def groups_of(count: int, *pairs: np.ndarray) -> np.ndarray:
     return np.array([root(i) for i in range(count)])
 
 
-def _pairs(a: np.ndarray, b: np.ndarray, least: float) -> np.ndarray:
+def _pairs(x: np.ndarray, least: float) -> np.ndarray:
+    """Pairs [P,2] of rows of x [N,D], the first before the second, of a product of `least`."""
     found = [np.zeros((0, 2), dtype=np.int64)]
-    for first in range(0, len(a), ROWS):
-        rows, columns = np.nonzero(a[first : first + ROWS] @ b.T >= least)
+    for first in range(0, len(x), ROWS):
+        rows, columns = np.nonzero(x[first : first + ROWS] @ x.T >= least)
         rows += first
         found.append(np.stack([rows, columns], 1)[rows < columns])
     return np.concatenate(found)

@@ -174,48 +174,45 @@ def probe_data(
     of_class = sample.labels if sample.labels is not None else np.zeros(len(sample.names), int)
     pictured = choose(of_class, PICTURED, seed)
 
-    tokens: dict[int, tuple[Tensor, Tensor, float, int]] = {}
-    missing = []
-    for number, config in enumerate(encoders):
-        progress(labels[number], number / len(encoders) / 2)
+    tokens, missing = [], []
+    for number, (config, label) in enumerate(zip(encoders, labels, strict=True)):
+        progress(label, number / len(encoders) / 2)
         try:
-            made, speed, side = _tokens(config, sample.images, batch_size, device)
+            tokens.append(_encode(config, sample.images, batch_size, device))
         except WeightsError as error:
-            missing.append((labels[number], str(error)))
-            continue
-        untrained = config.model_copy(update={"weights": "random"})
-        control, _, _ = _tokens(untrained, sample.images, batch_size, device)
-        tokens[number] = made, control, speed, side
+            missing.append((label, str(error)))
     if not tokens:
         raise WeightsError("; ".join(reason for _, reason in missing))
 
     hashes = np.stack([difference_hash(i.permute(1, 2, 0).numpy()) for i in sample.images])
     by_hash = alike_by_hash(hashes)
-    by_features = {n: alike_by_features(t[0].numpy()) for n, t in tokens.items()}
-    groups = groups_of(len(sample.names), by_hash, *by_features.values())
+    by_features = [alike_by_features(made.features.numpy()) for made in tokens]
+    groups = groups_of(len(sample.names), by_hash, *by_features)
+
+    def measure(name: str, tokens: Tensor) -> Measured:
+        return _measure(name, tokens, sample.labels, groups, pictured)
+
     pixels: dict[int, Measured] = {}
     found: list[EncoderProbe] = []
-    for number, (made, control, speed, side) in tokens.items():
-        config, grid = encoders[number], _grid(made)
-        progress(f"measuring {labels[number]}", 0.5 + 0.5 * len(found) / len(tokens))
+    for made, alike in zip(tokens, by_features, strict=True):
+        label, grid = encoder_label(made.config), _grid(made.features)
+        progress(f"measuring {label}", 0.5 + 0.5 * len(found) / len(tokens))
         if grid not in pixels:
-            cut = pixel_tokens(sample.images, grid)
-            pixels[grid] = _measure(PIXELS, cut, sample.labels, groups, pictured)
-        features = _measure(labels[number], made, sample.labels, groups, pictured)
-        random = _measure(RANDOM, control, sample.labels, groups, pictured)
+            pixels[grid] = measure(PIXELS, pixel_tokens(sample.images, grid))
+        features, random = measure(label, made.features), measure(RANDOM, made.random)
         gains = _gains(features, {RANDOM: random, PIXELS: pixels[grid]}, sample.labels, groups)
         word, why = verdict(features, gains, sample.no_labels)
         found.append(
             EncoderProbe(
-                config=config,
-                input_side=side,
+                config=made.config,
+                input_side=made.input_side,
                 features=features,
                 random=random,
                 pixels=pixels[grid],
                 gains=gains,
-                duplicates=len(by_features[number]),
-                images_per_second=speed,
-                cache_bytes=features_dtype(made.shape[1], made.shape[2]).itemsize,
+                duplicates=len(alike),
+                images_per_second=made.images_per_second,
+                cache_bytes=features_dtype(*made.features.shape[1:]).itemsize,
                 verdict=word,
                 why=why,
             )
@@ -267,17 +264,31 @@ def pixel_tokens(images: Tensor, grid: int) -> Tensor:
     return F.unfold(x, patch, stride=patch).transpose(1, 2).contiguous()
 
 
-def _tokens(
+@dataclass(frozen=True)
+class _Encoded:
+    """An encoder's tokens of the sample and those of its random-weight twin: float32 [N,T,Z]."""
+
+    config: EncoderConfig
+    features: Tensor
+    random: Tensor
+    images_per_second: float
+    input_side: int
+
+
+def _encode(
     config: EncoderConfig, images: Tensor, batch_size: int, device: torch.device
-) -> tuple[Tensor, float, int]:
-    """(float32 tokens [N,T,Z] on the CPU, images a second, input side in pixels)."""
-    encoder = own_grid_encoder(config, images.shape[-1], "fp32", device)
-    encoder(images[:2].to(device))  # the first call chooses algorithms
-    started, parts = time.perf_counter(), []
-    for batch in images.split(batch_size):
-        parts.append(encoder(batch.to(device)).float().cpu())
-    seconds = time.perf_counter() - started
-    return torch.cat(parts), len(images) / seconds, encoder.input_side
+) -> _Encoded:
+    made, seconds = [], []
+    for weights in (config.weights, "random"):
+        one = config.model_copy(update={"weights": weights})
+        encoder = own_grid_encoder(one, images.shape[-1], "fp32", device)
+        encoder(images[:2].to(device))  # the first call chooses algorithms
+        started = time.perf_counter()
+        parts = [encoder(batch.to(device)).cpu() for batch in images.split(batch_size)]
+        seconds.append(time.perf_counter() - started)
+        made.append(torch.cat(parts))
+    features, random = made
+    return _Encoded(config, features, random, len(images) / seconds[0], encoder.input_side)
 
 
 def _grid(tokens: Tensor) -> int:

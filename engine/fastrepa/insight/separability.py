@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fastrepa.insight.similarity import unit_rows
+
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # where rows have a mean square length near 1
 NEIGHBOURS = 10
 FOLDS = 5
@@ -54,7 +56,7 @@ def knn_probe(
     at least), and by the inverse of its class's share of the training rows. `groups` is not used.
     """
     mean = train.mean(0)
-    a, b = _unit(test - mean), _unit(train - mean)
+    a, b = unit_rows(test - mean), unit_rows(train - mean)
     cosine = a @ b.T
     near = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
     given = np.unique(labels)
@@ -152,8 +154,3 @@ def _balanced(labels: np.ndarray) -> np.ndarray:
     """A weight [N] for each row; every class that is there has the same sum, all have 1."""
     _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return 1.0 / (len(counts) * counts[place])
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(length > 0, length, 1.0)

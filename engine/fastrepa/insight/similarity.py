@@ -95,7 +95,7 @@ def mean_share(x: np.ndarray) -> float:
 
 def mean_cosine(x: np.ndarray) -> float:
     """The mean cosine of two different rows of x [N,D]: 1 is collapse."""
-    u = _unit(np.asarray(x, dtype=np.float64))
+    u = unit_rows(np.asarray(x, dtype=np.float64))
     n = len(u)
     total = float((u.sum(0) ** 2).sum()) - float((u**2).sum())
     return total / (n * (n - 1)) if n > 1 else math.nan
@@ -114,7 +114,7 @@ def local_distant_similarity(tokens: np.ndarray) -> np.ndarray:
     touch, distant = distance == 1, distance >= max(2, round(DISTANT_SHARE * side))
     parts = []
     for first in range(0, len(tokens), chunk := max(1, CHUNK // side**4)):
-        u = _unit(tokens[first : first + chunk].astype(np.float64))
+        u = unit_rows(tokens[first : first + chunk].astype(np.float64))
         cosines = u @ u.transpose(0, 2, 1)  # [n,T,T]
         parts.append(cosines[:, touch].mean(1) - cosines[:, distant].mean(1))
     return np.concatenate(parts)
@@ -124,8 +124,14 @@ def contrast(tokens: np.ndarray) -> np.ndarray:
     """RMSC of every image, [N], 0..1: the root mean square distance of its tokens [N,T,Z], scaled
     to length 1, from their mean; 0 where all tokens point one way.
     """
-    u = _unit(np.asarray(tokens, dtype=np.float64))
+    u = unit_rows(np.asarray(tokens, dtype=np.float64))
     return np.sqrt(((u - u.mean(1, keepdims=True)) ** 2).sum(-1).mean(1))
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a row of zeros stays one."""
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(length > 0, length, 1.0)
 
 
 def _pair(x: np.ndarray, y: np.ndarray, *, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,14 +144,8 @@ def _pair(x: np.ndarray, y: np.ndarray, *, least: int) -> tuple[np.ndarray, np.n
     return x, y
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a row of zeros stays one."""
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(length > 0, length, 1.0)
-
-
 def _cosine_kernel(x: np.ndarray) -> np.ndarray:
-    u = _unit(x)
+    u = unit_rows(x)
     return u @ u.T
 
 

@@ -190,9 +190,12 @@ def test_without_a_held_out_set_a_run_is_measured_on_its_own_with_a_warning(tmp_
 
 @pytest.fixture(scope="module")
 def emoji_probe(tmp_path_factory):
-    """The command's own record of one encoder, and of two that are not to be had."""
+    """The command's own record of an encoder, of one without weights, and of two not to be had."""
     folder = tmp_path_factory.mktemp("emoji")
-    names = f"{OPTION},resnet18=nowhere.pth,tf_efficientnet_lite1=package:no_such_package"
+    names = (
+        f"tf_efficientnet_lite0=random,{OPTION},resnet18=nowhere.pth,"
+        "tf_efficientnet_lite1=package:no_such_package"
+    )
     result = CliRunner().invoke(
         app, ["probe", str(EMOJI / "train"), "--encoders", names, "--out", str(folder / "out")],
         env={"COLUMNS": "200"},
@@ -204,7 +207,7 @@ def emoji_probe(tmp_path_factory):
 def test_emoji_rank_real_weights_above_random_ones_above_raw_pixels(emoji_probe):
     _, record, _ = emoji_probe
     assert record["images"] == 500 and len(record["classes"]) == 8
-    (best,) = record["ranking"]
+    best, untrained = record["ranking"]
 
     def separability(which):
         return (best[which]["linear_probe"] + best[which]["knn"]) / 2
@@ -214,6 +217,8 @@ def test_emoji_rank_real_weights_above_random_ones_above_raw_pixels(emoji_probe)
     assert best["verdict"] == "helps"
     for gain in best["gains"].values():
         assert gain["balanced_accuracy"] > 2 * gain["standard_error"] > 0
+    # Nobody is told that random weights help.
+    assert untrained["weights"] == "random" and untrained["verdict"] != "helps"
     # What is there to align to, and what it costs.
     assert best["features"]["lds"] > best["raw_pixels"]["lds"] > 0
     assert best["features"]["mean_share"] < best["random_weights"]["mean_share"]
