@@ -397,14 +397,14 @@ def evaluate(
     for source, path, is_reference in zip(
         sources, (samples, reference), (False, True), strict=True
     ):
-        folder = cache or path.with_name(f"{path.resolve().name}.statistics")
+        kept = StatisticsCache(cache) if cache else StatisticsCache.beside(path)
         extra = frozenset() if is_reference else frozenset(metric.feature for metric in few)
         with _bar(path.name, source.num, shown=world.is_first) as advance:
             side = evaluator.measure(
                 source,
                 evaluator.wanted(reference=is_reference, kept=extra),
                 batch_size=batch_size,
-                cache=StatisticsCache(folder) if is_reference else None,
+                cache=kept if is_reference else None,
                 progress=advance,
                 note=notes.append,
             )
@@ -476,7 +476,7 @@ def _run_source(
     return Generated(
         model,
         codec,
-        default_labels(config.sample.num, config.model.num_classes),
+        default_labels(config.sample.num, len(info.classes) or config.model.num_classes),
         info.classes,
         seed=seed,
         batch_size=min(batch_size, config.sample.num),

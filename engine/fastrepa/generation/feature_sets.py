@@ -156,6 +156,12 @@ class StatisticsCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @classmethod
+    def beside(cls, data: Path) -> StatisticsCache:
+        """The one of data at a path: NAME.statistics in the same folder."""
+        place = data.absolute()
+        return cls(place.with_name(f"{place.name}.statistics"))
+
     def path(self, digest: str, extractor: Extractor) -> Path:
         name = hashlib.sha256(_key(digest, extractor).encode()).hexdigest()[:32]
         return self.folder / f"{extractor.name}-{name}.npz"

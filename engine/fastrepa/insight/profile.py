@@ -307,9 +307,9 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
     codec_here = config.data.codec.name == "pixel" or _on_disk(config.data.codec.weights)
     real = Path(config.data.path).is_dir() and codec_here
     with tempfile.TemporaryDirectory() as folder:
-        # No checkpoint is there: the weights are a new run's.
+        # No checkpoint is there: the weights are a new run's. It is not evaluated.
         config = config_from_dict(
-            {**config.model_dump(mode="json"), "run": str(Path(folder) / "run")}
+            {**config.model_dump(mode="json"), "run": str(Path(folder) / "run"), "evaluation": {}}
         )
         if real:
             open_data(config.data.path, resolution=config.data.resolution)

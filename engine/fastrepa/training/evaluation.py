@@ -23,7 +23,7 @@ from fastrepa.training.averages import ema_model
 from fastrepa.training.zero import WholeTensors, World, of_first_rank
 
 
-class Evaluation:
+class Evaluations:
     """A run's evaluations, as `evaluation` in its configuration says.
 
     Building it reads the extractors' weights (collective): what is missing is an error before the
@@ -90,7 +90,7 @@ class Evaluation:
                 self._source,
                 evaluator.wanted(reference=True),
                 batch_size=self.settings.batch_size,
-                cache=StatisticsCache(self._path.with_name(f"{self._path.name}.statistics")),
+                cache=StatisticsCache.beside(self._path),
                 progress=lambda images: alive(),
                 note=warn,
             )

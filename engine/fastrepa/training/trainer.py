@@ -41,7 +41,7 @@ from fastrepa.training.checkpoint import (
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
-from fastrepa.training.evaluation import Evaluation
+from fastrepa.training.evaluation import Evaluations
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.offload import check_offload
@@ -142,7 +142,7 @@ class Trainer:
         if not random_weights:
             self.cached_latents = latents_are_cached(config.data, self.shards, self.codec)
             self.targets.check(self.shards, weights=world.is_first)
-            self.evaluation = Evaluation(config, world, self.codec, self.shards.classes)
+            self.evaluations = Evaluations(config, world, self.codec, self.shards.classes)
 
         checkpoint = (
             None if random_weights else of_first_rank(world, lambda: _newest_checkpoint(self.run))
@@ -279,7 +279,7 @@ class Trainer:
             if self.resumed_from:
                 for line in (f"continuing {self.run} from step {self.step}", *self._resume_notes):
                     telemetry.say(line)
-            for line in self.evaluation.first_words():
+            for line in self.evaluations.first_words():
                 telemetry.warn(line)
             if self.step >= config.training.steps:
                 telemetry.say(
@@ -358,7 +358,7 @@ class Trainer:
             last = stop() or self.step == t.steps
             if last:
                 self._give_up_if_bad()
-            evaluated = self.evaluation.due(self.step)
+            evaluated = self.evaluations.due(self.step)
             if self.step % t.log_every == 0 or last or evaluated:
                 rate = learning_rate(self.config, self.step - 1)
                 read = meter.read(self.step, rate, grad_norm(self.engine))
@@ -367,7 +367,7 @@ class Trainer:
                 if evaluated:
                     with meter.region(SAMPLING):
                         self._evaluate(telemetry, watch)
-                telemetry.log(self.metrics | self.evaluation.at(self.step))
+                telemetry.log(self.metrics | self.evaluations.at(self.step))
                 if skipped > before:
                     telemetry.warn(
                         f"{skipped - before} step(s) up to step {self.step} had a loss or "
@@ -417,7 +417,7 @@ class Trainer:
             classes=self.shards.classes,
             world_size=self.world.size,
             versions=versions(),
-            metrics=self.metrics | self.evaluation.at(self.step),
+            metrics=self.metrics | self.evaluations.at(self.step),
             emas=recorded(self.config.training.ema),
             ema_since=self.optimizer.ema_since,
         )
@@ -463,7 +463,7 @@ class Trainer:
 
     def _evaluate(self, telemetry: Telemetry, watch: Watch) -> None:
         """Metrics of the averaged weights; training.keep_best may go by them (collective)."""
-        scores = self.evaluation.measure(
+        scores = self.evaluations.measure(
             self.step,
             self.whole,
             self.fixed,

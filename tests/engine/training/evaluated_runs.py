@@ -7,7 +7,10 @@ FOLDER/validation.statistics.
 import sys
 from pathlib import Path
 
+import torch
+
 from fastrepa.config import load_config
+from fastrepa.generation.metrics import Moments
 from fastrepa.training.survival import watched
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import join_world, leave_world
@@ -22,8 +25,22 @@ EVALUATED = [
 ]  # fmt: skip
 
 
+def merge_moments(world):
+    """Sets of unlike size and place on two ranks are the moments of all of them on both."""
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).double() + 40
+    parts = [x[:20], x[20:] + 3]
+    moments = Moments.empty(5)
+    moments.update(parts[world.rank])
+    moments.merge_ranks()
+    whole = torch.cat(parts)
+    assert moments.count == 30
+    assert torch.allclose(moments.covariance, torch.cov(whole.T), rtol=1e-9)
+    assert torch.allclose(moments.mean, whole.mean(0), rtol=1e-12)
+
+
 def main(folder):
     world = join_world()
+    merge_moments(world)
     if world.is_first:
         (folder / "validation").symlink_to(ROOT / "configs/quickstart/emoji/validation")
     for name, settings in (("plain", []), ("evaluated", EVALUATED)):

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastrepa.config import EncoderConfig, config_from_dict, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.generation.evaluate import evaluate
-from fastrepa.training.evaluation import Evaluation
+from fastrepa.training.evaluation import Evaluations
 from tests.engine.training.evaluated_runs import NUM, STEPS
 from tests.engine.training.runs import ROOT, environment, metrics, tensors
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, worl
     def refused(match, **settings):
         config = config_from_dict({**tree, "evaluation": {"every": 1, **settings}})
         with pytest.raises(ConfigError, match=match):
-            Evaluation(config, world, None, [])
+            Evaluations(config, world, None, [])
 
     refused("'fd_dinov2_vitb15' is not known", metrics=["fd_dinov2_vitb15"])
     refused(r"evaluation.reference: .*plain is a run", reference=str(folder / "plain"))
