@@ -36,6 +36,7 @@ from fastrepa.generation.image_sources import (
     open_stored,
 )
 from fastrepa.generation.metrics import (
+    NEIGHBOURS,
     clip_score,
     frechet_bias,
     frechet_distance,
@@ -73,6 +74,12 @@ HIGHER: tuple[Kind, ...] = (
     "clip_score",
 )  # kinds where more is better
 OF_SAMPLES: tuple[Kind, ...] = ("inception_score", "clip_score")  # kinds that look at no reference
+LEAST: dict[Kind, int] = {
+    "frechet": 2,
+    "kernel": 2,
+    "precision": NEIGHBOURS + 1,
+    "recall": NEIGHBOURS + 1,
+}  # images that a kind needs of either side; one, if it is not here
 ENOUGH = 10  # images for every dimension of a Frechet distance, below which its bias is warned of
 BATCH_SIZE = 32
 
@@ -191,6 +198,24 @@ class Evaluator:
         alone = frozenset() if reference else features(*OF_SAMPLES)
         return Wanted(features("frechet"), pairs | alone | kept)
 
+    def check(self, source: ImageSource | Statistics, *, reference: bool) -> None:
+        """Raises DataError where a side has not what a metric needs, before any of it is read."""
+        for metric in self.metrics:
+            if reference and metric.kind in OF_SAMPLES:
+                continue
+            if isinstance(source, Statistics):
+                if metric.kind != "frechet" or metric.feature not in _inceptions(source.gaussians):
+                    needs = "statistics of its features" if metric.kind == "frechet" else "images"
+                    raise DataError(f"{metric.name}: needs {needs}, and {source.path} has none")
+            elif source.num < (least := LEAST.get(metric.kind, 1)):
+                side = "the reference has" if reference else "the samples are"
+                raise DataError(f"{metric.name}: needs {least} images or more, {side} {source.num}")
+            elif metric.name == CLIP and (source.labels is None or not source.classes):
+                raise DataError(
+                    f"{CLIP}: the samples have no class names; a run, a data set, class folders "
+                    f"and what `fastrepa sample --classes` wrote have them"
+                )
+
     def biased(self, num: int) -> list[Metric]:
         """The Frechet distances for which `num` images are few."""
         return [
@@ -238,11 +263,7 @@ class Evaluator:
                         cache.save(digest, self.extractors[space], found)
                 except OSError as error:
                     note(f"{cache.folder}: cannot be written ({error.strerror}); nothing is kept")
-        gaussians = {
-            name: (moments.mean, moments.covariance)
-            for name, moments in found.moments.items()
-            if moments.count > 1
-        }
+        gaussians = {n: (m.mean, m.covariance) for n, m in found.moments.items()}
         labels = None if source.labels is None else source.labels[found.numbers]
         return Side(source.num, gaussians | given, found.kept, labels, source.classes)
 
@@ -275,7 +296,7 @@ class Evaluator:
     def scores(self, samples: Side, reference: Side) -> dict[str, float]:
         """Every metric by name, and NAME_std where it is a mean over parts; on the first rank.
 
-        Raises DataError where a side has not what a metric needs, or too few images.
+        Raises DataError for features that are not finite, or of another width.
         """
         out: dict[str, float] = {}
         manifolds: dict[str, tuple[float, float]] = {}
@@ -301,24 +322,13 @@ class Evaluator:
 
     def _of(self, side: Side, metric: Metric) -> Any:
         """What the metric compares, of one side."""
-        stored: Mapping[str, Any] = side.gaussians if metric.kind == "frechet" else side.kept
-        if metric.feature in stored:
-            value = stored[metric.feature]
-            # Distances by pairs are worth a GPU's time; its float64 is the host's.
-            return value if metric.kind == "frechet" else value.to(self.world.device)
-        if side.num is None:
-            needs = "statistics of its features" if metric.kind == "frechet" else "images"
-            raise DataError(f"{metric.name}: needs {needs}, which the statistics' file has not")
-        raise ValueError(f"needs two images, got {side.num}")
+        if metric.kind == "frechet":
+            return side.gaussians[metric.feature]
+        return side.kept[metric.feature].to(self.world.device)  # pairs are worth a GPU's time
 
     def _texts(self, side: Side) -> Tensor:
-        if side.labels is None or not side.classes:
-            raise DataError(
-                f"{CLIP}: the samples have no class names; a run, a data set, class folders and "
-                f"what `fastrepa sample --classes` wrote have them"
-            )
         clip = self.extractors["clip"]
-        assert isinstance(clip, Clip)
+        assert side.labels is not None and isinstance(clip, Clip)
         texts = clip.texts([PROMPT.format(name) for name in side.classes])
         return texts[side.labels].to(self.world.device)
 
@@ -392,6 +402,8 @@ def evaluate(
     if not record and (given := [k for k, v in settings.items() if v is not None]):
         raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
     evaluator = Evaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
+    for source, is_reference in zip(sources, (False, True), strict=True):
+        evaluator.check(source, reference=is_reference)
     few = [] if sources[0].num is None else evaluator.biased(sources[0].num)
     sides = []
     for source, path, is_reference in zip(
@@ -443,7 +455,7 @@ def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: S
         f"{metric.name}: {samples.num:,} images are few for {width:,} dimensions "
         f"({ENOUGH * width:,} would do): it comes out too great"
     )
-    if len(features) < 4:
+    if len(features) < 4:  # halves of one
         return text
     bias = frechet_bias(features, *reference.gaussians[metric.feature])
     return f"{text}, by about {bias:.4g} (halves of the images say); compare equal numbers only"

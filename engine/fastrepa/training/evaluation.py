@@ -49,6 +49,8 @@ class Evaluations:
         self._evaluator = Evaluator(
             metrics, encoders, world, inception_weights=self.settings.inception_weights
         )
+        self._evaluator.check(self._source, reference=True)
+        self._evaluator.check(self._images(None), reference=False)
 
     def due(self, step: int) -> bool:
         return bool(self.settings.every) and (
@@ -81,7 +83,7 @@ class Evaluations:
     ) -> dict[str, float]:
         """Scores of the averaged weights, by name, on all ranks (collective).
 
-        `alive` is called after every batch. Raises DataError where the reference does not do.
+        `alive` is called after every batch. Raises DataError for features that are not finite.
         """
         evaluator, num = self._evaluator, self.settings.num
         assert evaluator is not None

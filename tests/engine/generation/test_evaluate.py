@@ -18,8 +18,10 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.generation.evaluate import choose_metrics, evaluate
 from fastrepa.generation.extractors import Clip, Inception
+from fastrepa.generation.feature_sets import Wanted, extract
 from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
 from fastrepa.generation.image_sources import open_stored
+from fastrepa.training.zero import World
 from tests.engine.training.runs import ROOT
 
 EMOJI = ROOT / "configs/quickstart/emoji/validation"
@@ -113,7 +115,7 @@ def test_the_numbers_of_torch_fidelity(inception_weights, two_sets, tmp_path, mo
     monkeypatch.setattr("fastrepa.generation.evaluate.extract", None)
     again = evaluate(saved, root / "bright", metrics=["fid"], cache=tmp_path / "c", **options)
     assert again.scores["fid"] < 1e-3
-    with pytest.raises(DataError, match=r"kid: needs images, which the statistics"):
+    with pytest.raises(DataError, match=r"kid: needs images, and .*reference.npz has none"):
         evaluate(saved, root / "bright", metrics=["kid"], cache=tmp_path / "c", **options)
 
 
@@ -145,6 +147,22 @@ def test_images_come_in_any_batches_on_any_number_of_ranks(two_sets):
         assert torch.equal(torch.cat(seen), sets["bright"])
         (second,) = source.batches([torch.tensor([1, 4, 13])])
         assert torch.equal(second[0], sets["bright"][[1, 4, 13]])
+
+
+def test_features_that_are_kept_are_of_images_from_all_over_the_set(two_sets, monkeypatch):
+    """In the images' order, whatever the batches; the moments are of all images."""
+    root, sets = two_sets
+    monkeypatch.setattr("fastrepa.generation.feature_sets.KEPT", 5)
+    wanted = Wanted(frozenset({"clip.image"}), frozenset({"clip.image"}))
+    found = extract(
+        open_stored(root / "bright"), {"clip": _NoClip()}, wanted, batch_size=4,
+        world=World(0, 1, 0, torch.device("cpu")),
+    )  # fmt: skip
+    mean = sets["bright"].float().mean((2, 3))[:, :2]
+    assert found.numbers.tolist() == [0, 2, 5, 8, 11]
+    assert torch.allclose(found.kept["clip.image"], mean[found.numbers])
+    assert found.moments["clip.image"].count == 14
+    assert torch.allclose(found.moments["clip.image"].mean, mean.double().mean(0))
 
 
 def run(*args):
@@ -269,12 +287,13 @@ def test_mistakes_are_one_line(tmp_path, two_sets, monkeypatch):
     np.savez(tmp_path / "d.npz", mu=np.zeros(4), sigma=np.zeros((3, 4)))
     assert "mu [4], sigma [3, 4] misfit" in refusal(DataError, tmp_path / "d.npz")
     np.savez(tmp_path / "e.npz", mu=np.zeros(4), sigma=np.eye(4))
-    needs = "fd_efficientnet_lite0: needs statistics of its features"
+    needs = "fd_efficientnet_lite0: needs statistics of its features, and"
     assert needs in refusal(DataError, tmp_path / "e.npz")
     assert refusal(ConfigError, root / "dull", cfg=2.0).startswith("--cfg: is for a run")
     (tmp_path / "one").mkdir()
     shutil.copy(root / "dull/000000.png", tmp_path / "one")
-    assert "needs two images, got 1" in refusal(DataError, tmp_path / "one")
+    assert "needs 2 images or more, the samples are 1" in refusal(DataError, tmp_path / "one")
+    assert "the reference has 1" in refusal(DataError, root / "dull", tmp_path / "one")
     (tmp_path / "one/b.png").write_bytes(b"no png")
     assert "b.png: cannot be decoded" in refusal(DataError, tmp_path / "one")
     clip = {"metrics": ["clip_score"], "encoders": []}
@@ -303,4 +322,4 @@ class _NoClip:
         return self
 
     def __call__(self, images):
-        return {"image": torch.zeros(len(images), 2)}
+        return {"image": images.float().mean((2, 3))[:, :2]}

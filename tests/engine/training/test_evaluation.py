@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastrepa.config import EncoderConfig, config_from_dict, load_config
-from fastrepa.errors import ConfigError
+from fastrepa.errors import FastrepaError
 from fastrepa.generation.evaluate import evaluate
 from fastrepa.training.evaluation import Evaluations
 from tests.engine.training.evaluated_runs import NUM, STEPS
@@ -75,8 +76,16 @@ def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, worl
 
     def refused(match, **settings):
         config = config_from_dict({**tree, "evaluation": {"every": 1, **settings}})
-        with pytest.raises(ConfigError, match=match):
-            Evaluations(config, world, None, [])
+        with pytest.raises(FastrepaError, match=match):
+            Evaluations(config, world, None, ["a", "b"])
 
+    np.savez(folder / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    encoders = [{"name": "resnet10t", "weights": "random"}]
+    refused(
+        r"fd_resnet10t: needs statistics .*statistics.npz has none",
+        reference=str(folder / "statistics.npz"), encoders=encoders,
+    )  # fmt: skip
+    refused("precision_resnet10t: needs 4 images or more, the samples are 3", num=3,
+            reference=str(folder / "validation"), encoders=encoders)  # fmt: skip
     refused("'fd_dinov2_vitb15' is not known", metrics=["fd_dinov2_vitb15"])
     refused(r"evaluation.reference: .*plain is a run", reference=str(folder / "plain"))
