@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastrepa.generation.evaluate import Evaluation, Kind, Metric
+from fastrepa.generation.evaluate import Evaluation
+from fastrepa.generation.evaluator import Kind, Metric
 
 TITLES: dict[Kind, str] = {
     "frechet": "Frechet distance",

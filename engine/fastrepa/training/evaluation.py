@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrepa.config import Config
 from fastrepa.data.codec import Codec
 from fastrepa.errors import ConfigError
-from fastrepa.generation.evaluate import Evaluator, Side, choose_metrics
+from fastrepa.generation.evaluator import Evaluator, Side, choose_metrics
 from fastrepa.generation.feature_sets import StatisticsCache
 from fastrepa.generation.generate import default_labels, rank_batches
 from fastrepa.generation.image_sources import Generated, is_run, open_stored

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from fastrepa.cli import app
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
-from fastrepa.generation.evaluate import choose_metrics, evaluate
+from fastrepa.generation.evaluate import evaluate
+from fastrepa.generation.evaluator import choose_metrics
 from fastrepa.generation.extractors import Clip, Inception
 from fastrepa.generation.feature_sets import Wanted, extract
 from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
@@ -112,7 +113,7 @@ def test_the_numbers_of_torch_fidelity(inception_weights, two_sets, tmp_path, mo
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
         }  # fmt: skip
     # The samples' statistics, and a reference that is not looked at again.
-    monkeypatch.setattr("fastrepa.generation.evaluate.extract", None)
+    monkeypatch.setattr("fastrepa.generation.evaluator.extract", None)
     again = evaluate(saved, root / "bright", metrics=["fid"], cache=tmp_path / "c", **options)
     assert again.scores["fid"] < 1e-3
     with pytest.raises(DataError, match=r"kid: needs images, and .*reference.npz has none"):
@@ -297,7 +298,7 @@ def test_mistakes_are_one_line(tmp_path, two_sets, monkeypatch):
     (tmp_path / "one/b.png").write_bytes(b"no png")
     assert "b.png: cannot be decoded" in refusal(DataError, tmp_path / "one")
     clip = {"metrics": ["clip_score"], "encoders": []}
-    monkeypatch.setattr("fastrepa.generation.evaluate.Clip", lambda *_: _NoClip())
+    monkeypatch.setattr("fastrepa.generation.evaluator.Clip", lambda *_: _NoClip())
     assert "the samples have no class names" in refusal(DataError, root / "dull", **clip)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
