@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
@@ -38,6 +37,7 @@ from safetensors.torch import load_file
 
 from benchmarks.run import RECORDS, append, environment
 from benchmarks.two_hosts import lose_hosts, refusal
+from fastrepa.training.launch import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 6.0  # survival.timeout_seconds
@@ -75,8 +75,7 @@ class Ranks:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        meet = {k: v for k, v in os.environ.items() if k not in dropped} | {
+        meet = outside_the_world() | {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(size), "FAULT": fault,
         }  # fmt: skip
@@ -430,7 +429,7 @@ def measure(part: str, count: int, folder: Path) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "benchmarks.save_cost", str(folder / "saves"), RUN[0]]
         done = subprocess.run(
             [*command, *overrides], cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=outside_the_world() | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr)

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastrepa.training.launch import outside_the_world
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--uts", "--mount", "--pid")
 NAMESPACES += ("--fork", "--kill-child", "--mount-proc")
@@ -49,7 +51,7 @@ def lose_hosts(folder: Path, command: list[str]) -> list[dict[str, Any]]:
     """
     done = subprocess.run(
         [*NAMESPACES, sys.executable, "-m", "benchmarks.two_hosts", str(folder), *command],
-        cwd=ROOT, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=outside_the_world(), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{done.stdout}\n{done.stderr}")

@@ -63,7 +63,7 @@ def fastrepa(words: list[str]) -> str:
 def make(words: list[str]) -> str:
     """The target exists; nothing is made."""
     done = subprocess.run(
-        ["make", "-n", "-f", ROOT / "Makefile", *words[1:]],
+        ["make", "-n", "--no-print-directory", "-f", ROOT / "Makefile", *words[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,

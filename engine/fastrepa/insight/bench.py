@@ -31,6 +31,7 @@ import torch
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError, FastrepaError, nearest
 from fastrepa.insight.bench_turn import MARK
+from fastrepa.training.launch import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
 
 RIVALS = ("ours+recompute", "ours+compile", "eager", "eager+compile", "reference")
@@ -40,7 +41,6 @@ GUIDANCE = 1.8
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Of the losses, relative to the first contender's in float32, or in the lowest precision run."""
 FILE = "bench.jsonl"
-WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Of this process; a turn is a world of its own."""
 
 
@@ -235,8 +235,7 @@ def _turn(config: Config, case: Case, timed: dict[str, Any]) -> dict[str, Any]:
     start = [sys.executable]
     if case.ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    environment = {key: value for key, value in os.environ.items() if key not in WORLD}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment = outside_the_world() | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         [*start, "-m", "fastrepa.insight.bench_turn", json.dumps(task)],
         capture_output=True,

@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastrepa.training.launch import outside_the_world
+
 SECTIONS = ("versions", "devices", "fast paths", "system")
 MARKS = {"ok": "[green]✓[/]", "off": "[dim]–[/]", "broken": "[red]✗[/]", "note": "[yellow]![/]"}
 
@@ -251,8 +253,7 @@ def _try(probe: Probe, timeout: float) -> list[Finding]:
     if not _installed(probe.module):
         return [Finding("fast paths", probe.name, "off", "not installed", probe.remedy)]
     key = next(k for k, p in PROBES.items() if p is probe)
-    environment = {k: v for k, v in os.environ.items() if not _of_a_launcher(k)}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment = outside_the_world() | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     environment |= probe.environment or {}
     try:
         done = subprocess.run(
@@ -303,11 +304,6 @@ def _ending(code: int) -> str:
         return f"died of {signal.Signals(-code).name}"
     except ValueError:
         return f"died of signal {-code}"
-
-
-def _of_a_launcher(variable: str) -> bool:
-    """Variables that would make a probe believe to be one rank of many."""
-    return variable in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def _installed(module: str) -> bool:

@@ -35,6 +35,7 @@ from fastrepa.generation.generate import (
 )
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.training.launch import outside_the_world
 
 SIDE, CLASSES = 16, ["Animals & Nature", "Food", "food", "Objects", "3"]
 SHAPE = (3, SIDE, SIDE)
@@ -468,8 +469,8 @@ def two_processes(tmp_path: Path, *folders: Path) -> list[list[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = outside_the_world() | {"OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     command += [script, Path(__file__).parent, report, *folders]

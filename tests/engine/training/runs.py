@@ -1,12 +1,13 @@
 """Small real runs for tests: emoji shards, EfficientNet-Lite0 with its weights, DALI, DeepSpeed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from fastrepa.training.launch import outside_the_world
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -21,9 +22,9 @@ SMALL = [
 
 def environment():
     # One thread a process: two processes then do not fight over two cores.
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
-    env = {k: v for k, v in os.environ.items() if k not in drop}
-    return {**env, "OMP_NUM_THREADS": "1"}
+    env = outside_the_world() | {"OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    return env
 
 
 def command(*args, ranks=1):
