@@ -16,16 +16,18 @@ from typing import Any
 
 RECORDS = Path(__file__).resolve().parent / "records"
 Record = dict[str, Any]
+_MEASURED = ("device", "case", "shape", "dtype", "provider", "direction")
+_CONTENDED = ("device", "case", "run", "precision", "batch", "ranks", "sampler", "contender")
+"""`fastrepa bench` writes these; `run` is the first line of the run that was measured."""
 
 
 def load(folder: Path) -> list[Record]:
-    """The latest record of every (device, case, shape, dtype, provider, direction)."""
+    """The latest record of each thing measured, which _MEASURED or _CONTENDED tell apart."""
     latest: dict[tuple, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            keys = ("device", "case", "shape", "dtype", "provider", "direction")
-            key = tuple(record[k] for k in keys)
+            key = tuple(record[k] for k in (_CONTENDED if "contender" in record else _MEASURED))
             if key not in latest or record["utc"] >= latest[key]["utc"]:
                 latest[key] = record
     return list(latest.values())
@@ -91,6 +93,71 @@ def rates(records: list[Record]) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def training_steps(records: list[Record]) -> str:
+    """Time and memory of a step, or of a batch of images, by `fastrepa bench`."""
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for r in records:
+        groups[tuple(r[k] for k in _CONTENDED[:-1])].append(r)
+    parts = []
+    for (device, _, run, precision, batch, ranks, sampler), group in groups.items():
+        first = group[0]
+        title = sampler or "training step"
+        commit = first["git_sha"][:12] + (" (modified)" if first["git_dirty"] else "")
+        parts.append(f"### {title}, {precision}, batch of {batch}, {ranks} ranks\n")
+        parts.append(
+            f"{device}, torch {first['torch']}, {first['utc']}, commit {commit}\n\n{run}\n"
+        )
+        parts.append(
+            "| contender | p50 ms | p20 .. p80 | ours takes | GB above weights | ours needs |\n|"
+            + "---|" * 6
+        )
+        ours = next((r for r in group if r["contender"] == "ours" and "p50_ms" in r), None)
+        for r in group:
+            if "problem" in r:
+                parts.append(f"| {r['contender']} | {r['problem']} | | | | |")
+                continue
+            above, rival = r.get("peak_above_weights_bytes"), ours is not None and r is not ours
+            time = f"{ours['p50_ms'] / r['p50_ms']:.2f}x" if ours and rival else ""
+            share = ""
+            if ours and rival and above and "peak_above_weights_bytes" in ours:
+                share = f"{ours['peak_above_weights_bytes'] / above:.2f}x"
+            parts.append(
+                f"| {r['contender']} | {r['p50_ms']:.0f} | {r['p20_ms']:.0f} .. {r['p80_ms']:.0f} "
+                f"| {time} | {f'{above / 1e9:.2f}' if above else ''} | {share} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def effect(records: list[Record]) -> str:
+    """What alignment bought a small generator (benchmarks/effect.py), with 95% intervals."""
+    first = records[0]
+    commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
+    parts = [
+        f"### effect of alignment, {first['shape']}, {first['dtype']}, seeds {first['seeds']}\n",
+        f"{first['device']}, torch {first['torch']}, {first['utc']}, commit {commit}; after "
+        f"{first['steps'][-1]} steps, and after {first['equal_seconds']:.0f} s of training\n",
+        "| measure | arm | after equal steps | less than `none` | after equal seconds "
+        "| less than `none` | speed-up, steps | speed-up, seconds |\n|" + "---|" * 8,
+    ]
+    for r in records:
+        cells = [r["direction"], r["provider"]]
+        for when in ("", "_at_equal_seconds"):
+            cells.append(_interval(r["last" + when], 4))
+            cells.append(_interval(r.get("less" + when), 2))
+        cells += [_interval(r.get(f"speed_up_{unit}"), 3, "x") for unit in ("steps", "seconds")]
+        parts.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*parts, ""])
+
+
+def _interval(pair: list[float | None] | None, digits: int, unit: str = "") -> str:
+    """A mean and half its interval, to so many significant digits."""
+    if pair is None or pair[0] is None:
+        return ""
+    mean, half = pair
+    return f"{mean:.{digits}g}{unit}" + ("" if half is None else f" ± {half:.2g}")
 
 
 def faults(records: list[Record]) -> str:
@@ -207,10 +274,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not records:
         print(f"no records under {options.records.name}/")
         return 1
-    timed = [r for r in records if "p50_ms" in r]
+    contended = [r for r in records if "contender" in r]
+    timed = [r for r in records if "p50_ms" in r and "contender" not in r]
     counted = [r for r in records if "p50_images_per_s" in r]
-    injected = [r for r in records if r["case"] == "faults"]
-    parts = ((markdown, timed), (rates, counted), (faults, injected))
+    of_case = {name: [r for r in records if r["case"] == name] for name in ("faults", "effect")}
+    parts = (
+        (markdown, timed),
+        (training_steps, contended),
+        (rates, counted),
+        (faults, of_case["faults"]),
+        (effect, of_case["effect"]),
+    )
     print("\n".join(make(part) for make, part in parts if part))
     if options.plot is not None and timed:
         plot(timed, options.plot)

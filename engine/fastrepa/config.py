@@ -113,6 +113,11 @@ class EncoderConfig(_Section):
     grid: Literal["exact", "area", "bilinear"] = Field(
         "exact", description="how features are brought to the generator's token grid"
     )
+    spatial_norm: Probability = Field(
+        0.0,
+        description="share of an image's mean token that is taken off, before each channel is "
+        "divided by its deviation over the image (iREPA); 0: tokens as they are",
+    )
 
 
 class VisionConfig(_Section):

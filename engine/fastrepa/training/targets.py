@@ -16,6 +16,7 @@ from fastrepa.vision.features import (
     build_encoder,
     cached_features,
     check_column,
+    spatial_norm,
 )
 
 PREPARE = "fastrepa data encode PATH"
@@ -73,8 +74,14 @@ class Targets:
     def __call__(self, batch: Batch) -> list[Tensor]:
         if self.cached:
             pairs = zip(self.encoders, batch.features, strict=True)
-            return [encoder(stored.scale, stored.tokens) for encoder, stored in pairs]
-        return [encoder(batch.image_u8) for encoder in self.encoders]
+            found = [encoder(stored.scale, stored.tokens) for encoder, stored in pairs]
+        else:
+            found = [encoder(batch.image_u8) for encoder in self.encoders]
+        shares = [encoder.spatial_norm for encoder in self.config.encoders]
+        return [
+            spatial_norm(tokens, share) if share else tokens
+            for tokens, share in zip(found, shares, strict=True)
+        ]
 
     def describe(self) -> str:
         """For a run's first line."""

@@ -354,6 +354,18 @@ def load_network(
     return network
 
 
+def spatial_norm(tokens: Tensor, share: float) -> Tensor:
+    """Tokens [B,T,Z] without what an image's tokens have in common, in their dtype.
+
+    (x - share mean) / (deviation + 1e-6), per image and channel, mean and (unbiased) deviation over
+    the T tokens, in float32: the spatial normalisation of iREPA (Singh et al. 2025, "What matters
+    for Representation Alignment: Global Information or Spatial Structure?", section 4).
+    """
+    x = tokens.float()
+    deviation, mean = torch.std_mean(x, dim=1, keepdim=True)
+    return ((x - share * mean) / (deviation + 1e-6)).to(tokens.dtype)
+
+
 def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
     """The network of the tokens: cut after the block or stage that is taken."""
     return load_network(

@@ -10,7 +10,7 @@ from torch import nn
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.vision import features
-from fastrepa.vision.features import build_encoder, plan_encoder
+from fastrepa.vision.features import build_encoder, plan_encoder, spatial_norm
 from fastrepa.vision.weights import find_package_weights
 
 LITE0 = EncoderConfig(
@@ -328,3 +328,18 @@ def test_maps_that_are_not_square_are_refused(monkeypatch):
     monkeypatch.setattr(features, "_features", lambda *_: torch.empty(1, 64, 8, 4, device="meta"))
     with pytest.raises(ConfigError, match=r"\[1, 64, 8, 4\] .* a square token grid is needed"):
         plan_encoder(LITE0, resolution=128)
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_spatial_norm_by_its_definition(share):
+    tokens = 3 + 2 * torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+    found = spatial_norm(tokens, share)
+    for image, normed in zip(tokens.double(), found, strict=True):
+        for channel in range(5):
+            x = image[:, channel]
+            mean = sum(x) / 9
+            deviation = (sum((v - mean) ** 2 for v in x) / 8) ** 0.5
+            expected = (x - share * mean) / (deviation + 1e-6)
+            torch.testing.assert_close(normed[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
+    assert spatial_norm(tokens.bfloat16(), share).dtype == torch.bfloat16
+    assert spatial_norm(torch.ones(1, 4, 2), 1.0).abs().max() == 0  # a flat image has no structure
