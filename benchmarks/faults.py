@@ -297,7 +297,11 @@ def planted(folder: Path, fault: str, arguments: list[str]) -> dict[str, Any]:
         resumed = _resumed(ranks)
     return {
         "fault": fault, "code": code, "seconds": seconds, "step": logged[0], "saved": saved,
-        "errors": re.findall(r"^fastrepa: error.*$", said, re.M), "resumed": resumed or 0,
+        "errors": [
+            line.replace(f"{ROOT}/", "").replace(f"{folder}/", "")
+            for line in re.findall(r"^fastrepa: error.*$", said, re.M)
+        ],
+        "resumed": resumed or 0,
         "codes_again": codes,
     }  # fmt: skip
 

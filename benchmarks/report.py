@@ -198,9 +198,9 @@ def _fault(r: Record) -> str | None:
             f"at most ({r['one_rank']} times, exit code {codes})"
         )
         lost = (
-            f"{r['steps_lost']} of {r['steps']} steps were taken again, {r['steps_lost_most']} at "
-            f"most; {r['tensors']} tensors (weights, EMA, optimiser) equal an undisturbed run's "
-            f"{same}"
+            f"{r['steps_lost']} steps were taken again in a run of {r['steps']}, "
+            f"{r['steps_lost_most']} at most after a kill; its {r['tensors']} tensors (weights, "
+            f"EMA, optimiser) equal an undisturbed run's {same}"
         )
     elif name in ("host killed", "link pulled"):
         times = str(r["count"])
