@@ -170,7 +170,8 @@ def _aligned(folder: Path, arm: str) -> list[str]:
         shutil.copytree(EMOJI / "train", partial)
         partial.rename(data)
     spec = f"{encoder.name}={weights}@{encoder.input}"
-    _fastrepa("data", "encode", str(data), "--cache-features", spec, threads=os.cpu_count() or 1)
+    words = ("data", "encode", str(data), "--precision", "fp32", "--cache-features", spec)
+    _fastrepa(*words, threads=os.cpu_count() or 1)
     return [
         f"data.path={data}", "vision.targets=cached", f"vision.encoders.0.weights={weights}",
         f"vision.encoders.0.spatial_norm={share}",

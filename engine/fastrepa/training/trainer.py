@@ -89,6 +89,17 @@ def learning_rate(config: Config, step: int) -> float:
     return t.optimizer.lr * (s.final + (1 - s.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def slow_precision(config: Config, world: World) -> str:
+    """A warning where bf16 is slower than fp32, by a lot: a CPU without instructions for it."""
+    fast = world.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if config.training.precision != "bf16" or fast:
+        return ""
+    return (
+        "training.precision: this CPU has no instructions for bf16, whose products are then many "
+        "times slower than those of fp32; training.precision=fp32 is the faster here"
+    )
+
+
 class Trainer:
     """A run: built from its configuration, continued from its newest checkpoint where there is one.
 
@@ -272,8 +283,9 @@ class Trainer:
             self.run, config, start_step=self.step, active=world.is_first, environment=ran
         ) as telemetry:
             telemetry.say(self.first_line())
-            if slow := slow_attention(self.attention, world.device):
-                telemetry.warn(slow)
+            slow = (slow_attention(self.attention, world.device), slow_precision(config, world))
+            for words in filter(None, slow):
+                telemetry.warn(words)
             if config.deterministic and world.device.type == "cuda":
                 telemetry.say(NOT_ON_A_GPU)
             if self.resumed_from:

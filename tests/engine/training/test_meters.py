@@ -13,7 +13,7 @@ from fastrepa.insight.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.meters import ImageFlops, Meter
 from fastrepa.training.regions import NAMES, SAMPLING
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.trainer import Trainer, slow_precision
 from fastrepa.training.zero import World
 from tests.engine.training.runs import ROOT
 
@@ -56,6 +56,17 @@ def step(trainer, batches=None, steps=1):
     for _ in range(steps):
         trainer.meter.add(trainer.train_step(batches))
     return trainer.meter.read(trainer.step, 1e-3, 1.0)
+
+
+def test_bf16_without_instructions_for_it_is_warned_of(monkeypatch):
+    def said(precision, device="cpu"):
+        config = load_config(ROOT / "configs/quickstart.yaml", [f"training.precision={precision}"])
+        return slow_precision(config, World(0, 1, 0, torch.device(device)))
+
+    for fast in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)  # noqa: B023
+        assert bool(said("bf16")) is not fast
+        assert said("fp32") == said("bf16", "cuda") == ""
 
 
 def test_a_steps_time_is_shared_out(trainer):
