@@ -41,7 +41,8 @@ def test_bundle_is_whole_and_small() -> None:
         "validation": 120,
     }
     assert all(shards.classes == CLASSES for shards in sizes.values())
-    assert sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file()) <= 8_000_000
+    files = [path for part in PARTS for path in (BUNDLE / part).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert "Microsoft Corporation" in (BUNDLE / "LICENSE").read_text()
 
 

@@ -1,6 +1,7 @@
 """benchmarks/effect.py: its arithmetic on curves with known answers, and a real comparison."""
 
 import json
+import shutil
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_arms_are_compared_seed_by_seed():
 def test_a_small_comparison_that_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(effect, "DISTANCE", "fd_resnet10t")
     monkeypatch.setattr(effect, "MEASURES", (effect.LOSS, "fd_resnet10t"))
-    monkeypatch.setattr(effect, "_reference", lambda folder, config: effect.EMOJI / "validation")
+    # Statistics are kept beside a reference, and nothing is to be written into the repository.
+    reference = shutil.copytree(effect.EMOJI / "validation", tmp_path / "validation")
+    monkeypatch.setattr(effect, "_reference", lambda folder, config: reference)
     command = [str(tmp_path), *TINY, "--seeds", "0", "--arms", "none"]
     assert effect.main(command) == 0
     first = (tmp_path / "none_0/held_out.json").read_text()
