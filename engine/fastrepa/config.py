@@ -125,6 +125,19 @@ class VisionConfig(_Section):
     targets: Literal["online", "cached"] = Field(
         "online", description="cached: from the data set's feature columns, no encoder in training"
     )
+    look_ahead: BoolOrAuto = Field(
+        "auto",
+        description="make the next batch's targets on a stream of their own while this batch's "
+        "backward runs; auto: on a GPU, for targets that are online",
+    )
+    precision: Literal["run", "fp8"] = Field(
+        "run",
+        description="of the encoders: the run's, or products in e4m3 (from compute capability 8.9 "
+        "on), refused where features would be less than 0.999 alike",
+    )
+    compile: Literal["none", "graphs"] = Field(
+        "none", description="graphs: the encoders compiled, and replayed as CUDA graphs"
+    )
 
 
 class ModelConfig(_Section):
@@ -232,9 +245,10 @@ class TrainingConfig(_Section):
         description="what recompute auto may fill per rank, in 1e9 bytes; None: the GPU's memory; "
         "without a GPU nothing is recomputed",
     )
-    compile: Literal["none", "blocks"] = Field(
+    compile: Literal["none", "blocks", "graphs"] = Field(
         "none",
-        description="blocks: each of the generator's blocks under torch.compile; not stage 3",
+        description="blocks: each of the generator's blocks under torch.compile; graphs: the whole "
+        "generator, replayed as CUDA graphs; neither with stage 3",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -19,6 +19,7 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
 from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, join_world, leave_world
@@ -48,7 +49,7 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
     if contender == "reference":
         use_reference(trainer, task["precision"])
     if contender == "eager+compile":
-        trainer.engine.module.compile(dynamic=False)
+        compile_forward(trainer.engine.module)
     batches = RandomBatches(config, trainer, world.device, trainer.micro)
     # Made once: reading is not measured.
     source = itertools.cycle([next(batches) for _ in range(trainer.forwards)])
@@ -77,7 +78,7 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
     trainer = Trainer(config, world, random_weights=True)
     model = trainer.engine.module
     if task["contender"] == "eager+compile":
-        model.compile(dynamic=False)
+        compile_forward(model)
     batch = config.training.global_batch
     numbers = torch.arange(batch)
     labels = numbers % config.model.num_classes

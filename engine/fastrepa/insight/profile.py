@@ -28,9 +28,10 @@ from fastrepa.insight.host_syncs import HostSync, HostSyncs
 from fastrepa.insight.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.insight.trace import PART, REGION, STEP, Operation, Trace, read_trace
 from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.look_ahead import Batches
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.regions import NAMES, OTHER, REGIONS
-from fastrepa.training.trainer import Batches, Trainer
+from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, micro_batch, time_collectives
 from fastrepa.vision.registry import find_recipe
 from fastrepa.vision.weights import find_package_weights

@@ -87,9 +87,11 @@ def use_reference(trainer: Trainer, precision: str) -> None:
     engine = ReferenceEngine(model, trainer.config, precision, trainer.forwards)
     losses = trainer.forward_losses
 
-    def under_autocast(batch: Batch, samples: Tensor) -> dict[str, Tensor]:
+    def under_autocast(
+        batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         with engine.autocast():
-            return losses(batch, samples)
+            return losses(batch, samples, targets)
 
     trainer.forward_losses = under_autocast  # type: ignore[method-assign]
     trainer.engine.destroy()

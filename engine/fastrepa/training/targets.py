@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fastrepa.vision.features import (
     check_column,
     spatial_norm,
 )
+from fastrepa.vision.fp8 import check_likeness, use_fp8
 
 PREPARE = "fastrepa data encode PATH"
 
@@ -38,7 +41,7 @@ class Targets:
         device: torch.device,
         random_weights: bool,
     ) -> None:
-        self.config = config.vision
+        self.config, self.dtype = config.vision, dtype
         self.cached = config.vision.targets == "cached"
         self.encoders: list[FrozenEncoder | CachedFeatures] = []
         for encoder in config.vision.encoders:
@@ -48,10 +51,29 @@ class Targets:
                 continue
             if random_weights:
                 encoder = encoder.model_copy(update={"weights": "random"})
-            self.encoders.append(build_encoder(encoder, **size, dtype=dtype, device=device))
+            first = torch.float32 if self.config.precision == "fp8" else dtype
+            self.encoders.append(build_encoder(encoder, **size, dtype=first, device=device))
         self.widths = [encoder.width for encoder in self.encoders]
         self.columns = tuple(e.name for e in self.encoders) if self.cached else ()
         self.need_images = bool(self.encoders) and not self.cached
+        self._likeness: dict[str, float] = {}
+
+    def prepare(self, images: Callable[[], Tensor], *, refuse: bool) -> None:
+        """What `vision.precision` and `vision.compile` ask for; to be called once.
+
+        images: gives some of what the encoders will see, uint8 [B,3,R,R], to measure fp8 on.
+        ConfigError where that cannot run here or, with `refuse`, changes features too much.
+        """
+        frozen = [e for e in self.encoders if isinstance(e, FrozenEncoder)]
+        if self.config.precision == "fp8" and frozen:
+            sample = images()
+            for encoder in frozen:
+                self._likeness[encoder.name] = likeness = use_fp8(encoder, sample)
+                if refuse:
+                    check_likeness(encoder.name, likeness)
+        if self.config.compile == "graphs":
+            for encoder in frozen:
+                encoder.use_graphs()
 
     def check(self, data: DataSet, *, weights: bool) -> None:
         """ConfigError unless the set holds every column that is needed, made as configured.
@@ -76,7 +98,7 @@ class Targets:
             pairs = zip(self.encoders, batch.features, strict=True)
             found = [encoder(stored.scale, stored.tokens) for encoder, stored in pairs]
         else:
-            found = [encoder(batch.image_u8) for encoder in self.encoders]
+            found = [encoder(batch.image_u8).to(self.dtype) for encoder in self.encoders]
         shares = [encoder.spatial_norm for encoder in self.config.encoders]
         return [
             spatial_norm(tokens, share) if share else tokens
@@ -85,9 +107,17 @@ class Targets:
 
     def describe(self) -> str:
         """For a run's first line."""
-        how = " (cached)" if self.cached else ""
+
+        def how(name: str) -> str:
+            words = ["cached"] if self.cached else []
+            if name in self._likeness:
+                words.append(f"fp8, cosine {self._likeness[name]:.5f}")
+            if self.config.compile == "graphs" and not self.cached:
+                words.append("CUDA graphs")
+            return f" ({', '.join(words)})" if words else ""
+
         names = (
-            f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px{how}"
+            f"{e.name} {e.grid[0]}x{e.grid[1]}x{e.width} at {e.input_side} px{how(e.name)}"
             for e in self.encoders
         )
         return ", ".join(names) or "none"

@@ -9,9 +9,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastrepa.config import Config, load_config, save_config
 from fastrepa.data.codec import build_codec
 from fastrepa.data.datasets import DataSet, open_data
+from fastrepa.data.image_sample import draw_sample
 from fastrepa.data.pipeline import Batch, DataPipeline
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.exit_codes import REQUEUE
@@ -40,8 +42,15 @@ from fastrepa.training.checkpoint import (
     read_state,
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
+from fastrepa.training.compilation import (
+    COMPILED,
+    check_compile,
+    compile_generator,
+    next_graph,
+)
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.training.evaluation import Evaluations
+from fastrepa.training.look_ahead import Batches, LookAhead
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.offload import check_offload
@@ -63,19 +72,15 @@ from fastrepa.training.zero import (
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep_", "training.tensorboard",
              "training.wandb", "training.micro_batch", "training.compile", "training.ema",
-             "training.recompute", "training.memory_budget_gb", "data.path", "data.decode",
-             "data.readers", "data.read_ahead", "data.prefetch", "sample", "evaluation", "zero",
-             "survival", "attention", "kernels", "deterministic")  # fmt: skip
+             "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
+             "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
+             "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
+             "deterministic")  # fmt: skip
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOOKED_AT = 16  # images that an encoder's precision is measured on
 SAMPLE_BATCH = 16  # images per forward of the grids, the same for any number of ranks
-
-
-class Batches(Protocol):
-    """An endless stream of micro-batches that starts at the run's step."""
-
-    def __next__(self) -> Batch: ...
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -124,6 +129,7 @@ class Trainer:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.attention = choose_attention(config, world.device, dtype)
         check_offload(config)
+        check_compile(config, world.device)
         if not random_weights:  # what fails cheaply comes first
             self.shards = self._open_shards()
         self.objective = Objective(config.objective)
@@ -148,6 +154,9 @@ class Trainer:
             dtype=dtype,
             device=world.device,
             random_weights=random_weights,
+        )
+        self.targets.prepare(
+            partial(_some_images, config, noise=random_weights), refuse=not random_weights
         )
         self.cached_latents = config.data.latents == "cached"
         if not random_weights:
@@ -178,9 +187,7 @@ class Trainer:
         }
         self.engine, self.optimizer = start_engine(model, config, world)
         self.engine.train()
-        if config.training.compile == "blocks":
-            for block in self.engine.module.blocks:
-                block.compile(dynamic=False)
+        compile_generator(self.engine.module, config.training.compile)
         self.whole = WholeTensors(self.engine, self.optimizer)
         self.resumed_from, self._resume_notes = checkpoint, list[str]()
         if checkpoint:
@@ -188,6 +195,7 @@ class Trainer:
             self._resume_notes = load_engine_state(checkpoint, self.whole, state, world)
         self.meter = Meter(world, config.training.global_batch)
         time_collectives(self.meter.region)
+        self.look_ahead = LookAhead(self.targets, config.vision.look_ahead, world.device)
         self.metrics: dict[str, float] = {}  # the last logged line
         self.writer: CheckpointWriter | None = None  # made when training begins
         self.bad_steps = BadSteps(world)
@@ -206,11 +214,12 @@ class Trainer:
         self._last_batches.clear()
         self.optimizer.set_rate(learning_rate(self.config, self.step))
         for forward in range(self.forwards):
-            with region("data_wait"):
-                batch = next(batches)
+            batch, targets = self.look_ahead.take(batches, region)
             self._last_batches.append(batch)
-            losses = self.forward_losses(batch, self.sample_numbers(forward))
+            losses = self.forward_losses(batch, self.sample_numbers(forward), targets)
             self.bad_steps.add(losses["loss"])
+            if forward + 1 < self.forwards or self.step + 1 < self.config.training.steps:
+                self.look_ahead.begin(batches, region)
             with region("backward"):
                 self.engine.backward(losses["loss"])
             if forward == self.forwards - 1:
@@ -225,15 +234,18 @@ class Trainer:
         skipped = self.bad_steps.taken(grad_norm(self.engine))
         return {**totals, "skipped": skipped}
 
-    def forward_losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
+    def forward_losses(
+        self, batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch.
 
         samples [B] int64: the samples' numbers within the step's global batch, which key their
-        noise, time and label dropout.
+        noise, time and label dropout. targets: made here unless given.
         """
         draw, step, region = self.random, self.step, self.meter.region
-        with region("encoder"):
-            targets = self.targets(batch)
+        if targets is None:
+            with region("encoder"):
+                targets = self.targets(batch)
         shape = (self.codec.channels, self.codec.side, self.codec.side)
         with torch.no_grad():
             latent_noise = (
@@ -246,6 +258,7 @@ class Trainer:
             x_t, velocity_target = self.objective.interpolate(z, noise, t)
             drop = draw.uniform(Stream.LABEL_DROP, step, samples) < self.config.model.label_dropout
         with region("forward"):
+            next_graph(self.config.training.compile)
             if targets:
                 velocity, alignment = self.engine(x_t, t, batch.label, targets, drop)
             else:
@@ -454,8 +467,8 @@ class Trainer:
             + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
             "recompute": str(c.training.recompute),
             "attention": self.attention.backend,
-            "kernels": c.kernels + (", compiled" if c.training.compile == "blocks" else ""),
-            "encoder": self.targets.describe(),
+            "kernels": c.kernels + COMPILED[c.training.compile],
+            "encoder": self.targets.describe() + (", ahead" if self.look_ahead.active else ""),
             "codec": f"{self.codec.name} {self.codec.channels}x{self.codec.side}x{self.codec.side}"
             + (" (cached)" if self.cached_latents else ""),
             "batch": f"{c.training.global_batch} = {w.size} x {self.forwards} x {self.micro}",
@@ -573,6 +586,16 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.trainer.request_stop(number)
         signal.signal(number, self.before[signal.Signals(number)])
+
+
+def _some_images(config: Config, *, noise: bool) -> Tensor:
+    """A few images of the data set, the same on every rank: uint8 [B,3,R,R]."""
+    if noise:
+        side, generator = config.data.resolution, torch.Generator().manual_seed(config.seed)
+        return torch.randint(
+            256, (LOOKED_AT, 3, side, side), dtype=torch.uint8, generator=generator
+        )
+    return draw_sample(Path(config.data.path), LOOKED_AT).images
 
 
 def _newest_checkpoint(run: Path) -> Path | None:

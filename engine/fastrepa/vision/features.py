@@ -33,6 +33,7 @@ from fastrepa.vision.digest import digest
 from fastrepa.vision.preprocess import Preprocess
 from fastrepa.vision.quantise import dequantise
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
+from fastrepa.vision.replays import Replays
 
 RANDOM_SEED = 0
 # What timm's networks raise, each in its own way, for an input side they cannot take.
@@ -133,6 +134,7 @@ class FrozenEncoder(nn.Module):
         # Channels last makes convolutions 2 to 5 times faster on the CPU and suits tensor cores.
         self._layout = torch.contiguous_format if plan.plain else torch.channels_last
         self.network = network.to(device, dtype).to(memory_format=self._layout)
+        self._run: Callable[[Tensor], Tensor] = self._tokens
         self.requires_grad_(False)
         self.train(False)
         self.register_load_state_dict_pre_hook(_offer_own_weights)
@@ -143,6 +145,13 @@ class FrozenEncoder(nn.Module):
             raise ValueError(
                 f"{self.name} was built for {self.resolution} px images, got {list(image_u8.shape)}"
             )
+        return self._run(image_u8)
+
+    def use_graphs(self) -> None:
+        """From now on compiled and replayed as a CUDA graph (vision/replays.py)."""
+        self._run = Replays(torch.compile(self._tokens, dynamic=False))
+
+    def _tokens(self, image_u8: Tensor) -> Tensor:
         x = self.preprocess(image_u8).to(self.dtype, memory_format=self._layout)
         maps = _features(self.network, x, self.plan.index, self.plan.norm)  # [B, Z, h, w]
         if self.plan.own_grid != self.grid:

@@ -44,9 +44,9 @@ class Witness:
     def given(self, model, inputs):
         self.tensors.append(inputs[4])  # label_drop
 
-    def forward(self, batch, samples):
+    def forward(self, batch, samples, targets=None):
         self.tensors = [batch.image_u8, batch.label]
-        out = self.losses(batch, samples)
+        out = self.losses(batch, samples, targets)
         for i, number in enumerate(samples.tolist()):
             parts = b"".join(t[i].contiguous().numpy().tobytes() for t in self.tensors)
             self.seen[number] = hashlib.sha256(parts).hexdigest()[:12]

@@ -45,8 +45,8 @@ def plant(trainer, *args, **kwargs):
             z[0, 0, 0, 0] = torch.nan
         return z
 
-    def faulty_forward(batch, samples):
-        losses = forward(batch, samples)
+    def faulty_forward(batch, samples, targets=None):
+        losses = forward(batch, samples, targets)
         if "loss" in due(rank, trainer.step):
             # Infinite itself, with every gradient as it was.
             losses["loss"] = losses["loss"] + torch.tensor(torch.inf)

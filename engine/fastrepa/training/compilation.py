@@ -1,0 +1,58 @@
+"""`training.compile`: the generator under torch.compile, by the block or whole as CUDA graphs.
+
+"graphs" is Inductor's reduce-overhead mode: one graph of the forward, one of the backward, replayed
+for every micro-batch. Gradients that a graph wrote are overwritten by its next replay, which torch
+refuses as soon as they are accumulated (https://github.com/pytorch/pytorch/issues/169545); so each
+is copied as it leaves the graph, before it becomes `.grad`. That costs a pass over the gradients,
+2 bytes read and written per parameter in bf16, and makes graphs work under gradient accumulation
+and under ZeRO 0, 1 and 2. Stage 3 moves weights while the model runs, which no graph can follow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastrepa.config import Config
+from fastrepa.errors import ConfigError
+
+COMPILED = {"none": "", "blocks": ", compiled", "graphs": ", compiled into CUDA graphs"}
+"""What a run's first line says of each setting."""
+
+
+def check_compile(config: Config, device: torch.device) -> None:
+    """ConfigError where graphs are asked for and `device` has none."""
+    for key, way in (
+        ("training.compile", config.training.compile),
+        ("vision.compile", config.vision.compile),
+    ):
+        if way == "graphs" and device.type != "cuda":
+            raise ConfigError(
+                f"{key}: 'graphs' captures CUDA graphs, and this run is on {device.type}; "
+                f"use 'none'{' or blocks' if key.startswith('training') else ''}"
+            )
+
+
+def compile_generator(model: nn.Module, way: str) -> None:
+    """Compile a SiT in place; shapes are static."""
+    if way == "blocks":
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
+    elif way == "graphs":
+        compile_forward(model, mode="reduce-overhead")
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_hook(torch.clone)
+
+
+def compile_forward(model: nn.Module, mode: str | None = None) -> None:
+    """`model.compile` would take in the hooks that DeepSpeed sets around a whole model's forward,
+    whose timers break the graph.
+    """
+    model.forward = torch.compile(model.forward, dynamic=False, mode=mode)
+
+
+def next_graph(way: str) -> None:
+    """Before each forward: what the graphs of the one before still hold may be overwritten."""
+    if way == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()
