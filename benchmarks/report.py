@@ -104,7 +104,8 @@ def training_steps(records: list[Record]) -> str:
     for (device, _, run, precision, batch, ranks, sampler), group in groups.items():
         first = group[0]
         title = sampler or "training step"
-        commit = first["git_sha"][:12] + (" (modified)" if first["git_dirty"] else "")
+        modified = " (modified)" if first.get("git_dirty") else ""
+        commit = first.get("git_sha", "unknown")[:12] + modified
         parts.append(f"### {title}, {precision}, batch of {batch}, {ranks} ranks\n")
         parts.append(
             f"{device}, torch {first['torch']}, {first['utc']}, commit {commit}\n\n{run}\n"

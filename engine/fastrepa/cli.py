@@ -238,8 +238,8 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="ours+recompute, ours+compile, eager, eager+compile or reference; repeat for "
-            "several. Default: the last three."
+            help="ours+recompute, ours+compile, ours+graphs, eager, eager+compile or reference; "
+            "repeat for several. Default: the last three."
         ),
     ] = None,
     precision: Annotated[

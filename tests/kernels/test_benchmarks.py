@@ -120,6 +120,27 @@ def test_the_suite_starts_with_the_main_shape_and_resumes(tmp_path):
     assert gpu_suite.already_measured(tmp_path / "none", "x", "d") == set()
 
 
+def test_a_training_step_of_the_suite(tmp_path):
+    tiny = (
+        "model.width=32", "model.depth=2", "model.heads=2", "alignment.projector_width=48",
+        "vision.encoders.0.weights=random", "vision.encoders.0.input=32", "data.codec.side=8",
+        "data.resolution=16",
+    )  # fmt: skip
+    step = gpu_suite.TrainingStep("x", "configs/quickstart.yaml", tiny, 2, ("eager",), "fp32")
+    records = gpu_suite.measure_step(step, rounds=1, steps=2)
+    assert [(r["name"], r["contender"], r["n"]) for r in records] == [
+        ("x", "ours", 2), ("x", "eager", 2),
+    ]  # fmt: skip
+    path = tmp_path / "steps.jsonl"
+    run.append(path, records, run.environment(CPU) | {"git": "abc"})
+    assert gpu_suite.steps_measured(path, "abc", records[0]["device"]) <= {"x"}
+    assert gpu_suite.steps_measured(path, "abc", run.environment(CPU)["device"]) == {"x"}
+    assert gpu_suite.steps_measured(path, "other", "any") == set()
+    assert gpu_suite.steps_measured(tmp_path / "none", "abc", "any") == set()
+    assert all((gpu_suite.ROOT / s.config).is_file() for s in gpu_suite.TRAINING_STEPS)
+    assert gpu_suite.engine_missing() == ""
+
+
 def test_prediction_of_a_step():
     """The design's own estimate: 385 ms for 256 images at 60% of 789 TFLOP/s."""
     ceilings = Ceilings(4e12, 789e12)

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch import Tensor
 
@@ -327,6 +325,10 @@ class _Decoder:
     def __init__(
         self, batch: int, prefetch: int, decode: str, device: torch.device, flip: bool
     ) -> None:
+        # A step on noise, or on columns alone, must run where DALI is not installed.
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+
         self.pending: deque[_Host] = deque()  # fed, and not yet taken
         self._prefetch, self._flip = prefetch, flip
         self._started = False

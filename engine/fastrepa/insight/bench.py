@@ -4,6 +4,7 @@ Contenders, each turn a process of its own, the turns alternating round by round
     ours             the configuration as it is
     ours+recompute   with training.recompute=1
     ours+compile     with training.compile=blocks
+    ours+graphs      with training.compile=graphs and vision.compile=graphs, on a GPU
     eager            the eager twins of our kernels, in the same engine
     eager+compile    those under torch.compile: what a good engineer would try first
     reference        the published algorithm (reference_step.py), under autocast in fp16 and bf16
@@ -34,7 +35,9 @@ from fastrepa.insight.bench_turn import MARK
 from fastrepa.training.launch import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
 
-RIVALS = ("ours+recompute", "ours+compile", "eager", "eager+compile", "reference")
+RIVALS = (
+    "ours+recompute", "ours+compile", "ours+graphs", "eager", "eager+compile", "reference",
+)  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLERS = {"ode": 50, "sde": 250}
 GUIDANCE = 1.8
@@ -168,6 +171,8 @@ def plan_cases(
                     f"{option}: {value!r} is not one of {', '.join(allowed)}"
                     f"{nearest(value, allowed)}"
                 )
+    if "ours+graphs" in against and not torch.cuda.is_available():
+        raise ConfigError("--against: 'ours+graphs' needs a GPU, which is not here")
     for option, numbers in (("--batch", batches), ("--ranks", ranks)):
         for number in numbers:
             if number < 1:

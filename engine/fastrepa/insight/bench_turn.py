@@ -18,6 +18,7 @@ import torch
 from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
 from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
@@ -35,10 +36,14 @@ def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Co
         tree["zero"] = {"stage": 0}
     if not contender.startswith("ours"):
         tree["kernels"] = "eager"
-        tree["training"].pop("recompute", None)
+        tree["training"] |= {"recompute": "none", "compile": "none"}
+        tree["vision"] |= {"look_ahead": False, "compile": "none", "precision": "run"}
     if contender == "ours+recompute":
         tree["training"]["recompute"] = 1
-    tree["training"]["compile"] = "blocks" if contender == "ours+compile" else "none"
+    if contender == "ours+compile":
+        tree["training"]["compile"] = "blocks"
+    if contender == "ours+graphs":
+        tree["training"]["compile"] = tree["vision"]["compile"] = "graphs"
     return config_from_dict(tree)
 
 
@@ -119,6 +124,7 @@ def main(text: str) -> int:
     task = json.loads(text)
     world = join_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
+    config = resolve_recompute(config, world)
     turn = sampling_turn if task["sampler"] else training_turn
     try:
         result = turn(task, config, world)

@@ -129,7 +129,7 @@ def test_without_images_no_image_is_read_and_dali_is_not_built(
 ) -> None:
     for path in full_set.shard_paths:
         path.unlink()
-    monkeypatch.setattr("fastrepa.data.pipeline.Pipeline", None)
+    monkeypatch.setattr("nvidia.dali.pipeline.Pipeline", None)
     batch = take(full_set, 1, image=False, **EVERYTHING)[0]
     assert batch.image_u8 is None
     first = numbers(full_set, range(6))
