@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import socket
+import time
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
         for key, value in alone.items():
             env.setdefault(key, value)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # Minutes of C++ compilation otherwise, for an all-reduce of inference that nothing calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with _without_chatter():
             deepspeed.init_distributed(
                 dist_backend=backend,
@@ -143,7 +146,11 @@ def of_first_rank(world: World, work: Callable[[], T]) -> T:
 
 def leave_world() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if dist.get_world_size() > 1:
+            # Gloo's threads let go of the last collective's tensors; later, while Python is taken
+            # down, that would abort the process (pytorch #190489).
+            time.sleep(0.1)
+        deepspeed.comm.destroy_process_group()
 
 
 def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
