@@ -464,6 +464,12 @@ EmaOption = Annotated[
     str | None,
     typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
 ]
+SamplePrecisionOption = Annotated[
+    str | None, typer.Option(help="Of the generator: run (as it was trained), fp32, tf32 or bf16.")
+]
+SampleCompileOption = Annotated[
+    str | None, typer.Option(help="The generator under torch.compile: none, blocks or graphs.")
+]
 
 
 @app.command()
@@ -475,6 +481,8 @@ def sample(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
     guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    precision: SamplePrecisionOption = None,
+    compile: SampleCompileOption = None,
     classes: Annotated[
         str | None, typer.Option(help="Class names or numbers, separated by commas.")
     ] = None,
@@ -484,7 +492,10 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
     ema: EmaOption = None,
 ) -> None:
-    """Draw images from a run's averaged weights; settings left out are the run's own."""
+    """Draw images from a run's averaged weights; settings left out are the run's own.
+
+    What was stopped goes on by the same command; --num may grow.
+    """
     from fastrepa.generation.generate import sample_run
 
     done = sample_run(
@@ -501,10 +512,15 @@ def sample(
         cfg=cfg,
         guidance_low=guidance_low,
         guidance_high=guidance_high,
+        precision=precision,
+        compile=compile,
     )
     if done.is_first:
         files = [str(p) for p in (done.grid, done.npz) if p]
-        print(f"{done.num} images in {done.folder} ({done.seconds:.1f} s); {', '.join(files)}")
+        there = f", {done.there} were there" if done.there else ""
+        print(
+            f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}"
+        )
 
 
 @app.command()
@@ -541,6 +557,8 @@ def evaluate(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
     guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    precision: SamplePrecisionOption = None,
+    compile: SampleCompileOption = None,
     seed: Annotated[int, typer.Option(help="Of a run's images.")] = 0,
     ema: EmaOption = None,
     batch_size: Annotated[
@@ -585,6 +603,8 @@ def evaluate(
         cfg=cfg,
         guidance_low=guidance_low,
         guidance_high=guidance_high,
+        precision=precision,
+        compile=compile,
     )
     if done.is_first:
         print_evaluation(done, as_json=json)

@@ -291,6 +291,16 @@ class SampleConfig(_Section):
     cfg: Annotated[float, Field(ge=1.0)] = 1.0
     guidance_low: Probability = 0.0
     guidance_high: Probability = 1.0
+    precision: Literal["run", "fp32", "tf32", "bf16"] = Field(
+        "run",
+        description="of the network: run is training.precision; tf32 is fp32 with TF32 products on "
+        "a GPU, as published. Grids and evaluations of a run in progress have the run's",
+    )
+    compile: Literal["none", "blocks", "graphs"] = Field(
+        "none",
+        description="as training.compile, of `fastrepa sample` and `evaluate`, whose first batch "
+        "then takes minutes; a run in progress compiles nothing for its samples",
+    )
 
 
 class EvaluationConfig(_Section):

@@ -164,11 +164,12 @@ def _run_source(
 ) -> Generated:
     """A run's images as `fastrepa sample` would draw them; `record` is told how."""
     from fastrepa.data.codec import build_codec
-    from fastrepa.generation.generate import default_labels, with_settings
+    from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
     from fastrepa.training import averages, checkpoint
 
     model, config, info = checkpoint.load_ema_model(run, world.device, ema)
     config = with_settings(config, settings)
+    model = ready_to_sample(model, config, world.device)
     record.update(
         checkpoint_step=info.step,
         ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),

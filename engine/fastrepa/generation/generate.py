@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -41,12 +41,16 @@ from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.randomness import KeyedRandom, Stream
 
+Generator = TypeVar("Generator", bound=nn.Module)
+
 BATCH_SIZE = 32
 GRID_IMAGES = 64
 RECORD = "sampling.json"
 PNG_NAME = re.compile(r"\d{6,}\.png")
 _OURS = re.compile(
-    PNG_NAME.pattern + r"|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|" + re.escape(RECORD)
+    PNG_NAME.pattern
+    + r"(\.partial)?|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|"
+    + re.escape(RECORD)
 )
 
 
@@ -113,7 +117,8 @@ def generate(
     mode meanwhile. It runs on batches of exactly `batch_size`: a last, shorter one is filled up
     with its last image. `input_shape` (C, h, w) defaults to the codec's and `null_label` to the
     model's number of classes. `progress` is told the images made since its last call, in
-    fractions of an image as the sampler goes. `sample_config.num` is not used.
+    fractions of an image as the sampler goes. `sample_config.num` is not used, and of its precision
+    only whether it is tf32: `ready_to_sample` is for the rest.
 
     Raises ValueError where labels and sample_ids differ in length.
     """
@@ -128,7 +133,7 @@ def generate(
             return codec.decode(torch.zeros(1, *shape, device=device))[:0].cpu()
     random = KeyedRandom(seed)
     images: list[Tensor] = []
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), _products(sample_config.precision), torch.no_grad():
         for ids, wanted in zip(sample_ids.split(batch_size), labels.split(batch_size), strict=True):
             count = len(ids)
             ids = _fill(ids, batch_size).to(device, torch.int64)
@@ -159,6 +164,34 @@ def generate(
     return torch.cat(images)
 
 
+def ready_to_sample(model: Generator, config: Config, device: torch.device) -> Generator:
+    """The generator in the precision that `sample.precision` names, compiled as `sample.compile`
+    says; in place.
+
+    Raises ConfigError where `device` cannot do that.
+    """
+    from fastrepa.training.compilation import check_compile, compile_generator
+
+    wanted = config.sample
+    check_compile("sample.compile", wanted.compile, device)
+    precision = config.training.precision if wanted.precision == "run" else wanted.precision
+    model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    compile_generator(model, wanted.compile)
+    return model
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """float32 products in TF32 where `precision` is that, and as they were afterwards."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _fill(values: Tensor, length: int) -> Tensor:
     """values [n] lengthened to [length] by repeating the last."""
     return torch.cat((values, values[-1:].expand(length - len(values))))
@@ -186,6 +219,8 @@ class SampleFolder:
 
     folder: Path
     num: int
+    there: int
+    """Images that were there before; told to the first process."""
     grid: Path
     npz: Path | None
     seconds: float
@@ -208,12 +243,14 @@ def sample_run(
     """Draw images from the averaged weights of a run's newest checkpoint into a folder.
 
     `ema` names another average than the run's first: 0.999, or sigma_rel=0.05.
-    `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high);
-    those that are None or missing come from the run's configuration. Image i gets class i of
-    `classes` in turn. Writes `000000.png`, ..., `grid.png` (the first 64), with `npz` the ADM
-    evaluation suite's `samples_NxHxWx3.npz`, and `sampling.json`, which says how they were made.
+    `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high,
+    precision, compile); those that are None or missing come from the run's configuration. Image i
+    gets class i of `classes` in turn. Writes `000000.png`, ..., `grid.png` (the first 64), with
+    `npz` the ADM evaluation suite's `samples_NxHxWx3.npz`, and `sampling.json`, which says how they
+    were made.
     `out` defaults to RUN/generated. Under torchrun every process calls this and does a share; the
-    folder must be one that all of them see.
+    folder must be one that all of them see. Called again with the same settings (`num` may differ),
+    it goes on where it was stopped; with others it starts anew.
 
     Raises FastrepaError for a folder that holds anything else or cannot be written, ConfigError
     for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
@@ -236,12 +273,14 @@ def sample_run(
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = with_settings(config, settings)
+    model = ready_to_sample(model, config, device)
     num = config.sample.num
     batch_size = min(batch_size, num)
     chosen = choose_classes(classes, info.classes, config.model.num_classes)
     record = {
         "run": str(run),
         "checkpoint_step": info.step,
+        "checkpoint": checkpoint.fingerprint(run, info.step),
         "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
         "seed": seed,
         "batch_size": batch_size,
@@ -249,11 +288,15 @@ def sample_run(
         "classes": [info.classes[c] if info.classes else c for c in chosen] if classes else "all",
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
     }
-    _agree(world, lambda: claim_folder(folder, record))
+    found: list[int] = []  # by the first process, whose bar and words are shown
+    _agree(world, lambda: found.append(claim_folder(folder, record)))
+    there = sum(found)
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
-    with _progress_bar(num, world.is_first) as advance, ThreadPoolExecutor(4) as writers:
-        for ids in rank_batches(num, batch_size, world.rank, world.size):
+    mine = rank_batches(num, batch_size, world.rank, world.size)
+    missing = [ids for ids in mine if not all(image_path(folder, int(i)).is_file() for i in ids)]
+    with _progress_bar(num, there, world.is_first) as advance, ThreadPoolExecutor(4) as writers:
+        for ids in missing:
             images = generate(
                 model,
                 codec,
@@ -288,7 +331,8 @@ def sample_run(
     if not alone:
         zero.leave_world()
     grid = folder / "grid.png"
-    return SampleFolder(folder, num, grid, packed[0] if packed else None, seconds, world.is_first)
+    npz_path = packed[0] if packed else None
+    return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
@@ -318,8 +362,10 @@ def _agree(world: Any, action: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _progress_bar(num: int, active: bool) -> Iterator[Callable[[float], None]]:
-    """Images made of `num`, images a second and the time left, where a terminal shows them."""
+def _progress_bar(num: int, there: int, active: bool) -> Iterator[Callable[[float], None]]:
+    """Images made of `num`, images a second and the time left, where a terminal shows them; `there`
+    of them were made before.
+    """
     console = Console()
     columns = (
         TextColumn("sampling"),
@@ -331,12 +377,13 @@ def _progress_bar(num: int, active: bool) -> Iterator[Callable[[float], None]]:
     )
     shown = active and console.is_terminal
     with Progress(*columns, console=console, disable=not shown) as bar:
-        task, started, made = bar.add_task("", total=num, rate=""), time.perf_counter(), 0.0
+        task = bar.add_task("", total=num, completed=there, rate="")
+        started, made = time.perf_counter(), float(there)
 
         def advance(images: float) -> None:
             nonlocal made
             made = min(num, made + images)
-            rate = f"{made / max(time.perf_counter() - started, 1e-9):.1f} images/s"
+            rate = f"{(made - there) / max(time.perf_counter() - started, 1e-9):.1f} images/s"
             bar.update(task, completed=made, rate=rate)
 
         yield advance
@@ -345,15 +392,17 @@ def _progress_bar(num: int, active: bool) -> Iterator[Callable[[float], None]]:
 # Files -----------------------------------------------------------------------------------------
 
 
-def claim_folder(folder: Path, record: dict[str, Any]) -> None:
-    """Make `folder` ready for new images and leave `record` in it as sampling.json.
+def claim_folder(folder: Path, record: dict[str, Any]) -> int:
+    """Make `folder` ready for images and leave `record` in it as sampling.json; returns how many
+    of them it has.
 
-    Images of an earlier call are removed; a folder that holds files but no sampling.json is
-    somebody else's. Raises FastrepaError for that, for a file in the way, and where it cannot be
-    written.
+    Images of a call with the same record stay, up to its `num`; those of another are removed. A
+    folder that holds files but no sampling.json is somebody else's. Raises FastrepaError for that,
+    for a file in the way, and where it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise FastrepaError(f"{folder}: is a file; --out wants a folder")
+    written = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         entries = list(folder.iterdir())
@@ -362,12 +411,28 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
                 f"{folder}: holds files that `fastrepa sample` did not write"
                 f" ({min(entries).name}, ...); nothing is overwritten, choose another --out"
             )
+        kept, same = (
+            0,
+            bool(entries) and _but_num((folder / RECORD).read_text()) == _but_num(written),
+        )
         for entry in entries:
-            if _OURS.fullmatch(entry.name):
+            name = entry.name
+            stays = same and PNG_NAME.fullmatch(name) and int(entry.stem) < record["num"]
+            kept += bool(stays)
+            if _OURS.fullmatch(name) and name != RECORD and not stays:
                 entry.unlink()
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        (folder / RECORD).write_text(written)
+        return kept
     except OSError as e:
         raise FastrepaError(f"{folder}: cannot be written ({e.strerror})") from None
+
+
+def _but_num(record: str) -> dict[str, Any] | None:
+    """What decides an image; None for no record."""
+    try:
+        return {k: v for k, v in json.loads(record).items() if k != "num"}
+    except (ValueError, AttributeError):
+        return None
 
 
 def image_path(folder: Path, number: int) -> Path:
@@ -375,8 +440,12 @@ def image_path(folder: Path, number: int) -> Path:
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """uint8 image [3,H,W] to a PNG; lossless at every level, and level 1 is the quick one."""
-    to_image(image).save(path, compress_level=1)
+    """uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every level,
+    and level 1 is the quick one.
+    """
+    partial = path.with_suffix(".png.partial")
+    to_image(image).save(partial, "PNG", compress_level=1)
+    partial.replace(path)
 
 
 def read_png(path: Path) -> Tensor:

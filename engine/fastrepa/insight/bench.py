@@ -192,7 +192,7 @@ def plan_cases(
                         continue  # the engine trains in fp32 or bf16
                     cases.append(Case(name, precision, batch, world))
     if sampling:
-        named = ["ours", *(n for n in against if n in ("ours+compile", "eager", "eager+compile"))]
+        named = ["ours", *(n for n in against if n not in ("ours+recompute", "reference"))]
         cases += [
             Case(name, precision, batches[0], 1, f"{sampler}-{steps}")
             for precision in precisions

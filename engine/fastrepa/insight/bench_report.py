@@ -17,6 +17,7 @@ from fastrepa.insight.bench import FILE, Result, record
 PICTURE = "bench.png"
 COLOURS = {
     "ours": "#2a7f62", "ours+recompute": "#7cc4a4", "ours+compile": "#4f9d80",
+    "ours+graphs": "#1d5c47",
     "eager": "#3f7cac", "eager+compile": "#7fb0d3", "reference": "#e08e45",
 }  # fmt: skip
 INK, PALE = "#222222", "#666666"

@@ -83,6 +83,11 @@ def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
     return None
 
 
+def fingerprint(run: Path, step: int) -> str:
+    """Of a checkpoint's contents: SHA-256 of its manifest, which has those of its files."""
+    return _sha256(checkpoint_path(run, step) / "manifest.json")
+
+
 def read_state(path: Path) -> RunState:
     """state.json of a checkpoint folder."""
     try:

@@ -1,4 +1,5 @@
-"""`training.compile`: the generator under torch.compile, by the block or whole as CUDA graphs.
+"""`training.compile`, `sample.compile`: the generator under torch.compile, by the block or whole as
+CUDA graphs.
 
 "graphs" is Inductor's reduce-overhead mode: one graph of the forward, one of the backward, replayed
 for every micro-batch. Gradients that a graph wrote are overwritten by its next replay, which torch
@@ -13,24 +14,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastrepa.config import Config
 from fastrepa.errors import ConfigError
 
 COMPILED = {"none": "", "blocks": ", compiled", "graphs": ", compiled into CUDA graphs"}
 """What a run's first line says of each setting."""
 
 
-def check_compile(config: Config, device: torch.device) -> None:
-    """ConfigError where graphs are asked for and `device` has none."""
-    for key, way in (
-        ("training.compile", config.training.compile),
-        ("vision.compile", config.vision.compile),
-    ):
-        if way == "graphs" and device.type != "cuda":
-            raise ConfigError(
-                f"{key}: 'graphs' captures CUDA graphs, and this run is on {device.type}; "
-                f"use 'none'{' or blocks' if key.startswith('training') else ''}"
-            )
+def check_compile(key: str, way: str, device: torch.device) -> None:
+    """ConfigError naming `key` where it asks for graphs and `device` has none."""
+    if way == "graphs" and device.type != "cuda":
+        others = "'none'" if key.startswith("vision") else "'none' or 'blocks'"
+        raise ConfigError(
+            f"{key}: 'graphs' captures CUDA graphs, and this is on {device.type}; use {others}"
+        )
 
 
 def compile_generator(model: nn.Module, way: str) -> None:
@@ -40,9 +36,13 @@ def compile_generator(model: nn.Module, way: str) -> None:
             block.compile(dynamic=False)
     elif way == "graphs":
         compile_forward(model, mode="reduce-overhead")
-        for p in model.parameters():
-            if p.requires_grad:
-                p.register_hook(torch.clone)
+
+
+def copy_gradients(model: nn.Module) -> None:
+    """Take each gradient out of the graph that wrote it, before it is accumulated."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(torch.clone)
 
 
 def compile_forward(model: nn.Module, mode: str | None = None) -> None:

@@ -46,6 +46,7 @@ from fastrepa.training.compilation import (
     COMPILED,
     check_compile,
     compile_generator,
+    copy_gradients,
     next_graph,
 )
 from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
@@ -129,7 +130,8 @@ class Trainer:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.attention = choose_attention(config, world.device, dtype)
         check_offload(config)
-        check_compile(config, world.device)
+        check_compile("training.compile", config.training.compile, world.device)
+        check_compile("vision.compile", config.vision.compile, world.device)
         if not random_weights:  # what fails cheaply comes first
             self.shards = self._open_shards()
         self.objective = Objective(config.objective)
@@ -188,6 +190,8 @@ class Trainer:
         self.engine, self.optimizer = start_engine(model, config, world)
         self.engine.train()
         compile_generator(self.engine.module, config.training.compile)
+        if config.training.compile == "graphs":
+            copy_gradients(self.engine.module)
         self.whole = WholeTensors(self.engine, self.optimizer)
         self.resumed_from, self._resume_notes = checkpoint, list[str]()
         if checkpoint:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastrepa.config import Config, SampleConfig, config_from_dict
 from fastrepa.data.codec import PixelCodec
 from fastrepa.errors import ConfigError, FastrepaError
+from fastrepa.generation import generate as room
 from fastrepa.generation.generate import (
     choose_classes,
     claim_folder,
@@ -53,6 +54,7 @@ def tiny_config() -> Config:
             },
             "model": {"width": 48, "depth": 2, "heads": 4, "patch": 4, "num_classes": len(CLASSES)},
             "sample": {"num": 10, "sampler": "ode", "steps": 4, "cfg": 2.0},
+            "training": {"precision": "bf16"},
         }
     )
 
@@ -321,7 +323,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
 
 def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
     folder = tmp_path / "new" / "samples"
-    claim_folder(folder, {"seed": 1})
+    assert claim_folder(folder, {"seed": 1}) == 0
     ours = [
         "000000.png",
         "1000000.png",
@@ -351,6 +353,7 @@ def loaded(monkeypatch):
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(checkpoint, "load_ema_model", fake_run)
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"{run} {step}")
 
 
 def png_bytes(folder: Path) -> dict[str, bytes]:
@@ -361,7 +364,9 @@ def png_bytes(folder: Path) -> dict[str, bytes]:
 
 def test_sample_run(loaded, tmp_path):
     out = tmp_path / "out"
-    result = sample_run("run", out, num=10, seed=7, batch_size=4, npz=True, sampler="sde", steps=3)
+    result = sample_run(
+        "run", out, num=10, seed=7, batch_size=4, npz=True, sampler="sde", steps=3, precision="fp32"
+    )
     assert (result.folder, result.num, result.is_first) == (out, 10, True)
     names = [f"{i:06d}.png" for i in range(10)]
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -389,6 +394,46 @@ def test_sample_run(loaded, tmp_path):
     assert (record["sampler"], record["steps"], record["cfg"]) == ("sde", 3, 2.0)
 
 
+def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
+    from fastrepa.training import checkpoint
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert sample_run("run", whole, num=10, batch_size=4).there == 0
+    made, plain = [], room.generate
+
+    def stopped(*args, sample_ids, **kwargs):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.extend(sample_ids.tolist())
+        return plain(*args, sample_ids=sample_ids, **kwargs)
+
+    monkeypatch.setattr(room, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample_run("run", out, num=10, batch_size=4)
+    (out / "000005.png.partial").write_bytes(b"half")
+    (out / "000003.png").unlink()
+    made.clear()
+
+    def counting(*args, sample_ids, **kwargs):
+        made.extend(sample_ids.tolist())
+        return plain(*args, sample_ids=sample_ids, **kwargs)
+
+    monkeypatch.setattr(room, "generate", counting)
+    assert sample_run("run", out, num=6, batch_size=4).there == 3
+    assert made == [0, 1, 2, 3, 4, 5]  # whole batches
+    assert sample_run("run", out, num=10, batch_size=4, npz=True).there == 6
+    assert made[6:] == [4, 5, 6, 7, 8, 9]
+    assert png_bytes(out) == png_bytes(whole)
+    made.clear()
+    assert sample_run("run", out, num=2, batch_size=4).there == 0  # batches of 2: others
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: "trained again")
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    assert len(made) == 22
+    (out / "sampling.json").write_text("[")
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+
+
 def test_sample_run_again_with_classes(loaded, tmp_path):
     sample_run("run", tmp_path, num=12)
     before = png_bytes(tmp_path)
@@ -400,9 +445,49 @@ def test_sample_run_again_with_classes(loaded, tmp_path):
     assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == ["Food", "3"]
 
 
+def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatch):
+    """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
+    compile_, compiled, products = torch.compile, [], []
+
+    def by_torch(function, **options):
+        compiled.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True, **options)
+
+    def forward(self, *given):
+        products.append((torch.get_float32_matmul_precision(), next(self.parameters()).dtype))
+        return plain(self, *given)
+
+    monkeypatch.setattr(torch, "compile", by_torch)
+    plain = SiT.forward
+    images = {}
+    for name, settings in {
+        "fp32": {"precision": "fp32"}, "blocks": {"precision": "fp32", "compile": "blocks"},
+        "bf16": {"precision": "bf16"}, "run": {}, "tf32": {"precision": "tf32"},
+    }.items():  # fmt: skip
+        if not settings.get("compile"):
+            monkeypatch.setattr(SiT, "forward", forward)
+        out = sample_run("run", tmp_path / name, num=4, batch_size=4, **settings).folder
+        monkeypatch.setattr(SiT, "forward", plain)
+        images[name] = torch.stack([read_png(out / f"{i:06d}.png") for i in range(4)]).int()
+    assert len(compiled) == 2  # blocks
+    modes = [("highest", torch.float32), ("highest", torch.bfloat16), ("high", torch.float32)]
+    assert list(dict.fromkeys(products)) == modes
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert (images["fp32"] - images["blocks"]).abs().max() <= 1
+    assert torch.equal(images["fp32"], images["tf32"])  # no GPU, no TF32
+    assert torch.equal(images["run"], images["bf16"])  # training's
+    assert 0 < (images["fp32"] - images["bf16"]).abs().max() < 16
+    assert json.loads((tmp_path / "blocks/sampling.json").read_text())["compile"] == "blocks"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            {"compile": "graphs"},
+            "sample.compile: 'graphs' captures CUDA graphs, and this is on cpu",
+        ),
+        ({"precision": "fp16"}, "sample.precision: 'fp16' is not allowed"),
         ({"cfg": 0.5}, "sample.cfg: 0.5 is not allowed"),
         ({"sampler": "euler"}, "sample.sampler: 'euler' is not allowed"),
         ({"guidance_low": 0.8, "guidance_high": 0.7}, "guidance_low: 0.8 is above"),
@@ -429,6 +514,7 @@ from fastrepa.errors import FastrepaError
 from fastrepa.generation import generate as room
 from fastrepa.training import checkpoint
 checkpoint.load_ema_model = test_generate.fake_run
+checkpoint.fingerprint = lambda run, step: f"{run} {step}"
 plain, drawn, answers = room.generate, [], []
 def counting(*args, sample_ids, **kwargs):
     drawn.extend(sample_ids.tolist())
