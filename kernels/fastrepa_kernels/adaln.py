@@ -186,7 +186,6 @@ def _residual_bwd_kernel(
         tl.store(sums_ptr + (pid.to(tl.int64) * D + d), dgate, mask=inside)
 
 
-@torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())
 def _norm_modulate(
     x: Tensor,
     branch: Tensor | None,
@@ -229,7 +228,12 @@ def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
     return x_new, y.to(out_dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-@_norm_modulate.register_fake
+_norm_modulate_op = torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())(
+    _norm_modulate
+)
+
+
+@_norm_modulate_op.register_fake
 def _(x, branch, gate, shift, scale, eps, out_dtype):
     statistics = launch.arithmetic_dtype(x)
     return (
@@ -240,7 +244,6 @@ def _(x, branch, gate, shift, scale, eps, out_dtype):
     )
 
 
-@torch.library.custom_op("fastrepa::norm_modulate_backward", mutates_args=())
 def _norm_modulate_backward(
     dy: Tensor,
     dx_new: Tensor | None,
@@ -302,7 +305,12 @@ def _norm_modulate_backward_torch(dy, dx_new, x, branch, gate, scale, mean, rstd
     return dx.to(x.dtype), dbranch, total
 
 
-@_norm_modulate_backward.register_fake
+_norm_modulate_backward_op = torch.library.custom_op(
+    "fastrepa::norm_modulate_backward", mutates_args=()
+)(_norm_modulate_backward)
+
+
+@_norm_modulate_backward_op.register_fake
 def _(dy, dx_new, x, branch, gate, scale, mean, rstd, sums):
     return (
         torch.empty_like(x),
@@ -311,7 +319,7 @@ def _(dy, dx_new, x, branch, gate, scale, mean, rstd, sums):
     )
 
 
-_norm_modulate_backward_call = first_order(_norm_modulate_backward)
+_norm_modulate_backward_call = first_order(_norm_modulate_backward_op)
 
 
 def _norm_setup(ctx, inputs, output):
@@ -345,7 +353,7 @@ def _norm_backward(ctx, dx_new, dy, _mean, _rstd):
 
 
 _norm_modulate_call = differentiable(
-    _norm_modulate, setup_context=_norm_setup, backward=_norm_backward
+    _norm_modulate_op, setup_context=_norm_setup, backward=_norm_backward
 )
 
 

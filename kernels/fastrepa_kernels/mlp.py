@@ -86,7 +86,6 @@ def _epilogue(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tens
     return y, x.new_empty(0) if a is None else a
 
 
-@torch.library.custom_op("fastrepa::linear_gelu", mutates_args=())
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, keep: bool, recompute: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +100,10 @@ def _linear_gelu(
         return y, a if keep else x.new_empty(0)
 
 
-@_linear_gelu.register_fake
+_linear_gelu_op = torch.library.custom_op("fastrepa::linear_gelu", mutates_args=())(_linear_gelu)
+
+
+@_linear_gelu_op.register_fake
 def _(x, weight, bias, keep, recompute):
     y = x.new_empty((x.shape[0], weight.shape[0]))
     return y, torch.empty_like(y) if keep else x.new_empty(0)
@@ -151,7 +153,7 @@ def _backward(ctx, dy, _):
     return dx, dw, db, None, None
 
 
-_linear_gelu_call = differentiable(_linear_gelu, setup_context=_setup, backward=_backward)
+_linear_gelu_call = differentiable(_linear_gelu_op, setup_context=_setup, backward=_backward)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
