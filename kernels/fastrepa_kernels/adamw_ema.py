@@ -158,11 +158,12 @@ def _adamw_ema_(
     low: Sequence[Any] = low_precision or [None] * count
     lists = (params, grads, exp_avg, exp_avg_sq, low, of_param)
     numbers = _Rates.of(rates)
-    for *entry, averages in zip(*lists, strict=True):
-        if not entry[0].numel():
-            continue
-        step = _step_triton if launch.use_triton(entry[0]) else _step_torch
-        step(entry, averages, control, numbers, betas, eps)
+    entries = [(*e, *averages) for *e, averages in zip(*lists, strict=True) if e[0].numel()]
+    if entries and not launch.use_triton(entries[0][0]):
+        _step_torch(entries, control, numbers, betas, eps)
+        return
+    for entry in entries:
+        _step_triton(entry[:5], entry[5:], control, numbers, betas, eps)
 
 
 @_adamw_ema_.register_fake
@@ -181,42 +182,66 @@ def _step_triton(entry, averages, control, rates, betas, eps) -> None:
     )  # fmt: skip
 
 
-def _step_torch(entry, averages, control, rates, betas, eps) -> None:
+def _step_torch(entries, control, rates, betas, eps) -> None:
     if control is not None:
         # On CPU the flag is host memory already: reading it waits for nothing.
         keep, *values = control.tolist()
         if keep == 0.0:
             return
         rates = _Rates.of(values)
-    flat: list[Any] = [None if t is None else t.view(-1) for t in (*entry, *averages)]
-    p = flat[0]
-    room = min(CPU_BLOCK, p.numel())
-    s, u = (torch.empty(room, dtype=p.dtype, device=p.device) for _ in range(2))
-    for start in range(0, p.numel(), CPU_BLOCK):
-        part = slice(start, start + CPU_BLOCK)
-        block = [None if t is None else t[part] for t in flat]
-        size = min(CPU_BLOCK, p.numel() - start)
-        _step_block(block, s[:size], u[:size], rates, betas, eps)
+    largest = min(CPU_BLOCK, sum(entry[0].numel() for entry in entries))
+    p = entries[0][0]
+    scratch = torch.empty((2, largest), dtype=p.dtype, device=p.device)
+    group: list[list[Any]] = []
+    held = 0
+    for entry in entries:
+        flat = [None if t is None else t.view(-1) for t in entry]
+        for start in range(0, entry[0].numel(), CPU_BLOCK):
+            piece = [None if t is None else t[start : start + CPU_BLOCK] for t in flat]
+            size = min(CPU_BLOCK, entry[0].numel() - start)
+            if held + size > largest:
+                _step_group(group, scratch, rates, betas, eps)
+                group, held = [], 0
+            group.append(piece)
+            held += size
+    _step_group(group, scratch, rates, betas, eps)
 
 
-def _step_block(block, s, u, rates, betas, eps) -> None:
-    """One block in single-rounding operations; s and u are scratch."""
-    p, g, m, v, low, *averages = block
-    torch.mul(s.copy_(g), rates.grad_scale, out=s)
-    torch.mul(s, 1 - betas[0], out=u)
-    m.mul_(betas[0]).add_(u)
-    torch.mul(s, s, out=u)
-    v.mul_(betas[1]).add_(u.mul_(1 - betas[1]))
-    torch.sqrt(v, out=u)
-    torch.div(m, u.mul_(rates.root).add_(eps), out=s)
+def _step_group(group, scratch, rates, betas, eps) -> None:
+    """Flat pieces of tensors, all by the same single-rounding operations, so that a result does not
+    depend on how tensors are cut; as lists, because many are small.
+    """
+    p, g, m, v, low, *averages = (list(t) for t in zip(*group, strict=True))
+    sizes = [t.numel() for t in p]
+    s, u = (list(row[: sum(sizes)].split(sizes)) for row in scratch)
+    torch._foreach_copy_(s, g)
+    if rates.grad_scale != 1.0:
+        torch._foreach_mul_(s, rates.grad_scale)
+    torch._foreach_copy_(u, s)
+    torch._foreach_mul_(u, 1 - betas[0])
+    torch._foreach_mul_(m, betas[0])
+    torch._foreach_add_(m, u)
+    torch._foreach_mul_(s, s)
+    torch._foreach_mul_(s, 1 - betas[1])
+    torch._foreach_mul_(v, betas[1])
+    torch._foreach_add_(v, s)
+    torch._foreach_copy_(u, v)
+    torch._foreach_sqrt_(u)
+    torch._foreach_mul_(u, rates.root)
+    torch._foreach_add_(u, eps)
+    torch._foreach_copy_(s, m)
+    torch._foreach_div_(s, u)
     if rates.decay != 1.0:
-        p.mul_(rates.decay)
-    p.sub_(s.mul_(rates.step_size))
+        torch._foreach_mul_(p, rates.decay)
+    torch._foreach_mul_(s, rates.step_size)
+    torch._foreach_sub_(p, s)
     for e, rest in zip(averages, rates.ema_rests, strict=True):
-        torch.sub(p, e, out=s)
-        e.add_(s.mul_(rest))
-    if low is not None:
-        low.copy_(p)
+        torch._foreach_copy_(s, p)
+        torch._foreach_sub_(s, e)
+        torch._foreach_mul_(s, rest)
+        torch._foreach_add_(e, s)
+    if low[0] is not None:
+        torch._foreach_copy_(low, p)
 
 
 def _rates(step, lr, betas, weight_decay, grad_scale, decays) -> _Rates:
