@@ -99,7 +99,7 @@ def measured():
             python += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         done = subprocess.run(
             [*python, "tests.engine.insight.measured_steps", *map(json.dumps, cases)],
-            env=environment(), capture_output=True, text=True, timeout=300, cwd=ROOT,
+            env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
