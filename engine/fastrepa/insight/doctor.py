@@ -203,7 +203,7 @@ def _system() -> list[Finding]:
 
 
 def _compiler() -> Finding:
-    """DeepSpeed and torch.compile build C++ at run time: compiler, ninja and Python's headers."""
+    """NVMe offload and torch.compile build C++ at run time: compiler, ninja, Python's headers."""
     compiler = os.environ.get("CXX", "g++")
     missing = []
     if not shutil.which(compiler):
@@ -220,7 +220,7 @@ def _compiler() -> Finding:
         missing.append(("Python.h is missing", f"apt-get install python{version}-dev"))
     if missing:
         why, remedies = zip(*missing, strict=True)
-        detail = f"{'; '.join(why)}: DeepSpeed on CPU ranks and torch.compile build with it"
+        detail = f"{'; '.join(why)}: offload to NVMe and torch.compile build with it"
         return Finding("system", "C++ toolchain", "broken", detail, "; ".join(remedies))
     return Finding("system", "C++ toolchain", "ok", f"{compiler}, ninja, Python.h")
 
