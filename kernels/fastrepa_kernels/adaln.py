@@ -223,9 +223,14 @@ def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
         x_new = torch.addcmul(x.to(wide), branch.to(wide), gate.to(wide)[:, None]).to(x.dtype)
         x = x_new
     h, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], None, None, eps)
-    # h is ours alone: modulate it in place.
-    y = h.mul_(1 + scale.to(wide)[:, None]).add_(shift.to(wide)[:, None])
-    return x_new, y.to(out_dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    y = _modulate_torch(h, shift, scale, out_dtype)
+    return x_new, y, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _modulate_torch(h, shift, scale, out_dtype):
+    """h (1 + scale) + shift; h is overwritten."""
+    y = h.mul_(1 + scale.to(h.dtype)[:, None]).add_(shift.to(h.dtype)[:, None])
+    return y.to(out_dtype)
 
 
 _norm_modulate_op = torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())(

@@ -35,6 +35,7 @@ from fastrepa_kernels.activation import activate_backward
 from fastrepa_kernels.adaln import (
     EPS,
     _check,
+    _modulate_torch,
     _norm_modulate,
     _norm_modulate_backward,
     _row_major,
@@ -107,8 +108,7 @@ def _again(
         return _rows(_norm_modulate(x, None, None, shift, scale, eps, dtype)[1])
     # On a CPU the saved statistics are worth having: its own are slower than all the rest.
     h = torch.sub(x.to(mean.dtype), mean[..., None]).mul_(rstd[..., None])
-    scale, shift = (t.to(mean.dtype)[:, None] for t in (scale, shift))
-    return _rows(h.mul_(1 + scale).add_(shift).to(dtype))
+    return _rows(_modulate_torch(h, shift, scale, dtype))
 
 
 def _first_shapes(x, branch):

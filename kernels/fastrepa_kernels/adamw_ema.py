@@ -158,12 +158,17 @@ def _adamw_ema_(
     low: Sequence[Any] = low_precision or [None] * count
     lists = (params, grads, exp_avg, exp_avg_sq, low, of_param)
     numbers = _Rates.of(rates)
-    entries = [(*e, *averages) for *e, averages in zip(*lists, strict=True) if e[0].numel()]
-    if entries and not launch.use_triton(entries[0][0]):
+    by_torch: dict[Any, list[Any]] = {}  # tensors that can share a scratch
+    for *entry, averages in zip(*lists, strict=True):
+        p = entry[0]
+        if not p.numel():
+            continue
+        if launch.use_triton(p):
+            _step_triton(entry, averages, control, numbers, betas, eps)
+        else:
+            by_torch.setdefault((p.device, p.dtype), []).append((*entry, *averages))
+    for entries in by_torch.values():
         _step_torch(entries, control, numbers, betas, eps)
-        return
-    for entry in entries:
-        _step_triton(entry[:5], entry[5:], control, numbers, betas, eps)
 
 
 @_adamw_ema_.register_fake
