@@ -92,23 +92,21 @@ def measure_step(step: TrainingStep, *, rounds: int = 2, steps: int = 5) -> list
     return [json.loads(line) | {"name": step.name} for line in lines]
 
 
-def already_measured(path: Path, commit: str, device: str) -> set[tuple[str, str, str]]:
+def recorded(path: Path, commit: str, device: str) -> list[dict[str, Any]]:
+    """The file's records of this commit and device."""
     if not path.exists():
-        return set()
+        return []
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {
-        (r["case"], r["shape"], r["dtype"])
-        for r in records
-        if r["git"] == commit and r["device"] == device
-    }
+    return [r for r in records if r["git"] == commit and r["device"] == device]
+
+
+def already_measured(path: Path, commit: str, device: str) -> set[tuple[str, str, str]]:
+    return {(r["case"], r["shape"], r["dtype"]) for r in recorded(path, commit, device)}
 
 
 def steps_measured(path: Path, commit: str, device: str) -> set[str]:
     """Names of the training steps that are recorded."""
-    if not path.exists():
-        return set()
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {r["name"] for r in records if r["git"] == commit and r["device"] == device}
+    return {r["name"] for r in recorded(path, commit, device)}
 
 
 def engine_missing() -> str:

@@ -294,7 +294,7 @@ class SampleConfig(_Section):
     precision: Literal["run", "fp32", "tf32", "bf16"] = Field(
         "run",
         description="of the network: run is training.precision; tf32 is fp32 with TF32 products on "
-        "a GPU, as published. Grids and evaluations of a run in progress have the run's",
+        "a GPU, as published. Grids and evaluations of a run in progress are in its own dtype",
     )
     compile: Literal["none", "blocks", "graphs"] = Field(
         "none",

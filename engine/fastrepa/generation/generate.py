@@ -411,10 +411,8 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
                 f"{folder}: holds files that `fastrepa sample` did not write"
                 f" ({min(entries).name}, ...); nothing is overwritten, choose another --out"
             )
-        kept, same = (
-            0,
-            bool(entries) and _but_num((folder / RECORD).read_text()) == _but_num(written),
-        )
+        before = (folder / RECORD).read_text() if entries else ""
+        kept, same = 0, _but_num(before) == _but_num(written)
         for entry in entries:
             name = entry.name
             stays = same and PNG_NAME.fullmatch(name) and int(entry.stem) < record["num"]
