@@ -20,6 +20,9 @@ of each tensor, forward and backward, statistics in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -32,6 +35,7 @@ from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
 
 EPS = 1e-6
+_CPU_BLOCK = 1 << 18  # elements: five or so fp32 buffers of 1 MiB stay in a CPU's caches
 
 
 def layernorm_modulate_reference(
@@ -216,21 +220,61 @@ def _norm_modulate(
     return x_new, y, mean, rstd
 
 
+def _samples(*tensors: Tensor | None) -> Iterator[list[Any]]:
+    """What a CPU handles at once: as many samples as stay in its caches, of each tensor."""
+    x = tensors[0]
+    assert x is not None
+    count = max(1, _CPU_BLOCK // max(1, x[:1].numel()))
+    for start in range(0, x.shape[0], count):
+        yield [None if t is None else t[start : start + count] for t in tensors]
+
+
 def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
     wide = launch.arithmetic_dtype(x)
-    x_new = x.new_empty(0)
-    if branch is not None:
-        x_new = torch.addcmul(x.to(wide), branch.to(wide), gate.to(wide)[:, None]).to(x.dtype)
-        x = x_new
-    h, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], None, None, eps)
-    y = _modulate_torch(h, shift, scale, out_dtype)
-    return x_new, y, mean.squeeze(-1), rstd.squeeze(-1)
+    kept = torch.empty_like(x) if branch is not None else None
+    y = torch.empty_like(x, dtype=out_dtype)
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=wide) for _ in range(2))
+    for part in _samples(x, branch, gate, kept, shift, scale, y, mean, rstd):
+        _norm_modulate_part(*part, eps=eps, wide=wide)
+    return x.new_empty(0) if kept is None else kept, y, mean, rstd
 
 
-def _modulate_torch(h, shift, scale, out_dtype):
-    """h (1 + scale) + shift; h is overwritten."""
-    y = h.mul_(1 + scale.to(h.dtype)[:, None]).add_(shift.to(h.dtype)[:, None])
-    return y.to(out_dtype)
+def _norm_modulate_part(x, branch, gate, kept, shift, scale, y, mean, rstd, *, eps, wide):
+    """Of some samples, into kept, y and the statistics."""
+    xw = x.to(wide)
+    if kept is not None:
+        update = xw, branch.to(wide), gate.to(wide)[:, None]
+        if kept.dtype == wide:
+            xw = torch.addcmul(*update, out=kept)
+        else:
+            xw = kept.copy_(torch.addcmul(*update)).to(wide)  # what backward will see
+    h, m, r = torch.native_layer_norm(xw, xw.shape[-1:], None, None, eps)
+    mean.copy_(m[..., 0])
+    rstd.copy_(r[..., 0])
+    _modulate_torch(h, shift, scale, out=y)
+
+
+def _modulate_torch(h, shift, scale, out):
+    """out = h (1 + scale) + shift; h is overwritten."""
+    h.mul_(1 + scale.to(h.dtype)[:, None])
+    shift = shift.to(h.dtype)[:, None]
+    if out.dtype == h.dtype:
+        torch.add(h, shift, out=out)
+    else:
+        out.copy_(h.add_(shift))
+
+
+def _modulate_again_torch(x, shift, scale, mean, rstd, out_dtype):
+    """y from the saved statistics, which are worth having on a CPU: making them again is slower
+    than all the rest.
+    """
+    y = torch.empty_like(x, dtype=out_dtype)
+    for x_part, shift_part, scale_part, mean_part, rstd_part, y_part in _samples(
+        x, shift, scale, mean, rstd, y
+    ):
+        h = torch.sub(x_part, mean_part[..., None]).mul_(rstd_part[..., None])
+        _modulate_torch(h, shift_part, scale_part, out=y_part)
+    return y
 
 
 _norm_modulate_op = torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())(
@@ -289,25 +333,56 @@ def _norm_modulate_backward(
 
 def _norm_modulate_backward_torch(dy, dx_new, x, branch, gate, scale, mean, rstd, sums):
     wide = launch.arithmetic_dtype(x)
-    xw, dyw = x.to(wide), dy.to(wide)
+    dx = torch.empty_like(x)
+    dbranch = None if branch is None else torch.empty_like(branch)
+    total = x.new_zeros((3, *scale.shape) if sums else (3, x.shape[0], 0), dtype=wide)
+    together = _samples(x, dy, dx_new, branch, gate, scale, mean, rstd, dx, dbranch, *total)
+    for part in together:
+        _norm_modulate_backward_part(*part, wide=wide, sums=sums)
+    return dx, x.new_empty(0) if dbranch is None else dbranch, total if sums else total.view(0)
+
+
+def _norm_modulate_backward_part(
+    x,
+    dy,
+    dx_new,
+    branch,
+    gate,
+    scale,
+    mean,
+    rstd,
+    dx,
+    dbranch,
+    dshift,
+    dscale,
+    dgate,
+    *,
+    wide,
+    sums,
+):
+    """Of some samples, into dx, dbranch and the sums."""
+    x, dy = x.to(wide), dy.to(wide)
     mean, rstd = mean[..., None], rstd[..., None]
-    g = dyw * (1 + scale.to(wide)[:, None])
-    dx = torch.ops.aten.native_layer_norm_backward(
-        g, xw, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+    g = dy * (1 + scale.to(wide)[:, None])
+    grad = torch.ops.aten.native_layer_norm_backward(
+        g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
     )[0]
-    if dx_new is not None:
-        dx = dx.add_(dx_new)
-    total = dx.new_zeros((3, *scale.shape) if sums else (0,))
+    if dx_new is None or dx_new.dtype != dx.dtype or dx.dtype != wide:
+        dx.copy_(grad if dx_new is None else grad.add_(dx_new))
+    else:
+        grad = torch.add(grad, dx_new, out=dx)
     if sums:
-        h = torch.sub(xw, mean, out=g).mul_(rstd)  # g has done its work
-        torch.sum(dyw, 1, out=total[0])
-        torch.sum(h.mul_(dyw), 1, out=total[1])
-    dbranch = x.new_empty(0)
+        h = torch.sub(x, mean, out=g).mul_(rstd)  # g has done its work
+        torch.sum(dy, 1, out=dshift)
+        torch.sum(h.mul_(dy), 1, out=dscale)
     if branch is not None:
         if sums:
-            torch.sum(torch.mul(branch.to(wide), dx, out=g), 1, out=total[2])
-        dbranch = (gate.to(wide)[:, None] * dx).to(branch.dtype)
-    return dx.to(x.dtype), dbranch, total
+            torch.sum(torch.mul(branch.to(wide), grad, out=g), 1, out=dgate)
+        gate = gate.to(wide)[:, None]
+        if dbranch.dtype == wide:
+            torch.mul(grad, gate, out=dbranch)
+        else:
+            dbranch.copy_(torch.mul(grad, gate, out=g))
 
 
 _norm_modulate_backward_op = torch.library.custom_op(

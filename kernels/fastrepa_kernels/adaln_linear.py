@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.activation import activate_backward
+from fastrepa_kernels.activation import activate_backward, column_sums
 from fastrepa_kernels.adaln import (
     EPS,
     _check,
-    _modulate_torch,
+    _modulate_again_torch,
     _norm_modulate,
     _norm_modulate_backward,
     _row_major,
@@ -106,9 +106,7 @@ def _again(
     """y [N,D] from what was normalised."""
     if launch.use_triton(x, x.shape[-1]):
         return _rows(_norm_modulate(x, None, None, shift, scale, eps, dtype)[1])
-    # On a CPU the saved statistics are worth having: its own are slower than all the rest.
-    h = torch.sub(x.to(mean.dtype), mean[..., None]).mul_(rstd[..., None])
-    return _rows(_modulate_torch(h, shift, scale, dtype))
+    return _rows(_modulate_again_torch(x, shift, scale, mean, rstd, dtype))
 
 
 def _first_shapes(x, branch):
@@ -130,9 +128,8 @@ def _norm_grad_shapes(x, branch, scale, mean, sums):
     )
 
 
-def _column_sums(t: Tensor, needed: bool) -> Tensor:
-    wide = launch.arithmetic_dtype(t)
-    return t.sum(0, dtype=wide).to(t.dtype) if needed else t.new_empty(0)
+def _bias_grad(g: Tensor, needed: bool) -> Tensor:
+    return column_sums(g).to(g.dtype) if needed else g.new_empty(0)
 
 
 # adaln_linear -----------------------------------------------------------------------------------
@@ -189,7 +186,7 @@ def _adaln_linear_backward(
         dx, dbranch, total = _norm_modulate_backward(
             dy, dx_new, x, branch, gate, scale, mean, rstd, sums
         )
-        return dx, dbranch, total, dw, _column_sums(g, need_b)
+        return dx, dbranch, total, dw, _bias_grad(g, need_b)
 
 
 @_adaln_linear_backward.register_fake
@@ -317,7 +314,7 @@ def _adaln_mlp_backward(
             dy, dx_new, x, branch, gate, scale, mean, rstd, sums
         )
         db1 = w1.new_empty(0) if db1 is None else db1.to(w1.dtype)
-        return dx, dbranch, total, dw1, db1, dw2, _column_sums(g, need_b2)
+        return dx, dbranch, total, dw1, db1, dw2, _bias_grad(g, need_b2)
 
 
 @_adaln_mlp_backward.register_fake

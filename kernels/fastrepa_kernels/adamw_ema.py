@@ -15,16 +15,17 @@ scalars as well. A decay that changes from step to step (EDM2's power function, 
 one more of them.
 
 No result depends on where in a tensor an element lies: ZeRO cuts the flat parameters anywhere, and
-any number of ranks must agree bit for bit. On CPU that rules out ATen's fused pointwise ops (lerp,
-addcmul, addcdiv): their vector loop and their tail may contract a multiply-add differently. The
-torch path uses only single-rounding operations (add, subtract, multiply, divide, square root), in
-place, on blocks that stay in cache.
+any number of ranks must agree bit for bit. ATen's own loops do not give that on a CPU, where the
+vectors and what is left over at the end may contract a multiply-add differently. So the torch path
+gives its fused AdamW whole vectors only, gathering the ends of tensors into a padded one, and what
+follows are single-rounding operations; all of it in place, on blocks that stay in cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +37,11 @@ from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 
-# Elements the torch path handles at once. Seven fp32 streams of 512 Ki elements (14.7 MB) fit a
-# last-level cache, and a call is long enough that waking the other threads does not count.
-CPU_BLOCK = 1 << 19
+# Elements the torch path handles at once: seven fp32 streams of 128 Ki (3.7 MB) fit the caches of
+# two cores, and a call is long enough that waking the other threads does not count.
+CPU_BLOCK = 1 << 17
+# ATen's fused AdamW gives each thread whole cache lines of 64 bytes, which are whole vectors.
+CPU_LINE = 16
 MAX_EMAS = 4  # pointers that the kernel has
 
 
@@ -194,57 +197,62 @@ def _step_torch(entries, control, rates, betas, eps) -> None:
         if keep == 0.0:
             return
         rates = _Rates.of(values)
-    largest = min(CPU_BLOCK, sum(entry[0].numel() for entry in entries))
-    p = entries[0][0]
-    scratch = torch.empty((2, largest), dtype=p.dtype, device=p.device)
+    pieces: list[list[Any]] = []
+    tails: list[list[Any]] = []
+    for entry in entries:
+        size = entry[0].numel()
+        whole = size - size % CPU_LINE
+        flat = [None if t is None else t.view(-1) for t in entry]
+        cuts = [*range(0, whole, CPU_BLOCK), whole]
+        for start, stop in pairwise(cuts):
+            pieces.append([None if t is None else t[start:stop] for t in flat])
+        if whole < size:
+            tails.append([None if t is None else t[whole:] for t in flat])
     group: list[list[Any]] = []
     held = 0
-    for entry in entries:
-        flat = [None if t is None else t.view(-1) for t in entry]
-        for start in range(0, entry[0].numel(), CPU_BLOCK):
-            piece = [None if t is None else t[start : start + CPU_BLOCK] for t in flat]
-            size = min(CPU_BLOCK, entry[0].numel() - start)
-            if held + size > largest:
-                _step_group(group, scratch, rates, betas, eps)
-                group, held = [], 0
-            group.append(piece)
-            held += size
-    _step_group(group, scratch, rates, betas, eps)
+    for piece in pieces:
+        if held + piece[0].numel() > CPU_BLOCK:
+            _step_group(group, rates, betas, eps)
+            group, held = [], 0
+        group.append(piece)
+        held += piece[0].numel()
+    if group:
+        _step_group(group, rates, betas, eps)
+    if tails:
+        _step_tails(tails, rates, betas, eps)
 
 
-def _step_group(group, scratch, rates, betas, eps) -> None:
-    """Flat pieces of tensors, all by the same single-rounding operations, so that a result does not
-    depend on how tensors are cut; as lists, because many are small.
-    """
+def _step_tails(tails, rates, betas, eps) -> None:
+    sizes = [tail[0].numel() for tail in tails]
+    padding = tails[0][0].new_zeros(-sum(sizes) % CPU_LINE)
+    streams = list(zip(*tails, strict=True))
+    padded = [None if s[0] is None else torch.cat([*s, padding.to(s[0].dtype)]) for s in streams]
+    _step_group([padded], rates, betas, eps)
+    for stream, values in zip(streams, padded, strict=True):
+        if values is not None and stream is not streams[1]:  # the gradients stay
+            torch._foreach_copy_(stream, values[: sum(sizes)].split(sizes))
+
+
+def _step_group(group, rates, betas, eps) -> None:
+    """Flat pieces of whole cache lines; as lists, because many are small."""
     p, g, m, v, low, *averages = (list(t) for t in zip(*group, strict=True))
-    sizes = [t.numel() for t in p]
-    s, u = (list(row[: sum(sizes)].split(sizes)) for row in scratch)
-    torch._foreach_copy_(s, g)
+    if any(t.dtype != p[0].dtype for t in g):
+        g = [t.to(p[0].dtype) for t in g]
     if rates.grad_scale != 1.0:
-        torch._foreach_mul_(s, rates.grad_scale)
-    torch._foreach_copy_(u, s)
-    torch._foreach_mul_(u, 1 - betas[0])
-    torch._foreach_mul_(m, betas[0])
-    torch._foreach_add_(m, u)
-    torch._foreach_mul_(s, s)
-    torch._foreach_mul_(s, 1 - betas[1])
-    torch._foreach_mul_(v, betas[1])
-    torch._foreach_add_(v, s)
-    torch._foreach_copy_(u, v)
-    torch._foreach_sqrt_(u)
-    torch._foreach_mul_(u, rates.root)
-    torch._foreach_add_(u, eps)
-    torch._foreach_copy_(s, m)
-    torch._foreach_div_(s, u)
-    if rates.decay != 1.0:
-        torch._foreach_mul_(p, rates.decay)
-    torch._foreach_mul_(s, rates.step_size)
-    torch._foreach_sub_(p, s)
+        g = list(torch._foreach_mul(g, rates.grad_scale))
+    # ATen's bias corrections come from the step, and are 1 at infinity. Ours are in the rates:
+    # step_size m / (sqrt(v) root + eps) is lr m / (sqrt(v) + eps / root) with this lr.
+    lr = rates.step_size / rates.root
+    steps = [torch.full((), torch.inf, device=p[0].device)] * len(p)
+    torch._fused_adamw_(
+        p, g, m, v, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=(1 - rates.decay) / lr if lr else 0.0, eps=eps / rates.root,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
     for e, rest in zip(averages, rates.ema_rests, strict=True):
-        torch._foreach_copy_(s, p)
-        torch._foreach_sub_(s, e)
-        torch._foreach_mul_(s, rest)
-        torch._foreach_add_(e, s)
+        step = torch._foreach_sub(p, e)
+        torch._foreach_mul_(step, rest)
+        torch._foreach_add_(e, step)
     if low[0] is not None:
         torch._foreach_copy_(low, p)
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrepa_kernels.activation import activate, activate_backward, activation_cost
+from fastrepa_kernels import activation
+from fastrepa_kernels.activation import (
+    activate,
+    activate_backward,
+    activation_cost,
+    column_sums,
+)
 from tests.kernels.accuracy import assert_as_good_as_eager
 
 # The interpreter's exp overflows to inf in the far tail, where the logistic function is 0.
@@ -55,6 +61,25 @@ def test_in_place_and_without_sums(place_fp32, gelu):
     assert torch.equal(b, da)
     activate(a, a, gelu=gelu)
     assert torch.equal(a, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_cpu_goes_block_by_block(monkeypatch, dtype):
+    a, dh = torch.randn(2, 30, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def both():
+        h, da, again = (torch.empty_like(a) for _ in range(3))
+        activate(a, h, gelu=True)
+        sums = activate_backward(dh, a, da, gelu=True, sums=True, again=again)
+        return h, da, again, sums
+
+    whole = both()
+    monkeypatch.setattr(activation, "_BLOCK", 256)
+    for one, blocks in zip(whole, both(), strict=True):
+        torch.testing.assert_close(
+            blocks, one, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-4
+        )
+    assert torch.allclose(column_sums(a).double(), a.double().sum(0), rtol=0, atol=1e-5)
 
 
 def test_far_from_zero(place_fp32):

@@ -10,7 +10,7 @@ row of a split skipped; rstd left out of the torch path's dscale.
 import pytest
 import torch
 
-from fastrepa_kernels import launch
+from fastrepa_kernels import adaln, launch
 from fastrepa_kernels.adaln import (
     gated_residual,
     gated_residual_cost,
@@ -146,6 +146,28 @@ def test_two_runs_agree_bitwise(place):
         return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
 
     assert all(map(torch.equal, run(), run()))
+
+
+@pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_cpu_takes_some_samples_at_a_time(monkeypatch, residual_dtype, branch_dtype):
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, 7, 24)
+    dtypes = [residual_dtype, *[branch_dtype] * 4, residual_dtype, branch_dtype]
+    *inputs, dx_new, dy = (
+        torch.randn(s, generator=generator).to(dtype)
+        for s, dtype in zip([shape, shape, *[(5, 24)] * 3, shape, shape], dtypes, strict=True)
+    )
+
+    def run():
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        outputs = gated_residual_layernorm_modulate(*leaves)
+        return (*outputs, *torch.autograd.grad(outputs, leaves, [dx_new, dy]))
+
+    whole = run()
+    monkeypatch.setattr(adaln, "_CPU_BLOCK", 2 * 7 * 24)
+    for one, parts in zip(whole, run(), strict=True):
+        torch.testing.assert_close(parts, one)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])

@@ -194,12 +194,19 @@ def test_the_result_does_not_depend_on_how_the_tensor_is_cut(place_fp32, cuts):
         assert torch.equal(t, torch.cat(pieces))
 
 
-def test_cutting_across_blocks_of_the_torch_path():
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cutting_across_blocks_of_the_torch_path(threads):
+    """Nor on how many threads share the work."""
     size = 2 * CPU_BLOCK + 77
     whole = [torch.rand(size) for _ in range(5)]
     parts = [[t[:1001].clone(), t[1001:].clone()] for t in whole]
     adamw_ema_(*whole, step=3, **RATES)
-    adamw_ema_(*parts, step=3, **RATES)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        adamw_ema_(*parts, step=3, **RATES)
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(t, torch.cat(pieces)) for t, pieces in zip(whole, parts, strict=True))
 
 
