@@ -15,10 +15,10 @@ scalars as well. A decay that changes from step to step (EDM2's power function, 
 one more of them.
 
 No result depends on where in a tensor an element lies: ZeRO cuts the flat parameters anywhere, and
-any number of ranks must agree bit for bit. ATen's own loops do not give that on a CPU, where the
-vectors and what is left over at the end may contract a multiply-add differently. So the torch path
-gives its fused AdamW whole vectors only, gathering the ends of tensors into a padded one, and what
-follows are single-rounding operations; all of it in place, on blocks that stay in cache.
+any number of ranks must agree bit for bit. ATen's loops do not give that on a CPU, where vectors
+and what is left over at the end may contract a multiply-add differently. So the torch path hands
+its fused AdamW and lerp whole vectors only: pieces that end on CPU_LINE elements, and the ends of
+all tensors gathered into a padded one.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 
-# Elements the torch path handles at once: seven fp32 streams of 128 Ki (3.7 MB) fit the caches of
-# two cores, and a call is long enough that waking the other threads does not count.
-CPU_BLOCK = 1 << 17
-# ATen's fused AdamW gives each thread whole cache lines of 64 bytes, which are whole vectors.
-CPU_LINE = 16
+# Elements. ATen's fused AdamW gives each thread whole cache lines; its lerp gives one thread all of
+# 32 Ki elements, or each of two a half of 64 Ki. So pieces of at most CPU_PIECE, whole in CPU_LINE,
+# are cut by both into whole pairs of the widest vectors (AVX-512: 16 fp32), for any threads.
+CPU_LINE = 64
+CPU_PIECE = 1 << 16
+CPU_GROUP = 1 << 17  # what is updated together: six fp32 streams (3 MB) fit the caches of two cores
 MAX_EMAS = 4  # pointers that the kernel has
 
 
@@ -197,47 +198,60 @@ def _step_torch(entries, control, rates, betas, eps) -> None:
         if keep == 0.0:
             return
         rates = _Rates.of(values)
-    pieces: list[list[Any]] = []
-    tails: list[list[Any]] = []
-    for entry in entries:
-        size = entry[0].numel()
-        whole = size - size % CPU_LINE
-        flat = [None if t is None else t.view(-1) for t in entry]
-        cuts = [*range(0, whole, CPU_BLOCK), whole]
-        for start, stop in pairwise(cuts):
-            pieces.append([None if t is None else t[start:stop] for t in flat])
-        if whole < size:
-            tails.append([None if t is None else t[whole:] for t in flat])
-    group: list[list[Any]] = []
+    group: list[Any] = []
+    tails: list[Any] = []
     held = 0
-    for piece in pieces:
-        if held + piece[0].numel() > CPU_BLOCK:
-            _step_group(group, rates, betas, eps)
-            group, held = [], 0
-        group.append(piece)
-        held += piece[0].numel()
+    for entry in entries:
+        for piece in _pieces(entry):
+            size = piece[0].numel()
+            if size % CPU_LINE:
+                tails.append(piece)
+                continue
+            if held + size > CPU_GROUP:
+                _step_group(group, rates, betas, eps)
+                group, held = [], 0
+            group.append(piece)
+            held += size
     if group:
         _step_group(group, rates, betas, eps)
     if tails:
         _step_tails(tails, rates, betas, eps)
 
 
+def _pieces(entry):
+    """A piece of each tensor at a time, the last perhaps not whole in CPU_LINE."""
+    size = entry[0].numel()
+    whole = size - size % CPU_LINE
+    if size <= CPU_PIECE and whole in (0, size):
+        yield entry
+        return
+    flat = [None if t is None else t.view(-1) for t in entry]
+    for start, stop in pairwise([*range(0, whole, CPU_PIECE), whole, size]):
+        if start < stop:
+            yield [None if t is None else t[start:stop] for t in flat]
+
+
 def _step_tails(tails, rates, betas, eps) -> None:
     sizes = [tail[0].numel() for tail in tails]
     padding = tails[0][0].new_zeros(-sum(sizes) % CPU_LINE)
-    streams = list(zip(*tails, strict=True))
-    padded = [None if s[0] is None else torch.cat([*s, padding.to(s[0].dtype)]) for s in streams]
-    _step_group([padded], rates, betas, eps)
-    for stream, values in zip(streams, padded, strict=True):
-        if values is not None and stream is not streams[1]:  # the gradients stay
-            torch._foreach_copy_(stream, values[: sum(sizes)].split(sizes))
+    padded: list[Any] = []
+    ends: list[Any] = []  # of tensors that the step changes, and what it makes of them
+    for i, stream in enumerate(zip(*tails, strict=True)):
+        if stream[0] is None:
+            padded.append(None)
+            continue
+        flat = [t.view(-1) for t in stream]
+        padded.append(torch.cat([*flat, padding.to(flat[0].dtype)]))
+        if i != 1:  # the gradients stay
+            ends.append((flat, padded[-1][: sum(sizes)].split(sizes)))
+    _step_torch([padded], None, rates, betas, eps)
+    for flat, values in ends:
+        torch._foreach_copy_(flat, values)
 
 
 def _step_group(group, rates, betas, eps) -> None:
-    """Flat pieces of whole cache lines; as lists, because many are small."""
     p, g, m, v, low, *averages = (list(t) for t in zip(*group, strict=True))
-    if any(t.dtype != p[0].dtype for t in g):
-        g = [t.to(p[0].dtype) for t in g]
+    g = [t.to(p[0].dtype) for t in g]
     if rates.grad_scale != 1.0:
         g = list(torch._foreach_mul(g, rates.grad_scale))
     # ATen's bias corrections come from the step, and are 1 at infinity. Ours are in the rates:
@@ -250,9 +264,7 @@ def _step_group(group, rates, betas, eps) -> None:
         amsgrad=False, maximize=False,
     )  # fmt: skip
     for e, rest in zip(averages, rates.ema_rests, strict=True):
-        step = torch._foreach_sub(p, e)
-        torch._foreach_mul_(step, rest)
-        torch._foreach_add_(e, step)
+        torch._foreach_lerp_(e, p, rest)
     if low[0] is not None:
         torch._foreach_copy_(low, p)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastrepa_kernels.adamw_ema import (
-    CPU_BLOCK,
+    CPU_GROUP,
     adamw_ema_,
     adamw_ema_cost,
     adamw_ema_reference,
@@ -194,12 +194,13 @@ def test_the_result_does_not_depend_on_how_the_tensor_is_cut(place_fp32, cuts):
         assert torch.equal(t, torch.cat(pieces))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
 def test_cutting_across_blocks_of_the_torch_path(threads):
     """Nor on how many threads share the work."""
-    size = 2 * CPU_BLOCK + 77
+    a, b = 1001, 1001 + 49_999
+    size = 2 * CPU_GROUP + 77
     whole = [torch.rand(size) for _ in range(5)]
-    parts = [[t[:1001].clone(), t[1001:].clone()] for t in whole]
+    parts = [[t[:a].clone(), t[a:b].clone(), t[b:].clone()] for t in whole]
     adamw_ema_(*whole, step=3, **RATES)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
