@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastrepa_kernels
 
@@ -104,3 +104,10 @@ FUSED = Operations(
     fastrepa_kernels.projector_alignment,
 )
 OPERATIONS = {"eager": EAGER, "fused": FUSED}
+
+
+def use_operations(model: nn.Module, operations: Operations) -> None:
+    """Make every part of `model` that holds operations hold these."""
+    for part in model.modules():
+        if isinstance(getattr(part, "operations", None), Operations):
+            part.operations = operations  # type: ignore[assignment]

@@ -7,14 +7,22 @@ refuses as soon as they are accumulated (https://github.com/pytorch/pytorch/issu
 is copied as it leaves the graph, before it becomes `.grad`. That costs a pass over the gradients,
 2 bytes read and written per parameter in bf16, and makes graphs work under gradient accumulation
 and under ZeRO 0, 1 and 2. Stage 3 moves weights while the model runs, which no graph can follow.
+
+"blocks" on a CPU, which our kernels are not for: Inductor writes the passes from the plain
+statements, and torch's partitioner chooses what backward makes again (Chillee's activation memory
+budget, https://pytorch.org/blog/activation-checkpointing-techniques/), where the fused operations
+choose it themselves.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastrepa.errors import ConfigError
+from fastrepa.model.operations import EAGER, use_operations
 
 COMPILED = {"none": "", "blocks": ", compiled", "graphs": ", compiled into CUDA graphs"}
 """What a run's first line says of each setting."""
@@ -29,13 +37,29 @@ def check_compile(key: str, way: str, device: torch.device) -> None:
         )
 
 
+MEMORY_BUDGET = 0.6
+"""Of what a block's forward would keep on a CPU; less takes products twice (docs/measuring.md)."""
+
+
 def compile_generator(model: nn.Module, way: str) -> None:
     """Compile a SiT in place; shapes are static."""
     if way == "blocks":
+        on_gpu = next(model.parameters()).is_cuda
         for block in model.blocks:  # type: ignore[union-attr]
-            block.compile(dynamic=False)
+            if not on_gpu:
+                use_operations(block, EAGER)
+            block.compile(dynamic=False, backend="inductor" if on_gpu else _within_budget)
     elif way == "graphs":
         compile_forward(model, mode="reduce-overhead")
+
+
+def _within_budget(graph: Any, inputs: Any) -> Any:
+    """Inductor, which keeps for backward at most MEMORY_BUDGET of what it would."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=MEMORY_BUDGET):
+        return compile_fx(graph, inputs)
 
 
 def copy_gradients(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.pipeline import Batch, StoredFeatures
-from fastrepa.model.operations import EAGER, Operations
+from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
@@ -88,9 +88,8 @@ def dry_run(config: Config, world: World) -> DryRun:
         metrics = trainer.train_step(batches)
     trainer.engine.module.recompute = 0  # FLOPs are those of the model, nothing twice
     # torch's counter cannot look into fused operations: the same products, counted unfused.
+    use_operations(trainer.engine.module, EAGER)
     for module in trainer.engine.module.modules():
-        if isinstance(getattr(module, "operations", None), Operations):
-            module.operations = EAGER
         if isinstance(module, Attention) and module.backend in MODULES:
             module.backend = "math"
     with FlopCounterMode(display=False) as counter:

@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import (
     logger as deepspeed_logger,
 )
@@ -43,6 +44,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError, FastrepaError
@@ -205,6 +207,7 @@ def _zero_optimization(config: Config) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": z.prefetch_bucket_size,
         "stage3_param_persistence_threshold": z.param_persistence_threshold,
         "sub_group_size": z.sub_group_size,
+        "memory_efficient_linear": False,  # see _parameters_saved
     }
     undecided = [name for name, value in out.items() if value == "auto"]
     if undecided:
@@ -234,7 +237,28 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
     if engine.optimizer is not optimizer:
         optimizer.engine_norm = lambda: getattr(engine.optimizer, "_global_grad_norm", None)
     optimizer.state.clear()  # what a wrapper's own dry step may have left
+    if config.zero.stage == 3:
+        engine.module.forward = _parameters_saved()(engine.module.forward)
+        engine.backward = _parameters_saved()(engine.backward)  # where blocks may run again
     return engine, optimizer
+
+
+@contextlib.contextmanager
+def _parameters_saved() -> Iterator[None]:
+    """F.linear saves the parameter for backward, which stage 3 gathers again, and not its gathered
+    value. DeepSpeed would replace F.linear for the whole process and for good, frozen encoders
+    included, and round a half result before it adds the bias.
+    """
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = zero3_linear_wrap(input.reshape(-1, input.shape[-1]), weight, bias)
+        return rows.view(*input.shape[:-1], rows.shape[-1])
+
+    before, functional.linear = functional.linear, linear
+    try:
+        yield
+    finally:
+        functional.linear = before
 
 
 def grad_norm(engine: Any) -> float | Tensor:

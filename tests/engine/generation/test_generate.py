@@ -449,7 +449,7 @@ def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatc
     """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
     compile_, compiled, products = torch.compile, [], []
 
-    def by_torch(function, **options):
+    def by_torch(function, *, backend, **options):
         compiled.append(function)
         return compile_(function, backend="aot_eager", fullgraph=True, **options)
 

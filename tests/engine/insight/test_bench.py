@@ -1,6 +1,8 @@
 """fastrepa bench: what runs, who is refused, and that the rivals compute the same."""
 
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,7 +98,7 @@ def test_compiled_generators_train_alike(way, modules, monkeypatch, world):
     """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
     compiled, compile_ = [], torch.compile
 
-    def by_torch(function, *, mode=None, **options):
+    def by_torch(function, *, mode=None, backend=None, **options):
         compiled.append(mode)
         return compile_(function, backend="aot_eager", fullgraph=True, **options)
 
@@ -115,6 +117,25 @@ def test_compiled_generators_train_alike(way, modules, monkeypatch, world):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     with pytest.raises(ConfigError, match=rf"training.compile: '{way}' needs zero.stage 0, 1 or 2"):
         tiny(f"training.compile={way}", "zero.stage=3")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_blocks_that_inductor_compiles_for_a_cpu_keep_less(world):
+    losses, peaks = {}, {}
+    for way, kernels in (("none", "eager"), ("none", "fused"), ("blocks", "fused")):
+        config = tiny(
+            "training.precision=fp32", f"training.compile={way}", f"kernels={kernels}",
+            "model={width: 64, depth: 3, heads: 2, patch: 2, num_classes: 8}",
+            "data.codec.side=16", "vision.encoders.0.input=128", "vision.targets=cached",
+            "training.global_batch=16", "training.micro_batch=16",
+        )  # fmt: skip
+        trainer = Trainer(config, world, random_weights=True)
+        source = itertools.cycle([next(RandomBatches(config, trainer, CPU, 16))])
+        key = f"{kernels} {way}"
+        losses[key] = [trainer.train_step(source)["loss"].item() for _ in range(2)]
+        peaks[key] = highest(lambda t=trainer, s=source: t.train_step(s), CPU)
+    assert losses["fused blocks"] == pytest.approx(losses["fused none"], rel=1e-5)
+    assert peaks["fused blocks"] < 0.9 * peaks["eager none"]
 
 
 def test_highest_moment():
