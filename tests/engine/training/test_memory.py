@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from torch.nn import functional
 
 from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.training.buckets import MOST_BUCKET, NVME_SUB_GROUP, auto_settings, resolve_zero
+from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.offload import check_offload
+from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import deepspeed_config
-from tests.engine.training.runs import ROOT, environment, metrics, train
+from tests.engine.training.runs import ROOT, SMALL, environment, metrics, train
 
 
 def config_of(name="SiT-XL/2", **zero):
@@ -31,6 +34,22 @@ def compared():
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(x[9:]) for x in done.stdout.splitlines() if x.startswith("COMPARED ")]
     return {(r["kind"], r["stage"], r["precision"]): r for r in lines}
+
+
+def test_stage_3_leaves_torch_as_it_was(world):
+    """DeepSpeed replaces F.linear in the whole process and for good, unless told otherwise."""
+    before = functional.linear
+    overrides = ["run=nowhere", *SMALL, "zero.stage=3", "kernels=eager", "training.recompute=1"]
+    trainer = Trainer(
+        load_config(ROOT / "configs/quickstart.yaml", overrides), world, random_weights=True
+    )
+    seen = []
+    trainer.engine.module.final_layer.register_forward_hook(
+        lambda *_: seen.append(functional.linear)
+    )
+    trainer.train_step(RandomBatches(trainer.config, trainer, world.device, trainer.micro))
+    assert seen and before not in seen
+    assert functional.linear is before
 
 
 @pytest.mark.parametrize(
