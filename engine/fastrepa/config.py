@@ -247,8 +247,8 @@ class TrainingConfig(_Section):
     )
     compile: Literal["none", "blocks", "graphs"] = Field(
         "none",
-        description="blocks: each of the generator's blocks under torch.compile; graphs: the whole "
-        "generator, replayed as CUDA graphs; neither with stage 3",
+        description="blocks: each of the generator's blocks under torch.compile (on a CPU the "
+        "whole at once); graphs: the whole, replayed as CUDA graphs; neither with stage 3",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

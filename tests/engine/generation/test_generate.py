@@ -469,7 +469,7 @@ def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatc
         out = sample_run("run", tmp_path / name, num=4, batch_size=4, **settings).folder
         monkeypatch.setattr(SiT, "forward", plain)
         images[name] = torch.stack([read_png(out / f"{i:06d}.png") for i in range(4)]).int()
-    assert len(compiled) == 2  # blocks
+    assert len(compiled) == 1  # on a CPU the blocks are compiled as one
     modes = [("highest", torch.float32), ("highest", torch.bfloat16), ("high", torch.float32)]
     assert list(dict.fromkeys(products)) == modes
     assert torch.get_float32_matmul_precision() == "highest"
