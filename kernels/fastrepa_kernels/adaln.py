@@ -344,23 +344,9 @@ def _norm_modulate_backward_torch(dy, dx_new, x, branch, gate, scale, mean, rstd
 
 
 def _norm_modulate_backward_part(
-    x,
-    dy,
-    dx_new,
-    branch,
-    gate,
-    scale,
-    mean,
-    rstd,
-    dx,
-    dbranch,
-    dshift,
-    dscale,
-    dgate,
-    *,
-    wide,
+    x, dy, dx_new, branch, gate, scale, mean, rstd, dx, dbranch, dshift, dscale, dgate, *, wide,
     sums,
-):
+):  # fmt: skip
     """Of some samples, into dx, dbranch and the sums."""
     x, dy = x.to(wide), dy.to(wide)
     mean, rstd = mean[..., None], rstd[..., None]
