@@ -220,13 +220,11 @@ def _norm_modulate(
     return x_new, y, mean, rstd
 
 
-def _samples(*tensors: Tensor | None) -> Iterator[list[Any]]:
+def _samples(x: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
     """What a CPU handles at once: as many samples as stay in its caches, of each tensor."""
-    x = tensors[0]
-    assert x is not None
     count = max(1, _CPU_BLOCK // max(1, x[:1].numel()))
     for start in range(0, x.shape[0], count):
-        yield [None if t is None else t[start : start + count] for t in tensors]
+        yield [None if t is None else t[start : start + count] for t in (x, *others)]
 
 
 def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):

@@ -176,7 +176,7 @@ def ready_to_sample(model: Generator, config: Config, device: torch.device) -> G
     check_compile("sample.compile", wanted.compile, device)
     precision = config.training.precision if wanted.precision == "run" else wanted.precision
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    compile_generator(model, wanted.compile)
+    compile_generator(model, wanted.compile, device)
     return model
 
 

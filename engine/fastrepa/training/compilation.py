@@ -41,10 +41,10 @@ MEMORY_BUDGET = 0.9
 """Of what a forward would keep on a CPU; far less takes products twice."""
 
 
-def compile_generator(model: nn.Module, way: str) -> None:
-    """Compile a SiT in place; shapes are static."""
+def compile_generator(model: nn.Module, way: str, device: torch.device) -> None:
+    """Compile a SiT in place, as is best on `device`; shapes are static."""
     if way == "blocks":
-        if next(model.parameters()).is_cuda:
+        if device.type == "cuda":
             for block in model.blocks:  # type: ignore[union-attr]
                 block.compile(dynamic=False)
         else:

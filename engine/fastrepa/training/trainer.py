@@ -189,7 +189,7 @@ class Trainer:
         }
         self.engine, self.optimizer = start_engine(model, config, world)
         self.engine.train()
-        compile_generator(self.engine.module, config.training.compile)
+        compile_generator(self.engine.module, config.training.compile, world.device)
         if config.training.compile == "graphs":
             copy_gradients(self.engine.module)
         self.whole = WholeTensors(self.engine, self.optimizer)

@@ -15,6 +15,7 @@ from fastrepa.insight.bench import Case, Result, bench, mark_wrong, plan_cases, 
 from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training import trainer as training
+from fastrepa.training.compilation import compile_generator
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
 
@@ -94,8 +95,11 @@ def test_the_first_losses_of_fast_and_published_steps_agree(world):
 
 
 @pytest.mark.parametrize("recompute", ["none", "1"])
-@pytest.mark.parametrize("way", ["blocks", "graphs"])
-def test_compiled_generators_train_alike(way, recompute, monkeypatch, world):
+@pytest.mark.parametrize(
+    ("way", "device", "modules"),
+    [("blocks", "cpu", 1), ("blocks", "cuda", 3), ("graphs", "cuda", 1)],
+)
+def test_compiled_generators_train_alike(way, device, modules, recompute, monkeypatch, world):
     """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
     compiled, compile_ = [], torch.compile
 
@@ -104,7 +108,12 @@ def test_compiled_generators_train_alike(way, recompute, monkeypatch, world):
         return compile_(function, backend="aot_eager", fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", by_torch)
+
+    def as_on_the_device(model, chosen, _):
+        compile_generator(model, chosen, torch.device(device))
+
     monkeypatch.setattr(training, "check_compile", lambda *_: None)  # no GPU, no CUDA graphs
+    monkeypatch.setattr(training, "compile_generator", as_on_the_device)
     curves = []
     for way_ in ("none", way):
         config = tiny(
@@ -114,7 +123,7 @@ def test_compiled_generators_train_alike(way, recompute, monkeypatch, world):
         trainer = Trainer(config, world, random_weights=True)
         batches = RandomBatches(config, trainer, CPU, 2)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(3)])
-    assert compiled == [{"blocks": None, "graphs": "reduce-overhead"}[way]]  # on a CPU, as one
+    assert compiled == modules * [{"blocks": None, "graphs": "reduce-overhead"}[way]]
     assert ", compiled" in trainer.first_line()
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     with pytest.raises(ConfigError, match=rf"training.compile: '{way}' needs zero.stage 0, 1 or 2"):
