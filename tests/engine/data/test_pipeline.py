@@ -399,8 +399,8 @@ config = DataConfig(path=sys.argv[1], resolution=16)
 options = {"global_batch": 4, "micro_batch": 4, "device": torch.device("cpu")}
 with DataPipeline(data, config, **options) as batches:
     next(batches)
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         for batch in batches:
             pass
     except KeyboardInterrupt:
