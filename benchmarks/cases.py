@@ -340,6 +340,7 @@ CASES = {
             | {name: _plain(partial(attention, backend=name)) for name in BACKENDS},
             _attention_cost,
             refusal=_attention_refusal,
+            cpu_shapes=[Shape("SiT-S/2", 32, tokens) for tokens in (64, 128, 256)],
         ),
         Case(
             "adamw_ema",

@@ -368,6 +368,8 @@ class AttentionConfig(_Section):
         "sdpa-flash",
         "sdpa-efficient",
         "math",
+        "math-chunked",
+        "sdpa",
     ] = Field("auto", description="auto: the first of the device's table that works")
     require: Literal["any", "flash"] = Field(
         "any", description="flash: anything that is not FlashAttention is an error"

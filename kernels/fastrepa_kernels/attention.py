@@ -4,15 +4,19 @@ Shapes: B batch, T tokens, H heads, d head dimension; qkv [B,T,3,H,d] is what on
 as a view. q and k may be normalised over d first (LayerNorm with weight and bias: qk-norm).
 Saved for backward: qkv, the output and one log-sum per row; `math` keeps the T x T probabilities.
 
-Nothing is computed here: a backend is chosen, called without copying q, k or v, and never silently.
-`choose` says which one runs and why not the others; PRIORITY is the order by device generation and
-head dimension; a backend of PRIORITY is taken when its rules allow it, its package loads and one
-small forward and backward gives the right numbers on the device at hand.
+A backend is chosen, called without copying q, k or v, and never silently. `choose` says which one
+runs and why not the others; PRIORITY is the order by device generation and head dimension; a
+backend of PRIORITY is taken when its rules allow it, its package loads and one small forward and
+backward gives the right numbers on the device at hand.
 
-The gradient of qkv is written in place by flash-attn 2, 3 and 4; the other backends give three
-tensors, which are put together in one pass.
+Only `math-chunked` is computed here: for a half dtype on a CPU, where flash attention's backward is
+slow. The products of `attention_reference` for some samples and heads at a time, whose scores stay
+in the cache and are made again in backward; it keeps nothing but qkv and the output.
 
-Never run, because no GPU was at hand: every backend but sdpa-flash and math on the CPU. The calls
+The gradient of qkv is written in place by flash-attn 2, 3, 4 and math-chunked; the other backends
+give three tensors, which are put together in one pass.
+
+Never run, because no GPU was at hand: all that is not for the CPU. The calls
 follow the sources of flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4
 4.0.0b36 and xformers 0.0.35, and are tested against stand-ins with those signatures.
 """
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -49,7 +53,8 @@ MODULES = {
     "flash-attn-4": "flash_attn.cute.interface",
     "xformers": "xformers.ops.fmha",
 }
-BACKENDS = (*MODULES, *SDPA)
+# "sdpa" is what torch would take by itself: never chosen here, and what a rival computes with.
+BACKENDS = (*MODULES, *SDPA, "math-chunked", "sdpa")
 FLASH = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "sdpa-cudnn", "sdpa-flash")
 """Backends that are FlashAttention, for `require="flash"`; cuDNN's is one too."""
 
@@ -76,6 +81,8 @@ PRIORITY: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 CPU_PRIORITY = ("sdpa-flash", "math")
 HALF = (torch.float16, torch.bfloat16)
+
+CPU_CHUNK = 1 << 20  # bytes of scores at a time
 
 Norm = tuple[Tensor, Tensor]  # weight and bias of a LayerNorm over d
 
@@ -151,7 +158,7 @@ def order(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str,
         built, padded = PRIORITY[launch.generation(device)]
         return built if head_dim in BUILT else padded
     if device.type == "cpu" and dtype != torch.float64:
-        return CPU_PRIORITY
+        return ("math-chunked", *CPU_PRIORITY) if dtype in HALF else CPU_PRIORITY
     return ("math",)
 
 
@@ -193,8 +200,10 @@ def rule(
 
     kind: a device's type; capability: of a CUDA device.
     """
-    if name == "math":
+    if name in ("math", "sdpa"):
         return ""
+    if name == "math-chunked":
+        return "" if kind == "cpu" else f"needs a CPU, not {kind}"
     if kind != "cuda" or capability is None:
         if name == "sdpa-flash" and kind == "cpu":
             return "" if dtype != torch.float64 else "float64 is computed by math"
@@ -290,10 +299,11 @@ def _run(
         q = F.layer_norm(q, q.shape[-1:], *q_norm, eps=eps).to(v.dtype)
     if k_norm is not None:
         k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps).to(v.dtype)
+    if name == "sdpa":
+        return _sdpa(q, k, v)
     if name in SDPA:
         with sdpa_kernel(SDPA[name]):
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return _sdpa(q, k, v)
     if name in ("flash-attn-2", "flash-attn-3"):
         package: Any = _loaded[name]
         if packed:
@@ -303,12 +313,21 @@ def _run(
     return _packed_attention_call(whole, name, deterministic)[0]
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 @torch.library.custom_op("fastrepa::packed_attention", mutates_args=())
 def _packed_attention(qkv: Tensor, name: str, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """(out [B,T,H,d], log-sums [B,H,T] float32) by a package that torch.compile cannot look into.
+    """(out [B,T,H,d], log-sums [B,H,T] float32) by a package that torch.compile cannot look into,
+    or by math-chunked, which has no log-sums ([B,H,0]).
 
     `deterministic` only tells backward.
     """
+    if name == "math-chunked":
+        b, _, _, h, _ = qkv.shape
+        return _chunked(qkv), qkv.new_empty((b, h, 0), dtype=torch.float32)
     package: Any = _loaded[name]
     q, k, v = qkv.unbind(2)
     if name == "flash-attn-4":
@@ -322,7 +341,8 @@ def _packed_attention(qkv: Tensor, name: str, deterministic: bool) -> tuple[Tens
 @_packed_attention.register_fake
 def _(qkv, name, deterministic):
     b, t, _, h, d = qkv.shape
-    return qkv.new_empty((b, t, h, d)), qkv.new_empty((b, h, t), dtype=torch.float32)
+    sums = qkv.new_empty((b, h, 0 if name == "math-chunked" else t), dtype=torch.float32)
+    return qkv.new_empty((b, t, h, d)), sums
 
 
 @torch.library.custom_op("fastrepa::packed_attention_backward", mutates_args=())
@@ -330,6 +350,8 @@ def _packed_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, name: str, deterministic: bool
 ) -> Tensor:
     """The gradient of qkv [B,T,3,H,d]."""
+    if name == "math-chunked":
+        return _chunked_backward(grad, qkv)
     package: Any = _loaded[name]
     q, k, v = qkv.unbind(2)
     if name == "flash-attn-4":
@@ -370,12 +392,72 @@ def _backward(ctx, grad, _):
 _packed_attention_call = differentiable(_packed_attention, setup_context=_setup, backward=_backward)
 
 
+# math-chunked -------------------------------------------------------------------------------------
+
+
+def _chunked(qkv: Tensor) -> Tensor:
+    b, t, _, h, d = qkv.shape
+    out = qkv.new_empty((b, t, h, d))
+    for part, into in _parts(qkv, out):
+        probabilities, _, _, v = _probabilities(part)
+        _write(into, probabilities @ v)
+    return out
+
+
+def _chunked_backward(grad: Tensor, qkv: Tensor) -> Tensor:
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    for part, grad_part, into in _parts(qkv, grad, dqkv):
+        probabilities, q, k, v = _probabilities(part)
+        dout = _by_head(grad_part)
+        dscores = torch._softmax_backward_data(dout @ v.mT, probabilities, -1, v.dtype)
+        _write(into[:, :, 0], (dscores @ k).mul_(part.shape[-1] ** -0.5))
+        _write(into[:, :, 1], dscores.mT @ q)  # q is scaled already
+        _write(into[:, :, 2], probabilities.mT @ dout)
+    return dqkv
+
+
+def _parts(qkv: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same samples and heads of each, as many as CPU_CHUNK allows; heads are next to last."""
+    _, t, _, h, _ = qkv.shape
+    matrices = CPU_CHUNK // max(1, t * t * _product_dtype(qkv.dtype).itemsize)
+    samples, heads = max(1, matrices // max(1, h)), max(1, min(h, matrices))
+    for group in zip(*(x.split(samples) for x in (qkv, *others)), strict=True):
+        yield from zip(*(x.split(heads, -2) for x in group), strict=True)
+
+
+def _probabilities(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(P [b h,T,T], q / sqrt(d), k, v [b h,T,d] each)."""
+    q, k, v = (_by_head(x) for x in qkv.unbind(2))
+    q = q * q.shape[-1] ** -0.5
+    return (q @ k.mT).softmax(-1), q, k, v
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[b,T,h,d] -> [b h,T,d] in the dtype that products have."""
+    return x.transpose(1, 2).to(_product_dtype(x.dtype)).flatten(0, 1)
+
+
+def _write(into: Tensor, by_head: Tensor) -> None:
+    """[b h,T,d] into [b,T,h,d]."""
+    into.copy_(by_head.unflatten(0, (into.shape[0], into.shape[2])).transpose(1, 2))
+
+
+@cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if launch.cpu_multiplies(dtype) else torch.float32
+
+
 # The public call ----------------------------------------------------------------------------------
 
 
 @torch.compiler.assume_constant_result
 def _resolved(
-    backend: str, kind: str, index: int | None, dtype: torch.dtype, head_dim: int, strict: bool
+    backend: str,
+    kind: str,
+    index: int | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    strict: bool,
 ) -> str:
     """The backend's name; while torch.compile traces it is found out once."""
     device = torch.device(kind) if index is None else torch.device(kind, index)

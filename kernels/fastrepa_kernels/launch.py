@@ -83,6 +83,20 @@ def arithmetic_dtype(*operands: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has fast matrix products of `dtype`: of a half dtype oneDNN has, where the
+    instructions are there (AVX-512 for bfloat16).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return known._is_mkldnn_bf16_supported()
+    return known._is_mkldnn_fp16_supported()
+
+
 @dataclass(frozen=True)
 class Rows:
     """A kernel that holds whole rows: block_n rows at a time, each block_d wide."""

@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastrepa.training.regions import NAMES
+from fastrepa_kernels import launch
 from tests.engine.training.runs import ROOT, command, environment, metrics, train
 
 
@@ -102,7 +103,7 @@ def test_prepare_then_train_on_it(tmp_path):
 def test_dry_run_of_a_paper_recipe(source):
     recipe = ROOT / "configs/imagenet256_sit_b2_dinov2b.yaml"
     settings = [f"data.latents={source}", f"vision.targets={source}"]
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # its bf16 would take many minutes
+    if not launch.cpu_multiplies(torch.bfloat16):  # its bf16 would take many minutes
         settings.append("training.precision=fp32")
     out = run("train", recipe, "--dry-run", *settings)
     assert "137,845,008" in out

@@ -77,14 +77,37 @@ SHAPES = [(64, 72), (100, 64), (256, 72), (1024, 64)]
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["sdpa-flash", "math"])
+@pytest.mark.parametrize("backend", ["sdpa-flash", "math", "math-chunked", "sdpa"])
 def test_cpu_backends_are_as_good_as_the_specification(backend, dtype, norm):
     for tokens, dim in SHAPES[: 3 if norm else None]:
         agree(backend, tokens, dim, dtype, norm)
 
 
-def test_a_long_sequence():
-    agree("sdpa-flash", 4096, 72, torch.float32, batch=1, heads=1)
+@pytest.mark.parametrize("backend", ["sdpa-flash", "math-chunked"])
+def test_a_long_sequence(backend):
+    agree(backend, 4096, 72, torch.float32, batch=1, heads=1)
+
+
+def test_a_chunk_does_not_change_its_samples(monkeypatch):
+    monkeypatch.setattr(module, "_product_dtype", lambda dtype: torch.float32)
+    (qkv,), (grad,) = problem(64, 32, torch.bfloat16, norm=False, batch=7)
+
+    def run():
+        x = qkv.clone().requires_grad_()
+        y = attention(x, backend="math-chunked")
+        return y.detach(), torch.autograd.grad(y, x, grad)[0]
+
+    whole = run()
+    for matrices in (6, 2):  # two samples, and one at the end; two heads, and one
+        monkeypatch.setattr(module, "CPU_CHUNK", matrices * 64 * 64 * 4)
+        for a, b in zip(run(), whole, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_chunks_have_float32_products_where_a_cpu_has_no_others(monkeypatch, dtype):
+    monkeypatch.setattr(module, "_product_dtype", lambda dtype: torch.float32)
+    agree("math-chunked", 100, 64, dtype)
 
 
 def test_float64_is_math_to_the_last_digits():
@@ -198,7 +221,8 @@ def test_tables_are_complete():
             flash = [name in FLASH for name in names]
             assert flash == sorted(flash, reverse=True)  # nothing less before any of FLASH
     assert set(module.PRIORITY) == set(module.launch.GENERATIONS)
-    assert set(itertools.chain(*itertools.chain(*module.PRIORITY.values()))) == set(BACKENDS)
+    on_gpus = set(itertools.chain(*itertools.chain(*module.PRIORITY.values())))
+    assert on_gpus == set(BACKENDS) - {"math-chunked", "sdpa"}
 
 
 def test_deterministic_runs_leave_out_what_is_not(machine):
@@ -235,7 +259,12 @@ def test_flash_required_is_flash_or_an_error(machine):
 
 
 def test_the_real_choice_on_a_cpu():
-    assert choose(CPU, torch.bfloat16, 72).backend == "sdpa-flash"
+    for dtype, expected in (
+        (torch.float32, "sdpa-flash"), (torch.bfloat16, "math-chunked"),
+        (torch.float16, "math-chunked"), (torch.float64, "math"),
+    ):  # fmt: skip
+        assert choose(CPU, dtype, 72).backend == expected
+    assert choose(CPU, torch.bfloat16, 72, require="flash").backend == "sdpa-flash"
     assert choose(torch.device("meta"), torch.float32, 72).backend == "math"
     for name in ("flash-attn-2", "sdpa-cudnn", "sdpa-efficient", "xformers"):
         with pytest.raises(ValueError, match=f"'{name}' cannot run here: needs a GPU, not cpu"):
@@ -368,7 +397,7 @@ def test_compiled_graph_is_whole_and_agrees_for_packages(stand_in, monkeypatch):
     assert_compiles(stand_in[0], monkeypatch)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa-flash", "math"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa-flash", "math", "math-chunked", "sdpa"])
 def test_compiled_graph_is_whole_and_agrees(backend, monkeypatch):
     assert_compiles(backend, monkeypatch)
 
@@ -398,7 +427,7 @@ def assert_compiles(backend, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["flash-attn-4", "xformers"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "xformers", "math-chunked"])
 def test_registration(name, monkeypatch):
     monkeypatch.setitem(module._loaded, name, Package())
     (qkv,), (grad,) = problem(16, 8, torch.float32, norm=False)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrepa.config import CodecConfig
+from fastrepa.config import CodecConfig, Config
 from fastrepa.errors import ConfigError, WeightsError
 from fastrepa.vision.digest import digest
 
@@ -76,6 +76,22 @@ def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:
             f"data.resolution: sd-vae needs a multiple of {SD_VAE_DOWN}, got {resolution}"
         )
     return SD_VAE_CHANNELS, resolution // SD_VAE_DOWN
+
+
+def token_grid(config: Config) -> int:
+    """Tokens along a side of a resolved configuration's latents.
+
+    ConfigError where the resolution does not suit the codec, or the patch does not the latents.
+    """
+    patch, codec = config.model.patch, config.data.codec
+    assert patch is not None
+    _, side = codec_shape(codec, config.data.resolution)
+    if side % patch:
+        raise ConfigError(
+            f"model.patch: {patch} does not divide the latent side {side} "
+            f"(data.resolution {config.data.resolution}, codec {codec.name})"
+        )
+    return side // patch
 
 
 def build_codec(

@@ -146,7 +146,7 @@ def _trace(
     peaks: list[int] = []
     done = [0]
     # "math" keeps the T x T probabilities; every other backend keeps what torch's flash does.
-    attention = "math" if config.attention.backend == "math" else "auto"
+    attention = "math" if config.attention.backend == "math" else "sdpa-flash"
     with torch.device("meta"):
         model = SiT.from_config(
             config,

@@ -38,6 +38,7 @@ def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Co
         tree["kernels"] = "eager"
         tree["training"] |= {"recompute": "none", "compile": "none"}
         tree["vision"] |= {"look_ahead": False, "compile": "none", "precision": "run"}
+        tree["attention"] = {"backend": "sdpa"}
     if contender == "ours+recompute":
         tree["training"]["recompute"] = 1
     if contender == "ours+compile":

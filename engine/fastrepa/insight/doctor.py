@@ -457,7 +457,7 @@ def _probe_attention() -> list[Finding]:
     for word, dtype in dtypes.items():
         chosen = {dim: choose(device, dtype, dim) for dim in HEAD_DIMS}
         parts.append(f"{word}: " + ", ".join(f"{c.backend} ({d})" for d, c in chosen.items()))
-        if word == "bf16":
+        if cuda and word == "bf16":  # a CPU's best is not always flash
             slow = [c for c in chosen.values() if c.backend not in FLASH]
     detail = "by head dim, " + "; ".join(parts)
     if not slow:

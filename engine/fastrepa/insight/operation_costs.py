@@ -36,6 +36,7 @@ from fastrepa_kernels.adaln import (
 )
 from fastrepa_kernels.adaln_linear import adaln_linear_cost, adaln_mlp_cost
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
+from fastrepa_kernels.attention import attention_cost
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.mlp import linear_gelu_cost
 from fastrepa_kernels.projector_alignment import projector_alignment_cost
@@ -234,6 +235,11 @@ def _adamw_ema(a: dict[str, Any]) -> Cost:
     )
 
 
+def _attention(a: dict[str, Any], backward: bool = False) -> Cost:
+    b, t, _, h, d = a["qkv"].shape
+    return attention_cost(b, t, h, d, a["qkv"].element_size(), backward=backward)
+
+
 OURS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "fastrepa::norm_modulate": _norm_modulate,
     "fastrepa::norm_modulate_backward": lambda a: _norm_modulate(a, backward=True),
@@ -246,6 +252,8 @@ OURS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "fastrepa::linear_gelu": _linear_gelu,
     "fastrepa::linear_gelu_backward": lambda a: _linear_gelu(a, backward=True),
     "fastrepa::projector_alignment": _projector_alignment,
+    "fastrepa::packed_attention": _attention,
+    "fastrepa::packed_attention_backward": lambda a: _attention(a, backward=True),
     "fastrepa::adamw_ema_": _adamw_ema,
 }
 """fastrepa_kernels' operations by the functions that declare their costs."""

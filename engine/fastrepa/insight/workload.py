@@ -22,10 +22,9 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
-from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, random_sd_vae
+from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, random_sd_vae, token_grid
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
-from fastrepa.errors import ConfigError
 from fastrepa.generation.sampler import forwards_per_image
 from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
 from fastrepa.insight.sharding import Parameters
@@ -87,11 +86,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     m, resolution = config.model, config.data.resolution
     channels, side = codec_shape(config.data.codec, resolution)
     assert m.width and m.depth and m.patch
-    if side % m.patch:
-        raise ConfigError(
-            f"model.patch: {m.patch} does not divide the latent side {side} "
-            f"(data.resolution {resolution}, codec {config.data.codec.name})"
-        )
+    token_grid(config)
     plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
     widths = tuple(p.width for p in plans)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.config import Config, load_config, save_config
-from fastrepa.data.codec import build_codec
+from fastrepa.data.codec import build_codec, token_grid
 from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.image_sample import draw_sample
 from fastrepa.data.pipeline import Batch, DataPipeline
@@ -68,6 +68,7 @@ from fastrepa.training.zero import (
     start_engine,
     time_collectives,
 )
+from fastrepa_kernels import launch
 
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
@@ -97,7 +98,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 def slow_precision(config: Config, world: World) -> str:
     """A warning where bf16 is slower than fp32, by a lot: a CPU without instructions for it."""
-    fast = world.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = world.device.type != "cpu" or launch.cpu_multiplies(torch.bfloat16)
     if config.training.precision != "bf16" or fast:
         return ""
     return (
@@ -128,6 +129,7 @@ class Trainer:
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        grid = token_grid(config)
         self.attention = choose_attention(config, world.device, dtype)
         check_offload(config)
         check_compile("training.compile", config.training.compile, world.device)
@@ -143,16 +145,9 @@ class Trainer:
             dtype=dtype,
             random_weights=random_weights,
         )
-        patch = config.model.patch
-        assert patch is not None
-        if self.codec.side % patch:
-            raise ConfigError(
-                f"model.patch: {patch} does not divide the latent side {self.codec.side} "
-                f"(data.resolution {config.data.resolution}, codec {self.codec.name})"
-            )
         self.targets = Targets(
             config,
-            grid=self.codec.side // patch,
+            grid=grid,
             dtype=dtype,
             device=world.device,
             random_weights=random_weights,

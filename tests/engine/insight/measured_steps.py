@@ -47,7 +47,8 @@ def measure(case, world):
     config = config_of(case)
     before = storages(CPU)  # held on to, so that no address is used again
     torch.manual_seed(0)
-    model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)
+    shape = {"side": SIDE, "channels": CHANNELS, "encoder_widths": WIDTHS}
+    model = SiT.from_config(config, **shape, attention="sdpa-flash")  # as on a GPU
     engine, optimizer = zero.start_engine(model, config, world)
     engine.train()
     whole_tensors = zero.WholeTensors(engine, optimizer)

@@ -45,6 +45,7 @@ def test_errors_name_the_key(overrides, words):
 def test_what_runs_is_recorded_and_a_slow_gpu_is_told():
     choice = choose_attention(config("attention.require=flash"), CPU, torch.bfloat16)
     assert choice.backend == "sdpa-flash"
+    assert choose_attention(config(), CPU, torch.bfloat16).backend == "math-chunked"
     fallen = Choice("math", (("sdpa-flash", "does not take float32"), ("xformers", "absent")))
     record = json.loads(json.dumps(attention_record(config(), fallen)))["attention"]
     assert record == {

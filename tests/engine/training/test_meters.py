@@ -15,6 +15,7 @@ from fastrepa.training.meters import ImageFlops, Meter
 from fastrepa.training.regions import NAMES, SAMPLING
 from fastrepa.training.trainer import Trainer, slow_precision
 from fastrepa.training.zero import World
+from fastrepa_kernels import launch
 from tests.engine.training.runs import ROOT
 
 BATCH = 8
@@ -64,7 +65,7 @@ def test_bf16_without_instructions_for_it_is_warned_of(monkeypatch):
         return slow_precision(config, World(0, 1, 0, torch.device(device)))
 
     for fast in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)  # noqa: B023
+        monkeypatch.setattr(launch, "cpu_multiplies", lambda dtype: fast)  # noqa: B023
         assert bool(said("bf16")) is not fast
         assert said("fp32") == said("bf16", "cuda") == ""
 
