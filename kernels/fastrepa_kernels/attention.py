@@ -16,9 +16,9 @@ in the cache and are made again in backward; it keeps nothing but qkv and the ou
 The gradient of qkv is written in place by flash-attn 2, 3, 4 and math-chunked; the other backends
 give three tensors, which are put together in one pass.
 
-Never run, because no GPU was at hand: all that is not for the CPU. The calls
-follow the sources of flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4
-4.0.0b36 and xformers 0.0.35, and are tested against stand-ins with those signatures.
+Never run, because no GPU was at hand: all that is not for the CPU. The calls follow the sources of
+flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4 4.0.0b36 and xformers
+0.0.35, and are tested against stand-ins with those signatures.
 """
 
 from __future__ import annotations
@@ -452,12 +452,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.compiler.assume_constant_result
 def _resolved(
-    backend: str,
-    kind: str,
-    index: int | None,
-    dtype: torch.dtype,
-    head_dim: int,
-    strict: bool,
+    backend: str, kind: str, index: int | None, dtype: torch.dtype, head_dim: int, strict: bool
 ) -> str:
     """The backend's name; while torch.compile traces it is found out once."""
     device = torch.device(kind) if index is None else torch.device(kind, index)

@@ -219,7 +219,8 @@ def findings(report: Report) -> list[str]:
             f"{f', {times} a step' if times > 1 else ''}: a GPU would be waited for"
         )
     traced = ours.trace.seconds
-    lost = sorted(by_operation(ours), key=lambda r: r.floor(ceilings) - r.seconds)[:WORST]
+    known = (row for row in by_operation(ours) if row.cost.bytes)
+    lost = sorted(known, key=lambda r: r.floor(ceilings) - r.seconds)[:WORST]
     for row in lost:
         floor = row.floor(ceilings)
         if row.seconds - floor > NOTABLE * traced:

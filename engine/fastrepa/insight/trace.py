@@ -3,6 +3,7 @@
 Steps, regions and parts of the generator are annotations in the trace. An operation is what the
 profiler shows by the name of something that OperationCosts counted, with all that it calls. On the
 CPU its time is its own; on a GPU that of the kernels it launched, in the region it was launched in.
+What torch.compile compiled is a part of its own: no cost is known of it, as it was counted before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fastrepa.training.regions import OTHER
 from fastrepa_kernels.cost import Cost
 
 REGION, PART, STEP = "region/", "part/", "profiled step"
+GRAPH = "## Call CompiledFxGraph"  # how Inductor names a call of what it compiled
+COMPILED = "compiled"
 GAP = 20e-6  # seconds; shorter ones are the time between two operations
 
 
@@ -100,6 +103,13 @@ def read_trace(
         chain = [e, *_ancestors(e)]
         if not _ancestors(e) or all(_annotation(a) for a in _ancestors(e)):
             tops.append((e.time_range.start, e.time_range.end, e.name))
+        if e.name.startswith(GRAPH) and not on_gpu:  # less the operations that it calls
+            graph = f"passes, {COMPILED}", region_at(e.time_range.start), COMPILED
+            calls[graph] += 1
+            seconds[graph] += (
+                e.time_range.elapsed_us() - sum(c.time_range.elapsed_us() for c in e.cpu_children)
+            ) / 1e6
+            continue
         # The outermost of the operations that were counted holds the others.
         found = [a for a in chain if a.name in wanted]
         if not found and not e.kernels:
@@ -112,7 +122,10 @@ def read_trace(
             if not part and region == "backward":
                 numbers = (a.sequence_nr for a in _ancestors(op) if a.sequence_nr >= 0)
                 part = part_of.get(next(numbers, -1), "")
-            key = key_of[op.id] = wanted.get(op.name, op.name), region, part
+            name = wanted.get(op.name, op.name)
+            if any(a.name.startswith(GRAPH) for a in _ancestors(op)):
+                name, part = f"{name}, {COMPILED}", COMPILED
+            key = key_of[op.id] = name, region, part
             calls[key] += 1
             if not on_gpu:
                 seconds[key] += op.time_range.elapsed_us() / 1e6

@@ -86,7 +86,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     m, resolution = config.model, config.data.resolution
     channels, side = codec_shape(config.data.codec, resolution)
     assert m.width and m.depth and m.patch
-    token_grid(config)
+    token_grid(config)  # refuses a patch that does not suit
     plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
     widths = tuple(p.width for p in plans)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from fastrepa.config import load_config
 from fastrepa.data.codec import PixelCodec
 from fastrepa.insight.operation_costs import OURS, PARTS, Counted, operation_cost
-from fastrepa.insight.profile import by_operation, findings, profile_run
+from fastrepa.insight.profile import by_operation, by_part, findings, profile_run
 from fastrepa.insight.trace import PART, REGION, STEP, read_trace
 from fastrepa.insight.workload import measure_workload
 from fastrepa.model.flops import model_flops
@@ -158,6 +158,25 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
         work.training_flops * fused["line"]["images_per_s"]
     )
     assert set(NAMES) == set(fused["region_seconds"])
+
+
+def test_what_is_compiled_has_a_time_and_no_cost(tmp_path, world):
+    settings = ("training.compile=blocks", "data.path=nowhere", "vision.encoders=[]")
+    config = load_config(QUICKSTART, [*SMALL, *settings])
+    report = profile_run(config, world, steps=2, warmup=2, out=tmp_path / "out")
+    (profile,) = report.profiles
+    compiled = [o for o in profile.trace.operations if o.part == "compiled"]
+    assert {o.region for o in compiled} == {"forward", "backward"}
+    names = {o.name for o in compiled}
+    assert names >= {"passes, compiled", "aten::mm, compiled"}
+    assert all(o.cost == Cost(0, 0) for o in compiled)
+    # Nothing else is left in the generator's passes but the loss and the gradients' sums.
+    parts = {row.name: row.seconds for row in by_part(profile)}
+    for way in ("forward", "backward"):
+        compiled_seconds = parts.pop(f"compiled, {way}")
+        others = sum(seconds for name, seconds in parts.items() if name.endswith(way))
+        assert compiled_seconds > 4 * others, parts
+    assert not any("compiled" in said for said in findings(report))
 
 
 @pytest.mark.parametrize(
