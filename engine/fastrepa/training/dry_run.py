@@ -22,7 +22,7 @@ from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
-from fastrepa_kernels.attention import MODULES
+from fastrepa_kernels.attention import SDPA
 
 BATCH = 2  # images of the one step
 
@@ -90,7 +90,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     # torch's counter cannot look into fused operations: the same products, counted unfused.
     use_operations(trainer.engine.module, EAGER)
     for module in trainer.engine.module.modules():
-        if isinstance(module, Attention) and module.backend in MODULES:
+        if isinstance(module, Attention) and module.backend not in SDPA:
             module.backend = "math"
     with FlopCounterMode(display=False) as counter:
         trainer.train_step(batches)
