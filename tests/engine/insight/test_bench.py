@@ -12,6 +12,7 @@ import torch
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
 from fastrepa.insight.bench import Case, Result, bench, mark_wrong, plan_cases, record
+from fastrepa.insight.bench_turn import contender_config
 from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training import trainer as training
@@ -59,6 +60,16 @@ def test_wrong_options_are_named(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         bench(tiny(), **(given | change))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager", "eager+compile", "reference"])
+def test_rivals_are_plain_torch(contender):
+    given = tiny("training.recompute=1", "training.compile=blocks")
+    config = contender_config(given.model_dump(mode="json"), contender, "bf16")
+    own = ("fused", "auto", 1, "blocks"), ("eager", "sdpa", "none", "none")
+    assert own[contender != "ours"] == (
+        config.kernels, config.attention.backend, config.training.recompute, config.training.compile
+    )  # fmt: skip
 
 
 def test_a_wrong_contender_gets_no_time():
