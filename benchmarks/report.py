@@ -133,7 +133,16 @@ def training_steps(records: list[Record]) -> str:
 
 
 def effect(records: list[Record]) -> str:
-    """What alignment bought a small generator (benchmarks/effect.py), with 95% intervals."""
+    """What alignment bought a small generator (benchmarks/effect.py), with 95% intervals; a table
+    for each setting.
+    """
+    settings: dict[str, list[Record]] = {}
+    for r in records:
+        settings.setdefault(json.dumps([r["setting"], r["seeds"]]), []).append(r)
+    return "\n".join(_effect(group) for group in settings.values())
+
+
+def _effect(records: list[Record]) -> str:
     first = records[0]
     commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
     parts = [

@@ -81,6 +81,8 @@ def test_a_small_comparison_that_is_stopped_and_goes_on(tmp_path, monkeypatch, c
     text = report.effect(records)
     assert text in capsys.readouterr().out.strip() + "\n"
     assert text.count("| aligned |") == 2
+    other = [r | {"setting": ["training.global_batch=48"]} for r in records]
+    assert report.effect([*records, *other]).count("### effect") == 2
     # Another setting does not get mixed in.
     assert effect.main([command[0], "training.optimizer.lr=1e-3", *command[1:]]) == 1
     assert "holds runs of another setting" in capsys.readouterr().err
