@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ def load(folder: Path) -> list[Record]:
     return list(latest.values())
 
 
-def _groups(records: list[Record]) -> dict[tuple, list[Record]]:
+def _groups(
+    records: list[Record], keys: Sequence[str] = ("device", "case", "shape", "dtype")
+) -> dict[tuple, list[Record]]:
+    """Records by their values of `keys`; a list is a tuple in the group's."""
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for r in records:
-        groups[r["device"], r["case"], r["shape"], r["dtype"]].append(r)
+        values = (r[k] for k in keys)
+        groups[tuple(tuple(v) if isinstance(v, list) else v for v in values)].append(r)
     return groups
 
 
@@ -97,11 +102,9 @@ def rates(records: list[Record]) -> str:
 
 def training_steps(records: list[Record]) -> str:
     """Time and memory of a step, or of a batch of images, by `fastrepa bench`."""
-    groups: dict[tuple, list[Record]] = defaultdict(list)
-    for r in records:
-        groups[tuple(r[k] for k in _CONTENDED[:-1])].append(r)
     parts = []
-    for (device, _, run, precision, batch, ranks, sampler), group in groups.items():
+    for of, group in _groups(records, _CONTENDED[:-1]).items():
+        device, _, run, precision, batch, ranks, sampler = of
         first = group[0]
         title = sampler or "training step"
         modified = " (modified)" if first.get("git_dirty") else ""
@@ -136,10 +139,7 @@ def effect(records: list[Record]) -> str:
     """What alignment bought a small generator (benchmarks/effect.py), with 95% intervals; a table
     for each setting.
     """
-    settings: dict[str, list[Record]] = {}
-    for r in records:
-        settings.setdefault(json.dumps([r["setting"], r["seeds"]]), []).append(r)
-    return "\n".join(_effect(group) for group in settings.values())
+    return "\n".join(_effect(group) for group in _groups(records, ("setting", "seeds")).values())
 
 
 def _effect(records: list[Record]) -> str:
