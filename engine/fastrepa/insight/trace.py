@@ -3,7 +3,7 @@
 Steps, regions and parts of the generator are annotations in the trace. An operation is what the
 profiler shows by the name of something that OperationCosts counted, with all that it calls. On the
 CPU its time is its own; on a GPU that of the kernels it launched, in the region it was launched in.
-What torch.compile compiled is a part of its own: no cost is known of it, as it was counted before.
+What torch.compile compiled is a part of its own, without a cost: other calls were counted than run.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def attention_record(config: Config, choice: Choice) -> dict[str, Any]:
 
 def slow_attention(choice: Choice, device: torch.device) -> str:
     """A warning where a GPU computes attention with less than FlashAttention, otherwise ''."""
-    if device.type != "cuda" or choice.backend in FLASH:
+    if device.type != "cuda" or choice.backend in (*FLASH, "sdpa"):  # torch may take any
         return ""
     why = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over if name in FLASH)
     return f"attention runs on {choice.backend}, which is slow" + (f" ({why})" if why else "")

@@ -66,8 +66,8 @@ def test_wrong_options_are_named(change, message, tmp_path):
 def test_rivals_are_plain_torch(contender):
     given = tiny("training.recompute=1", "training.compile=blocks")
     config = contender_config(given.model_dump(mode="json"), contender, "bf16")
-    own = ("fused", "auto", 1, "blocks"), ("eager", "sdpa", "none", "none")
-    assert own[contender != "ours"] == (
+    ours, plain = ("fused", "auto", 1, "blocks"), ("eager", "sdpa", "none", "none")
+    assert (ours if contender == "ours" else plain) == (
         config.kernels, config.attention.backend, config.training.recompute, config.training.compile
     )  # fmt: skip
 

@@ -55,6 +55,7 @@ def test_what_runs_is_recorded_and_a_slow_gpu_is_told():
     said = slow_attention(fallen, CUDA)
     assert said == "attention runs on math, which is slow (sdpa-flash: does not take float32)"
     assert slow_attention(fallen, CPU) == slow_attention(choice, CUDA) == ""
+    assert slow_attention(Choice("sdpa"), CUDA) == ""
 
 
 def test_a_model_computes_with_the_backend_it_is_given(monkeypatch):
