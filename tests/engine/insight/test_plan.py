@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
-from fastrepa.insight.activations import frozen_network, training_curve
 from fastrepa.insight.hardware import GPUS, Links
 from fastrepa.insight.peak_memory import highest
 from fastrepa.insight.plan import (
@@ -24,7 +23,9 @@ from fastrepa.insight.plan import (
     plan_as_dict,
     sharding,
 )
-from fastrepa.insight.sharding import (
+from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.activations import frozen_network, training_curve
+from fastrepa.training.memory.sharding import (
     ZERO_DEFAULTS,
     Parameters,
     backward_peak,
@@ -35,9 +36,8 @@ from fastrepa.insight.sharding import (
     twice_let_go,
     update_peak,
 )
-from fastrepa.insight.workload import measure_workload
-from fastrepa.model.sit import SiT, recomputed_blocks
-from tests.engine.insight.measured_steps import CHANNELS, SIDE, WIDTHS, config_of
+from fastrepa.training.memory.workload import measure_workload
+from tests.engine.training.memory.measured_steps import CHANNELS, SIDE, WIDTHS, config_of
 from tests.engine.training.runs import environment
 
 ROOT = Path(__file__).parents[3]
@@ -98,7 +98,7 @@ def measured():
         if world > 1:
             python += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         done = subprocess.run(
-            [*python, "tests.engine.insight.measured_steps", *map(json.dumps, cases)],
+            [*python, "tests.engine.training.memory.measured_steps", *map(json.dumps, cases)],
             env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import config_from_dict
 from fastrepa.insight.peak_memory import highest
-from fastrepa.insight.workload import measure_workload
 from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.workload import measure_workload
 
 DEPTH, SIDE, BATCH = 5, 16, 8
 

@@ -52,8 +52,8 @@ class Curve:
 def training_curve(
     config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
 ) -> Curve:
-    """The curve of the generator's forward and backward, with the configuration's precision and
-    training.recompute (auto: none).
+    """The curve of the generator's forward and backward, with the configuration's precision,
+    training.recompute and training.keep (auto: none).
     """
     (low, done), (high, again) = (
         _trace(config, batch, side, channels, encoder_widths) for batch in BATCHES

@@ -26,10 +26,10 @@ from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, rando
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.generation.sampler import forwards_per_image
-from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
-from fastrepa.insight.sharding import Parameters
 from fastrepa.model.flops import counted_flops, model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.features import EncoderPlan, plan_encoder
 
 PIXEL_BYTES = 0.6
@@ -62,9 +62,14 @@ class Workload:
     input_bytes: float
     input_is: str
 
-    def curve(self, recompute: int) -> Curve:
-        """With every `recompute`-th block run again in backward; 0: none."""
-        return _curve(self.config, self.side, self.channels, self.encoder_widths, recompute)
+    def curve(self, recompute: int, keep_h: bool) -> Curve:
+        """With every `recompute`-th block run again in backward, 0: none, and h kept or not."""
+        t = TrainingConfig(
+            precision=self.config.training.precision,
+            recompute=recompute or "none",
+            keep="h" if keep_h else "none",
+        )
+        return _curve(self.config, t, self.side, self.channels, self.encoder_widths)
 
     def recomputed_flops(self, recompute: int) -> float:
         """Of one image. The second forward ends once it has what backward wants: with kernels
@@ -137,10 +142,9 @@ def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> Cu
 
 
 def _curve(
-    config: Config, side: int, channels: int, widths: tuple[int, ...], recompute: int
+    config: Config, training: TrainingConfig, side: int, channels: int, widths: tuple[int, ...]
 ) -> Curve:
     # What the generator's memory does not depend on must not make it be traced again.
-    training = TrainingConfig(precision=config.training.precision, recompute=recompute or "none")
     same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
     key = config.model_copy(update=same).model_dump_json()
