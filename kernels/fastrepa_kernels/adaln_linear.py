@@ -11,8 +11,9 @@ saved anyway by one pass over memory, so here they are made again in backward an
 Shapes: B batch, T tokens, D width, N = B*T rows, F width of the MLP, M width out.
 x, branch [B,T,D]; shift, scale, gate [B,D] (views are read in place); w [M,D], b [M];
 w1 [F,D], b1 [F]; w2 [M,F], b2 [M].
-Saved for backward: x', branch, gate, shift, scale, two fp32 numbers a row, the weights and a [N,F].
-Recomputed: y, and h in the same pass as GELU' (activation.py).
+Saved for backward: x', branch, gate, shift, scale, two fp32 numbers a row, the weights and a [N,F];
+with `keep_h` h too. Recomputed: y, and h, where it is not kept, in the same pass as GELU'
+(activation.py).
 
 Backward: with dout the gradient of out,
     adaln_linear:  dw = dout^T y    db = sum dout    dy = dout w
@@ -262,21 +263,24 @@ def _adaln_mlp(
     b2: Tensor,
     eps: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x_new, out, mean, rstd, a); a [N,F] is empty unless `keep`."""
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h [N,F] unless `keep_h`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
         h, a = _linear_gelu(_rows(y), w1, b1, keep, False)
         out = torch.addmm(b2, h, w2.t())
-        return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a
+        h = h if keep_h else h.new_empty(0)
+        return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a, h
 
 
 @_adaln_mlp.register_fake
-def _(x, branch, gate, shift, scale, w1, b1, w2, b2, eps, keep):
+def _(x, branch, gate, shift, scale, w1, b1, w2, b2, eps, keep, keep_h):
     x_new, mean, rstd = _first_shapes(x, branch)
     out = w2.new_empty((*x.shape[:2], w2.shape[0]))
-    a = w1.new_empty((x.shape[0] * x.shape[1], w1.shape[0]) if keep else (0,))
-    return x_new, out, mean, rstd, a
+    hidden = x.shape[0] * x.shape[1], w1.shape[0]
+    a, h = (w1.new_empty(hidden if kept else (0,)) for kept in (keep, keep_h))
+    return x_new, out, mean, rstd, a, h
 
 
 @torch.library.custom_op("fastrepa::adaln_mlp_backward", mutates_args=())
@@ -291,6 +295,7 @@ def _adaln_mlp_backward(
     mean: Tensor,
     rstd: Tensor,
     a: Tensor,
+    h: Tensor,
     w1: Tensor,
     w2: Tensor,
     eps: float,
@@ -302,10 +307,12 @@ def _adaln_mlp_backward(
     with launch.without_autocast(x):
         g = _rows(dout)
         dh = torch.mm(g, w2)
-        h = torch.empty_like(a) if need_w2 else None
-        db1 = activate_backward(dh, a, dh, gelu=True, sums=need_b1, again=h)
-        dw2 = w2.new_empty(0) if h is None else torch.mm(g.t(), h)
-        del h  # before the next large tensor
+        again = torch.empty_like(a) if need_w2 and h.shape != a.shape else None
+        db1 = activate_backward(dh, a, dh, gelu=True, sums=need_b1, again=again)
+        dw2 = w2.new_empty(0)
+        if need_w2:
+            dw2 = torch.mm(g.t(), h if again is None else again)
+        del again  # before the next large tensor
         dw1 = w1.new_empty(0)
         if need_w1:
             dw1 = torch.mm(dh.t(), _again(x, shift, scale, mean, rstd, eps, w1.dtype))
@@ -318,7 +325,7 @@ def _adaln_mlp_backward(
 
 
 @_adaln_mlp_backward.register_fake
-def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, a, w1, w2, eps, sums, needs):
+def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, a, h, w1, w2, eps, sums, needs):
     shapes = (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     grads = (w1.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
     return *_norm_grad_shapes(x, branch, scale, mean, sums), *grads
@@ -328,27 +335,28 @@ _adaln_mlp_backward_call = first_order(_adaln_mlp_backward)
 
 
 def _mlp_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, w1, _, w2, _, ctx.eps, _ = inputs
-    x_new, _, mean, rstd, a = output
+    x, branch, gate, shift, scale, w1, _, w2, _, ctx.eps, _, _ = inputs
+    x_new, _, mean, rstd, a, h = output
     kept = x if branch is None else x_new
-    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, a, w1, w2)
-    ctx.mark_non_differentiable(mean, rstd, a, *([x_new] if branch is None else []))
+    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, a, h, w1, w2)
+    ctx.mark_non_differentiable(mean, rstd, a, h, *([x_new] if branch is None else []))
     ctx.set_materialize_grads(False)
 
 
-def _mlp_backward(ctx, dx_new, dout, _mean, _rstd, _a):
-    x, branch, gate, shift, scale, mean, rstd, a, w1, w2 = ctx.saved_tensors
+def _mlp_backward(ctx, dx_new, dout, _mean, _rstd, _a, _h):
+    x, branch, gate, shift, scale, mean, rstd, a, h, w1, w2 = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if dout is None:  # only x_new was used
         dout = w2.new_zeros((*x.shape[:2], w2.shape[0]))
     *norm, dw1, db1, dw2, db2 = _adaln_mlp_backward_call(
         dout.contiguous(), _flowing(dx_new, branch), x, branch, gate, shift, scale, mean, rstd, a,
-        w1, w2, ctx.eps, any(needs[2:5]), list(needs[5:9]),
+        h, w1, w2, ctx.eps, any(needs[2:5]), list(needs[5:9]),
     )  # fmt: skip
     grads = zip((dw1, db1, dw2, db2), needs[5:9], strict=True)
     return (
         *_norm_grads(needs, norm, gate, shift, scale),
         *(g if need else None for g, need in grads),
+        None,
         None,
         None,
     )
@@ -428,17 +436,21 @@ def adaln_mlp(
     *,
     residual: Branch | None = None,
     eps: float = EPS,
+    keep_h: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Modulated LayerNorm, then a transformer's MLP: `w2 GELU(w1 y + b1) + b2`, tanh form.
 
     weights: w1 [F, D], b1 [F], w2 [M, F], b2 [M], of one dtype; everything else as in
-    `adaln_linear`. Returns [B, T, M]; with a residual, (x' in x's dtype, [B, T, M]).
+    `adaln_linear`. keep_h: h [B T, F], in the weights' dtype, lives until backward and is not made
+    again there; the numbers are the same. Returns [B, T, M]; with a residual, (x' in x's dtype,
+    [B, T, M]).
     """
     products = dict(zip(("w1", "b1", "w2", "b2"), weights, strict=True))
     given, laid = _prepared("adaln_mlp", x, shift, scale, residual, products)
     tensors = [t for t in (*given, *laid) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    x_new, out, *_ = _adaln_mlp_call(*given, *laid, eps, keep)
+    keep_h = keep_h and keep and laid[2].requires_grad  # only w2's gradient reads h
+    x_new, out, *_ = _adaln_mlp_call(*given, *laid, eps, keep, keep_h)
     return out if residual is None else (x_new, out)
 
 
