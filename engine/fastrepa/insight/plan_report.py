@@ -88,14 +88,16 @@ def _memory(plan: Plan) -> Table:
 
 
 def _add_ways(table: Table, plan: Plan) -> None:
-    """Two rows for every recompute and keep that some number of GPUs was planned with."""
+    """Rows for every recompute and keep that some number of GPUs was planned with."""
     found: dict[str, dict[int, Estimate]] = {}
     for number, row in enumerate(plan.rows):
         for e in (row.configured, *row.others):
-            found.setdefault(_kept(e), {})[number] = e
+            s = e.sharding
+            found.setdefault(f"recompute {s.recompute or 'none'}, keep {s.keep}", {})[number] = e
     for settings, by_row in found.items():
         each = [by_row.get(number) for number in range(len(plan.rows))]
-        table.add_row(f"{settings}: activations", *(_gb(e.activations) if e else "" for e in each))
+        table.add_row(settings)
+        table.add_row("    activations", *(_gb(e.activations) if e else "" for e in each))
         table.add_row("    together", *(_fit(e.total, plan.gpu.memory) if e else "" for e in each))
 
 
@@ -147,17 +149,13 @@ def _way(e: Estimate, *, short: bool = False) -> str:
     s = e.sharding
     if short:
         return f"ZeRO {s.stage}, {s.forwards} x {s.micro}"
-    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}", _kept(e)]
+    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}",
+             f"training.recompute={s.recompute or 'none'}", f"training.keep={s.keep}"]  # fmt: skip
     if s.offload != "none":
         words.append(f"zero.offload={s.offload}")
     if s.offloads_parameters:
         words.append("zero.offload_parameters=true")
     return " ".join(words)
-
-
-def _kept(e: Estimate) -> str:
-    s = e.sharding
-    return f"training.recompute={s.recompute or 'none'} training.keep={s.keep}"
 
 
 def _cost(e: Estimate) -> str:

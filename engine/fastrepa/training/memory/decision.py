@@ -65,15 +65,19 @@ def _decide(
     open_ = every == "auto" or (every == "none" and config.kernels == "fused")
     if budget is None or not open_:
         return (every if isinstance(every, int) else 0, False), None
-    work = measure_workload(config)
+    # What drawing grids takes is the same whatever is decided, and to know it takes diffusers.
+    training = config.training.model_copy(update={"sample_every": 0})
+    work = measure_workload(config.model_copy(update={"training": training}))
     way = fitted(work, sharding(config, world_size, work.parameters), budget, reserve=0.0)
-    memory, _ = memory_peak(work, way, 0.0)
-    total, warning = sum(memory.values()), None
-    if every == "auto" and total > budget:
-        warning = (
-            f"training.recompute: with every block recomputed a rank still needs an estimated "
-            f"{total / 1e9:.1f} GB of {budget / 1e9:.1f}; see fastrepa plan"
-        )
+    warning = None
+    if every == "auto":
+        memory, _ = memory_peak(work, way, 0.0)
+        total = sum(memory.values())
+        if total > budget:
+            warning = (
+                f"training.recompute: with every block recomputed a rank still needs an estimated "
+                f"{total / 1e9:.1f} GB of {budget / 1e9:.1f}; see fastrepa plan"
+            )
     return (way.recompute, way.keep_h), warning
 
 
@@ -155,7 +159,7 @@ def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, flo
         # fp32 has already), and a batch of latents decoded.
         "sampling": {
             "EMA": float(s.itemsize * p.numel) if samples and (s.bf16 or s.stage) else 0.0,
-            "codec": w.codec_decoder.at(SAMPLE_BATCH) if samples and w.codec_decoder else 0.0,
+            "codec": w.codec_decoder.at(SAMPLE_BATCH) if w.codec_decoder else 0.0,
         },
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))

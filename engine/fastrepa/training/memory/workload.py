@@ -22,7 +22,14 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
-from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, random_sd_vae, token_grid
+from fastrepa.data.codec import (
+    SD_VAE_CHANNELS,
+    SD_VAE_DOWN,
+    SD_VAE_PARAMETERS,
+    codec_shape,
+    random_sd_vae,
+    token_grid,
+)
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.generation.sampler import forwards_per_image
@@ -43,7 +50,7 @@ class Workload:
     forward_flops: of the generator and its projectors; block_flops: of its blocks alone;
     training_flops: forward and backward, nothing twice; sampling_flops: by the configuration's
     `sample`, decoding left out. encoders and codec: those that run in training, with their names;
-    codec_decoder: what sampling runs.
+    codec_weights: of both halves; codec_decoder: what the grids of sample_every run, if any.
     """
 
     config: Config
@@ -117,10 +124,12 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
         if online
     )
     codec_weights, encoder, decoder = 0, None, None
-    if config.data.codec.name == "sd-vae":
-        encoder, decoder = _autoencoder(resolution, dtype)
-        codec_weights = encoder.weights
-        encoder = None if cached_latents else encoder
+    if config.data.codec.name == "sd-vae":  # built, by diffusers, only where it is run
+        codec_weights = SD_VAE_PARAMETERS * dtype.itemsize
+        if not cached_latents:
+            encoder = frozen_network(random_sd_vae, _encode(resolution), dtype)
+        if config.training.sample_every:
+            decoder = frozen_network(random_sd_vae, _decode(resolution), dtype)
     size, described = _input(
         config, plans, manifest, image_bytes, side=side, channels=channels,
         image=not cached_latents or bool(encoders), latents=cached_latents,
@@ -187,15 +196,12 @@ def _encode(resolution: int) -> Callable[..., Any]:
     return run
 
 
-def _autoencoder(resolution: int, dtype: torch.dtype) -> tuple[Frozen, Frozen]:
-    """(encoding, decoding); both hold the weights of both halves, as a run does."""
-    side = resolution // SD_VAE_DOWN
-
-    def decode(network: Any, batch: int, dtype: torch.dtype) -> Any:
+def _decode(resolution: int) -> Callable[..., Any]:
+    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        side = resolution // SD_VAE_DOWN
         return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
 
-    runs = (_encode(resolution), decode)
-    return tuple(frozen_network(random_sd_vae, run, dtype) for run in runs)  # type: ignore[return-value]
+    return run
 
 
 def _manifest(config: Config) -> Manifest | None:
