@@ -154,7 +154,7 @@ def activate_backward(
     n, c = a.shape
     if not a.numel():
         return torch.zeros(c, device=a.device) if sums else None
-    table = launch.COLUMNS[launch.generation(a.device)]
+    table = launch.COLUMNS["activation"][launch.generation(a.device)]
     splits = triton.cdiv(n, table.rows)
     parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
     _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
@@ -175,7 +175,8 @@ def _aot_cases() -> list[AotCase]:
     bf = "*bf16"
     cases = []
     for generation in launch.GENERATIONS:
-        flat, table = launch.FLAT["activation"][generation], launch.COLUMNS[generation]
+        flat = launch.FLAT["activation"][generation]
+        table = launch.COLUMNS["activation"][generation]
         for gelu in (False, True):
             label = "gelu" if gelu else "silu"
             cases.append(AotCase(
