@@ -177,8 +177,21 @@ def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
+def as_run(config: Config, world_size: int) -> Config:
+    """The configuration with the ZeRO stage that runs.
+
+    Stages 1 and 2 divide nothing on one rank, where stage 0's step is the shorter. Float32 sums of
+    several forwards' bf16 gradients are theirs alone.
+    """
+    z, (_, forwards) = config.zero, micro_batch(config, world_size)
+    if world_size > 1 or z.stage == 3 or z.offload != "none" or _sums_in_fp32(config, forwards):
+        return config
+    return config.model_copy(update={"zero": z.model_copy(update={"stage": 0})})
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
+    config = as_run(config, world_size)
     micro, forwards = micro_batch(config, world_size)
     out: dict[str, Any] = {
         "train_batch_size": config.training.global_batch,
@@ -232,7 +245,9 @@ def _zero_optimization(config: Config) -> dict[str, Any]:
 
 def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
     """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
-    config = resolve_zero(config, trained_elements(model.parameters()), world.size)
+    config = as_run(
+        resolve_zero(config, trained_elements(model.parameters()), world.size), world.size
+    )
     stage, ours = config.zero.stage, _steps_itself(config, micro_batch(config, world.size)[1])
     trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
     flat = None
@@ -261,7 +276,7 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
     if flat is not None:
         flat.master.data.copy_(flat.weights)
         engine.enable_backward_allreduce = False  # unsharded_step does it, of the flat gradient
-        optimizer.step = partial(unsharded_step, flat, optimizer)
+        optimizer.step = partial(unsharded_step, flat, optimizer)  # type: ignore[method-assign]
     elif ours:
         engine.optimizer.step = partial(sharded_step, engine.optimizer, optimizer)
     else:

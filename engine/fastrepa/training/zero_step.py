@@ -92,12 +92,15 @@ def sharded_step(zero: Any, optimizer: AdamWEMA) -> None:
             flat = zero.flatten_dense_tensors_aligned(
                 zero.averaged_gradients[i], int(zero.partition_size[i])
             )
+            zero.averaged_gradients[i] = None
         zero.free_grad_in_param_list(zero.params_in_partition[i])
-        zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
+        zero.all_grad_tensors[i] = None
         grads.append(flat)
         low.append(whole[rank])
     optimizer.update(zero.single_partition_of_fp32_groups, grads, low)
+    del flat, grads  # before weights are gathered
     zero._release_preflattened_grad_buffers()
+    zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
     zero._global_grad_norm = optimizer._global_grad_norm
     all_gather_dp_groups(
         groups_flat=zero.bit16_groups_flat,

@@ -22,7 +22,7 @@ from fastrepa.training.memory.sharding import (
     update_peak,
 )
 from fastrepa.training.memory.workload import Workload, measure_workload
-from fastrepa.training.zero import World, deepspeed_config, micro_batch, of_first_rank
+from fastrepa.training.zero import World, as_run, deepspeed_config, micro_batch, of_first_rank
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
 SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
@@ -88,7 +88,7 @@ def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
     resolved = resolve_zero(config, parameters.numel, world)
     return Sharding(
         world,
-        config.zero.stage,
+        as_run(config, world).zero.stage,
         micro,
         forwards,
         every if isinstance(every, int) else 0,
