@@ -160,9 +160,9 @@ _FORWARD = {
 }
 # One row at a time: the per-sample sums live in registers beside the row.
 _BACKWARD = {
-    384: Rows(256, 1, 2, tail=128),
+    384: Rows(256, 1, 1, tail=128),
     512: Rows(512, 1, 2),
-    768: Rows(512, 1, 4, tail=256),
+    768: Rows(512, 1, 2, tail=256),
     1024: Rows(1024, 1, 4),
     1152: Rows(1024, 1, 4, tail=128),
     2048: Rows(2048, 1, 8),
