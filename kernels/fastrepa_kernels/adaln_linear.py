@@ -266,7 +266,7 @@ def _adaln_mlp(
     """(x_new, out, mean, rstd, a); a [N,F] is empty unless `keep`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
-        h, a = _linear_gelu(_rows(y), w1, b1, keep, False)
+        h, a = _linear_gelu(_rows(y), w1, b1, keep)
         out = torch.addmm(b2, h, w2.t())
         return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a
 
