@@ -107,7 +107,7 @@ def _sweeps(generation: int) -> Iterator[tuple[str, dict, Any, list, Callable[[]
         launch.Columns(n, c, rows, w)
         for n in (8, 16, 32) for c in (64, 128, 256) for rows in (64, 128, 256) for w in (4, 8)
     ]  # fmt: skip
-    yield "columns", launch.COLUMNS, generation, columns, _activation(True)
+    yield "columns", launch.COLUMNS["activation"], generation, columns, _activation(True)
     table = launch.GEMM["cosine_sums"]
     yield "cosine_sums", table, generation, list(_gemms(table[generation])), _alignment_forward()
 

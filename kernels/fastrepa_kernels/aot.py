@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("adaln", "activation", "projector_alignment", "adamw_ema")
+MODULES = ("adaln", "activation", "attention", "projector_alignment", "adamw_ema")
 
 
 @dataclass(frozen=True)

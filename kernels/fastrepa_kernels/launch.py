@@ -161,7 +161,11 @@ ROWS: dict[str, dict[int, dict[int, Rows]]] = {
     "norm_backward": dict.fromkeys(GENERATIONS, _BACKWARD),
     "cosine": dict.fromkeys(GENERATIONS, _COSINE),
 }
-COLUMNS: dict[int, Columns] = dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4))
+COLUMNS: dict[str, dict[int, Columns]] = {
+    "activation": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "stack": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "sums": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+}
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
