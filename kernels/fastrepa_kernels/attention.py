@@ -382,8 +382,8 @@ def _packed_attention_backward(
     q, k, v = qkv.unbind(2)
     if name in SDPA or name == "xformers":
         if name in SDPA:
-            grads = _aten_backward(name, *(x.transpose(1, 2) for x in (grad, q, k, v, out)), sums)
-            grads = tuple(x.transpose(1, 2) for x in grads)
+            by_head = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+            grads = [x.transpose(1, 2) for x in _aten_backward(name, by_head, sums)]
         else:  # it asks torch itself whether the run is deterministic
             package: Any = _loaded[name]
             grads = package.memory_efficient_attention_backward(grad, out, sums, q, k, v)
@@ -396,7 +396,7 @@ def _packed_attention_backward(
         _loaded[name]._flash_attn_bwd(
             q, k, v, out, grad, sums, deterministic=deterministic, dq=dq, dk=dk, dv=dv
         )
-    return dqkv, column_sums(dqkv.view(-1, dqkv[0, 0].numel())) if need_bias else sums.new_empty(0)
+    return dqkv, column_sums(dqkv.flatten(0, 1).flatten(1)) if need_bias else sums.new_empty(0)
 
 
 @_packed_attention_backward.register_fake
@@ -446,14 +446,12 @@ def _aten(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
 
 
-def _aten_backward(
-    name: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
-) -> tuple[Tensor, ...]:
-    """(dq, dk, dv), [B,H,T,d] each."""
-    aten, given = torch.ops.aten, (grad, q, k, v, out, sums)
+def _aten_backward(name: str, by_head: list[Tensor], sums: Tensor) -> Sequence[Tensor]:
+    """(dq, dk, dv) of (grad, q, k, v, out), [B,H,T,d] each."""
+    aten, given, q = torch.ops.aten, (*by_head, sums), by_head[1]
     if name == "sdpa-flash" and q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False)
-    tokens, unread = q.shape[2], grad.new_empty((), dtype=torch.int64)  # of dropout: seed, offset
+    tokens, unread = q.shape[2], q.new_empty((), dtype=torch.int64)  # of dropout: seed and offset
     if name == "sdpa-cudnn":
         return aten._scaled_dot_product_cudnn_attention_backward(
             *given, unread, unread, None, None, None, tokens, tokens, 0.0, False
@@ -506,7 +504,7 @@ def _stacked(grads: Sequence[Tensor], sums: bool) -> tuple[Tensor, Tensor]:
     wide = launch.arithmetic_dtype(grads[0])
     if not launch.use_triton(grads[0]):
         dqkv = torch.stack(list(grads), 2)
-        dbias = column_sums(dqkv.view(b * t, -1)) if sums else dqkv.new_empty(0, dtype=wide)
+        dbias = column_sums(dqkv.view(b * t, 3 * h * d)) if sums else dqkv.new_empty(0, dtype=wide)
         return dqkv, dbias
     dq, dk, dv = (x.contiguous() for x in grads)  # torch's kernels lay them out as they are read
     dqkv = torch.empty((b, t, 3, h, d), dtype=dq.dtype, device=dq.device)

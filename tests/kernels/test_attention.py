@@ -193,6 +193,20 @@ def test_a_bias_is_refused_where_its_gradient_is_not_made(stand_in):
         attention(qkv, backend=name, bias=torch.zeros(72))
 
 
+@pytest.mark.parametrize("name", module.SDPA)
+def test_torch_takes_the_calls_for_a_gpu(name):
+    """Their arguments and results' shapes, by torch's own shape functions: nothing is computed."""
+    b, t, h, d = 2, 40, 3, 24
+    qkv = torch.empty(b, t, 3, h, d, dtype=torch.bfloat16, device="meta")
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    out, sums = module._aten(name, q, k, v)
+    assert out.transpose(1, 2).is_contiguous()  # as the op hands it on, without a copy
+    assert (sums.shape, sums.dtype) == (module._sums_shape(name, b, t, h), torch.float32)
+    for x in module._aten_backward(name, [torch.empty_like(out), q, k, v, out], sums):
+        assert x.shape == out.shape
+        assert x.transpose(1, 2).is_contiguous()  # read where it lies by the pass that stacks
+
+
 def test_nothing_is_summed_for_a_bias_that_is_frozen(monkeypatch):
     monkeypatch.setattr(module, "column_sums", None)
     qkv = problem(16, 8, torch.float32, norm=False)[0][0].requires_grad_()
