@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from fastrepa_kernels import adaln, adamw_ema, launch, mlp
+from fastrepa_kernels import adaln, adamw_ema, launch
 from fastrepa_kernels.activation import activate, activate_backward
 from fastrepa_kernels.cost import median_seconds
 from fastrepa_kernels.projector_alignment import projector_alignment
@@ -74,12 +74,6 @@ def _optimiser() -> Callable[[], object]:
     return lambda: adamw_ema.adamw_ema_(p, g, m, v, e, step=10, lr=1e-4)
 
 
-def _linear_gelu() -> Callable[[], object]:
-    x, weight, bias = _cuda(IMAGES * TOKENS, 1152), _cuda(4608, 1152), _cuda(4608)
-    weight.requires_grad_()
-    return lambda: mlp.linear_gelu(x, weight, bias)
-
-
 def _alignment_forward() -> Callable[[], object]:
     shapes = ((2048, 1152), (2048,), (2048, 2048), (2048,), (768, 2048), (768,))
     x, weights, target = _cuda(16384, 1152), [_cuda(*s) for s in shapes], _cuda(16384, 768)
@@ -113,10 +107,9 @@ def _sweeps(generation: int) -> Iterator[tuple[str, dict, Any, list, Callable[[]
         launch.Columns(n, c, rows, w)
         for n in (8, 16, 32) for c in (64, 128, 256) for rows in (64, 128, 256) for w in (4, 8)
     ]  # fmt: skip
-    yield "columns", launch.COLUMNS, generation, columns, _activation(True)
-    for family, work in (("linear_gelu", _linear_gelu), ("cosine_sums", _alignment_forward)):
-        table = launch.GEMM[family]
-        yield family, table, generation, list(_gemms(table[generation])), work()
+    yield "columns", launch.COLUMNS["activation"], generation, columns, _activation(True)
+    table = launch.GEMM["cosine_sums"]
+    yield "cosine_sums", table, generation, list(_gemms(table[generation])), _alignment_forward()
 
 
 def _time(table: dict, key: Any, candidate: Any, work: Callable[[], object]) -> float | None:
@@ -143,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune: no CUDA device; launch tables can only be timed on one")
         return 2
     generation = launch.generation(torch.device("cuda"))
-    launch.GELU_EPILOGUE[generation] = True  # so that linear_gelu runs the product of ours
     # The generations share their first rows: give this one tables of its own.
     for tables in launch.ROWS.values():
         tables[generation] = dict(tables[generation])

@@ -50,7 +50,7 @@ def test_every_row_of_every_table_is_compiled(reports):
 
 def test_gemm_kernels_use_wgmma_on_hopper(reports):
     gemms = [r for r in reports if "gemm" in r["name"] and r["name"].endswith("sm_90")]
-    assert len(gemms) >= 2
+    assert gemms
     assert all(r["wgmma"] for r in gemms)
 
 
