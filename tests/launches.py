@@ -44,6 +44,10 @@ class _Trace(TorchDispatchMode):
         if func.namespace == "fastrepa":
             with self:  # its body, not the operation: that would come back here
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        with self:  # an operation's body meets here what autograd would have taken apart: `.to`
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         if not func.is_view and str(func) not in _FREE:
             self.launches.append(str(func))
         return func(*args, **kwargs)

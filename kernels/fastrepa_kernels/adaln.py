@@ -449,7 +449,7 @@ def _norm_gradients_triton(
 def _sum_splits(parts: Tensor, totals: list[Tensor | None], splits: int) -> None:
     """totals, one [B,D] each, from parts [sums,B*splits,D]."""
     _, rows, d = parts.shape
-    flat = launch.FLAT["sums"][launch.generation(parts.device)]
+    flat = launch.FLAT["norm_sums"][launch.generation(parts.device)]
     _sums_kernel[(rows // splits, triton.cdiv(d, flat.block))](
         parts, *totals, d, splits, rows * d, BLOCK_D=flat.block, num_warps=flat.num_warps
     )
@@ -850,7 +850,7 @@ def _aot_backward(
 
 def _aot_other_cases(generation: int) -> list[AotCase]:
     bf, fp = "*bf16", "*fp32"
-    table, flat = launch.COLUMNS["residual"][generation], launch.FLAT["sums"][generation]
+    table, flat = launch.COLUMNS["residual"][generation], launch.FLAT["norm_sums"][generation]
     tile = {"BLOCK_N": table.block_n, "BLOCK_C": table.block_c}
     cells = table.block_n * table.block_c
     return [

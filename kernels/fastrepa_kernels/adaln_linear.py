@@ -250,7 +250,7 @@ def _adaln_mlp(
     """(x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h [N,F] unless `keep_h`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
-        h, a = _linear_gelu(_rows(y), w1, b1, keep, False)
+        h, a = _linear_gelu(_rows(y), w1, b1, keep)
         out = torch.addmm(b2, h, w2.t())
         h = h if keep_h else h.new_empty(0)
         return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a, h

@@ -160,9 +160,9 @@ _FORWARD = {
 }
 # One row at a time: the per-sample sums live in registers beside the row.
 _BACKWARD = {
-    384: Rows(256, 1, 2, tail=128),
+    384: Rows(256, 1, 1, tail=128),
     512: Rows(512, 1, 2),
-    768: Rows(512, 1, 4, tail=256),
+    768: Rows(512, 1, 2, tail=256),
     1024: Rows(1024, 1, 4),
     1152: Rows(1024, 1, 4, tail=128),
     2048: Rows(2048, 1, 8),
@@ -183,30 +183,22 @@ ROWS: dict[str, dict[int, dict[int, Rows]]] = {
 COLUMNS: dict[str, dict[int, Columns]] = {
     "activation": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
     "residual": dict.fromkeys(GENERATIONS, Columns(16, 128, 64, 4)),
+    "stack": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "sums": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
 }
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
-    "sums": dict.fromkeys(GENERATIONS, Flat(256, 2)),
+    "norm_sums": dict.fromkeys(GENERATIONS, Flat(256, 2)),
 }
 # Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
 GEMM: dict[str, dict[int, Gemm]] = {
-    "linear_gelu": {
-        80: Gemm(128, 128, 32, 8, 4),
-        90: Gemm(256, 128, 64, 8, 3),  # 128 x 256 spills in its epilogue on both
-        100: Gemm(256, 128, 64, 8, 3),
-    },
     "cosine_sums": {
         80: Gemm(128, 128, 32, 8, 4),
         90: Gemm(128, 128, 64, 8, 4),
         100: Gemm(128, 128, 64, 8, 4),
     },
 }
-# linear_gelu's forward: the GELU as a GEMM epilogue of our own, or cuBLAS and a pointwise kernel.
-# At N=65,536, 1152 -> 4608 the pointwise pass moves 1.2 GB, about 30% of the product's time: the
-# epilogue wins if our GEMM reaches 77% of cuBLAS. Nobody has measured that yet, so: cuBLAS.
-GELU_EPILOGUE: dict[int, bool] = dict.fromkeys(GENERATIONS, False)
-
 # Rows handled in one go by projector_alignment. CUDA: 4,096 rows keep the chunk buffers at
 # 70 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
 # CPU: every chunk starts about 35 parallel regions, and each costs milliseconds where the cores are

@@ -6,7 +6,7 @@ order: instructions a warp, MUFU (exp, reciprocal: 8 cycles each instead of 1), 
 loads, a new one wherever a barrier or a store stands between (pointers may alias, so nothing moves
 a load over them). Loads by cp.async for a later turn cost no trip.
 
-    issue  = max(instructions, 8 MUFU) x warps / 4        cycles a pass takes of an SM's 4 schedulers
+    issue  = max(instructions, 8 MUFU) x warps / 4      cycles a pass takes of an SM's schedulers
     turn   = trips x 750 ns + max(instructions, 8 MUFU) x max(1, warps / 4) / 1.755 GHz
     flight = programs on an SM x (reads + writes) / turn       bytes/ns, by Little's law
     share  = (0.96^-p + (flight / 32.6)^-p + (issue limit / 32.6)^-p)^(-1/p),   p = 2.5

@@ -1,8 +1,8 @@
 """adaln_linear, adaln_mlp: T0 gradcheck, T1 on every path, T3 on a GPU (their kernels' T2 is in
 test_aot.py).
 
-Mutations tried, each caught by the tests below: y made again without shift; h made again as a; the
-residual's gradient left out; db2 from da; gate's and scale's sums swapped.
+Mutations tried, each caught by the tests below: y made again without shift (by either path); h
+made again as a; the residual's gradient left out; db2 from da; gate's and scale's sums swapped.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fastrepa_kernels import launch
 from fastrepa_kernels.adaln_linear import (
     adaln_linear,
     adaln_linear_cost,
@@ -20,6 +21,8 @@ from fastrepa_kernels.adaln_linear import (
     adaln_mlp_reference,
 )
 from tests.kernels.accuracy import check, distance
+from tests.kernels.conftest import unpoisoned
+from tests.launches import counted
 
 SIZES = [(1, 1, 8, 3, 5), (2, 37, 72, 112, 40), (3, 5, 1152, 24, 16)]  # B, T, D, F, M
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "-".join(map(str, s)))
@@ -98,6 +101,22 @@ def test_half_products_around_a_stream(place, mlp, x_dtype):
     upstream = [place.randn(*x_new.shape, dtype=x_new.dtype), place.randn(*out.shape)]
     names = [f"argument {i}" for i in range(len(given))]
     check(names, *functions(mlp, True), given, upstream)
+
+
+@mlps
+def test_launches_of_a_backward(mlp):
+    """y comes with the norm's gradients: between the two products, and no launch of its own."""
+    given = [v.half().requires_grad_() for v in operands(Cpu(torch.float32), SIZES[1], mlp)]
+    with launch.backend("triton"):
+        outputs = functions(mlp, True)[0](*given)
+        upstream = [torch.randn_like(y) for y in outputs]
+        with counted() as launches:
+            torch.autograd.grad(outputs, given, upstream)
+    product = "aten.mm.default"
+    norm = [product, "_norm_bwd_kernel", "_sums_kernel", product]
+    bias = ["_column_sums_kernel", "aten.sum.dim_IntList", "aten._to_copy.default"]
+    first = [product, "_activation_bwd_kernel", "aten.sum.dim_IntList", product] if mlp else []
+    assert unpoisoned(launches) == first + norm + (bias[-1:] if mlp else []) + bias
 
 
 @mlps
