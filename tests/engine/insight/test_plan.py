@@ -194,15 +194,19 @@ def test_on_the_screen_as_json_and_as_a_picture(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "plan.png"
     assert run_command(monkeypatch, "--gpus", "2,1", "--gpu", "A100", "--png", str(picture)) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for word in ("A100 SXM 80 GB", "Adam moments", "images/s", "MFU", "GPU-hours", "cheapest",
-                 "datasheet", "--efficiency", "nothing here was measured"):  # fmt: skip
+    for word in ("A100 SXM 80 GB", "Adam moments", "recompute none, keep h", "training.keep=h",
+                 "images/s", "MFU", "GPU-hours", "cheapest", "datasheet", "--efficiency",
+                 "nothing here was measured"):  # fmt: skip
         assert word in text
     with Image.open(picture) as image:
         assert image.width > 1200
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
     assert run_command(monkeypatch, "--gpus", "1", "--json") == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["plans"][0]["configured"]["fits"]
+    (here,) = out["plans"]
+    assert here["configured"]["fits"]
+    ways = [(e["recompute"], e["keep"]) for e in (here["configured"], *here["others"])]
+    assert ways == [("none", "h"), ("none", "none"), (1, "none")]
     assert out["gpu"]["name"] == "H100 SXM 80 GB"
 
 
