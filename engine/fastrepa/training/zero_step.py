@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
@@ -69,6 +70,27 @@ class FlatWeights:
             # Divided first, as DeepSpeed does: sums of many ranks stay small.
             deepspeed.comm.all_reduce(flat.mul_(1 / ranks))
         return flat
+
+
+def order_streams(zero: Any) -> None:
+    """Let the end of backward in stages 1 and 2 order streams where DeepSpeed stops the host.
+
+    With overlap_comm gradients are reduced on a stream of its own, and it waits for the device
+    before it frees what that stream reads. The compute stream, whose memory it is, can wait.
+    """
+    epilogue = zero.independent_gradient_partition_epilogue
+
+    def ordered() -> None:
+        accelerator: Any = get_accelerator()
+        compute = accelerator.current_stream()
+        accelerator.synchronize = lambda: compute.wait_stream(zero.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize  # the class's own is back
+
+    if zero.overlap_comm and zero.reduction_stream is not None:
+        zero.independent_gradient_partition_epilogue = ordered
 
 
 def unsharded_step(flat: FlatWeights, optimizer: AdamWEMA) -> None:

@@ -1,14 +1,17 @@
 """The optimiser's phase, counted: launches, reads by the host, bytes that its pass moves."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from fastrepa.config import load_config
 from fastrepa.training import ema, zero
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
+from fastrepa.training.zero_step import order_streams
 from fastrepa_kernels import launch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from tests.engine.training.runs import ROOT, SMALL
@@ -71,3 +74,20 @@ def test_launches_reads_and_bytes_of_the_optimisers_phase(
     cost = adamw_ema_cost(p.numel(), grad_itemsize=2, low_itemsize=2)
     assert moved == cost.bytes == 36 * p.numel()
     assert p.numel() < 1.01 * sum(t.numel() for t in tensors) + 1000
+
+
+def test_the_end_of_backward_orders_streams(monkeypatch):
+    """As on several GPUs: DeepSpeed's epilogue, whose wait for the device is none any more."""
+    accelerator, waits = get_accelerator(), []
+    compute = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(accelerator, "current_stream", lambda: compute)
+    monkeypatch.setattr(type(accelerator), "synchronize", lambda self: waits.append("host"))
+    for stream, expected in (("reduction", ["reduction"]), (None, ["host"])):
+        own = SimpleNamespace(overlap_comm=True, reduction_stream=stream)
+        own.independent_gradient_partition_epilogue = lambda: get_accelerator().synchronize()
+        order_streams(own)
+        own.independent_gradient_partition_epilogue()
+        assert waits == expected
+        waits.clear()
+        accelerator.synchronize()
+        assert waits.pop() == "host"
