@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("adaln", "activation", "projector_alignment", "mlp", "adamw_ema")
+MODULES = ("adaln", "activation", "projector_alignment", "mlp", "adamw_ema", "keyed_random")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class AotCase:
     long_offsets: tuple[str, ...] = ()  # pointers that must be indexed in 64 bits
     num_stages: int = 3
     wgmma: bool = False  # expected on generation 90
+    fp_fusion: bool = True  # whether a*b+c may become one operation, which changes its last place
 
     @property
     def name(self) -> str:
@@ -56,6 +57,7 @@ class Report:
     shared: int
     wide_loads: int
     wgmma: bool
+    fused: int = 0  # multiply-adds
     faults: list[str] = field(default_factory=list)
 
 
@@ -75,11 +77,15 @@ def compile_case(case: AotCase) -> Report:
     }
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, hints)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+    }
     target = GPUTarget("cuda", case.generation, 32)
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills = assemble(ptx, case.generation)
+    registers, spills = assemble(ptx, case.generation, fp_fusion=case.fp_fusion)
     report = Report(
         name=case.name,
         registers=registers,
@@ -87,21 +93,23 @@ def compile_case(case: AotCase) -> Report:
         shared=compiled.metadata.shared,
         wide_loads=wide_loads(ptx),
         wgmma="wgmma.mma_async" in ptx,
+        fused=len(re.findall(r"\bfma\.", ptx)),
     )
     report.faults.extend(_faults(case, report, compiled.asm["ttir"]))
     return report
 
 
-def assemble(ptx: str, generation: int) -> tuple[int, int]:
+def assemble(ptx: str, generation: int, *, fp_fusion: bool = True) -> tuple[int, int]:
     """(registers per thread, bytes spilled) as ptxas reports them."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     tool, arch = get_ptxas(generation).path, sm_arch_from_capability(generation)
+    options = [] if fp_fusion else ["--fmad=false"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         done = subprocess.run(
-            [tool, "-v", f"--gpu-name={arch}", file, "-o", Path(folder) / "kernel.cubin"],
+            [tool, "-v", *options, f"--gpu-name={arch}", file, "-o", Path(folder) / "kernel.cubin"],
             capture_output=True,
             text=True,
             check=True,
@@ -145,6 +153,8 @@ def _faults(case: AotCase, report: Report, ttir: str) -> Iterable[str]:
         yield f"{report.wide_loads} wide loads, expected at least {case.wide_loads}"
     if case.wgmma and case.generation == 90 and not report.wgmma:
         yield "no wgmma"
+    if report.fused and not case.fp_fusion:
+        yield f"{report.fused} fused multiply-adds"
     widths = offset_widths(ttir)
     for pointer in case.long_offsets:
         if widths.get(pointer) != {64}:

@@ -165,6 +165,7 @@ COLUMNS: dict[int, Columns] = dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
+    "keyed_random": dict.fromkeys(GENERATIONS, Flat(128, 4)),  # four values each
 }
 # Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
 GEMM: dict[str, dict[int, Gemm]] = {
