@@ -258,9 +258,10 @@ def _aot_cases() -> list[AotCase]:
         for width, row in launch.ROWS["norm_forward"][generation].items():
             cases += [_aot_forward(generation, width, row, gated) for gated in (False, True)]
         for width, row in launch.ROWS["norm_backward"][generation].items():
-            for gated in (False, True):
+            cases += [_aot_backward(generation, width, row, gated, True) for gated in (False, True)]
+            if width == max(REAL_WIDTHS):  # less of the same code
                 cases += [
-                    _aot_backward(generation, width, row, gated, again) for again in (False, True)
+                    _aot_backward(generation, width, row, gated, False) for gated in (False, True)
                 ]
         cases += _aot_other_cases(generation)
     return cases
