@@ -121,9 +121,9 @@ def _row_gradients(
 def _store_parts(parts_ptr, branch_ptr, sums, at, stride, inside):
     dshift, dscale, dgate = sums
     tl.store(parts_ptr + at, dshift, mask=inside)
-    tl.store(parts_ptr + stride + at, dscale, mask=inside)
+    tl.store(parts_ptr + (at + stride), dscale, mask=inside)
     if branch_ptr is not None:
-        tl.store(parts_ptr + 2 * stride + at, dgate, mask=inside)
+        tl.store(parts_ptr + (at + 2 * stride), dgate, mask=inside)
 
 
 @triton.jit
@@ -194,9 +194,9 @@ def _sums_kernel(
         at = (b * splits + split) * D + d  # [BLOCK_D] int64
         first += tl.load(parts_ptr + at, mask=d < D, other=0.0)
         if second_ptr is not None:
-            second += tl.load(parts_ptr + part_stride + at, mask=d < D, other=0.0)
+            second += tl.load(parts_ptr + (at + part_stride), mask=d < D, other=0.0)
         if third_ptr is not None:
-            third += tl.load(parts_ptr + 2 * part_stride + at, mask=d < D, other=0.0)
+            third += tl.load(parts_ptr + (at + 2 * part_stride), mask=d < D, other=0.0)
     at = b * D + d
     tl.store(first_ptr + at, first.to(first_ptr.dtype.element_ty), mask=d < D)
     if second_ptr is not None:
