@@ -139,7 +139,7 @@ def test_only_the_gradients_asked_for(place_fp32, needed):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["norm", "residual and norm"])
-@shapes
+@pytest.mark.parametrize("shape", [(2, 9, 112), (2, 2, 1152)], ids=["2x9x112", "2x2x1152"])
 def test_backward_makes_the_same_y_again(place, shape, gated):
     """The very bits that the forward's product read, whatever else is asked for."""
     x, branch, gate, shift, scale = operands(place, shape, torch.float32)
