@@ -23,6 +23,8 @@ from fastrepa_kernels.adaln import (
     layernorm_modulate_reference,
 )
 from tests.kernels.accuracy import assert_as_good_as_eager, check, distance
+from tests.kernels.conftest import unpoisoned
+from tests.launches import counted
 
 SHAPES = [(1, 1, 2), (3, 19, 72), (2, 9, 112), (1, 3, 768), (1, 2, 1023), (2, 2, 1152)]
 NAMES = ["x", "branch", "gate", "shift", "scale"]
@@ -136,6 +138,44 @@ def test_only_the_gradients_asked_for(place_fp32, needed):
             assert distance(x.grad, exact[i]) < 8 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["norm", "residual and norm"])
+@shapes
+def test_backward_makes_the_same_y_again(place, shape, gated):
+    """The very bits that the forward's product read, whatever else is asked for."""
+    x, branch, gate, shift, scale = operands(place, shape, torch.float32)
+    if not gated:
+        branch = gate = None
+    x_new, y, mean, rstd = adaln._norm_modulate(x, branch, gate, shift, scale, 1e-6, place.dtype)
+    dy, kept = torch.randn_like(y), x_new if gated else x
+    given = (dy, x if gated else None, kept, branch, gate, shift, scale, mean, rstd)
+    grads = adaln._norm_gradients(*given, True)
+    assert grads[-1] is None
+    for sums in (False, True):
+        *others, again = adaln._norm_gradients(*given, sums, place.dtype)
+        assert torch.equal(again, y)
+        assert all(map(torch.equal, grads[: 5 if sums else 2], others))
+
+
+def test_launches_of_a_backward():
+    """One for the gradients and one for the sums, in the dtypes that are wanted."""
+    b, t, d = 2, 9, 72
+    x, branch = (torch.randn(b, t, d, requires_grad=True) for _ in range(2))
+    gate, shift, scale = torch.randn(b, 3 * d).half().requires_grad_().chunk(3, dim=1)
+    leaves = [x, branch, gate, shift, scale]
+    with launch.backend("triton"):
+        outputs = gated_residual_layernorm_modulate(*leaves)
+        upstream = [torch.randn_like(y) for y in outputs]
+        with counted() as launches:
+            grads = torch.autograd.grad(outputs, leaves, upstream)
+        assert unpoisoned(launches) == ["_norm_bwd_kernel", "_sums_kernel"]
+        assert [g.dtype for g in grads] == [v.dtype for v in leaves]
+        out = gated_residual(x, branch, gate)
+        upstream = torch.randn_like(out)
+        with counted() as launches:
+            torch.autograd.grad(out, [branch, gate], upstream)
+        assert unpoisoned(launches) == ["_residual_bwd_kernel", "_sums_kernel"]
+
+
 def test_two_runs_agree_bitwise(place):
     inputs = operands(place, (2, 40, 96), torch.float32)
     upstream = [torch.randn(2, 40, 96, device=place.device), place.randn(2, 40, 96)]
@@ -218,7 +258,7 @@ def test_registration():
     torch.library.opcheck(ops.norm_modulate, (x, None, None, shift, scale, 1e-6, torch.float32))
     torch.library.opcheck(ops.gated_residual, (x, branch, gate))
     grad, saved = torch.randn(2, 3, 8), torch.rand(2, 3)
-    leaves = [v.detach() for v in (x, branch, gate, scale)]
+    leaves = [v.detach() for v in (x, branch, gate, shift, scale)]
     for sums in (False, True):
         backward = (grad, grad, *leaves, saved, saved, sums)
         torch.library.opcheck(ops.norm_modulate_backward, backward)

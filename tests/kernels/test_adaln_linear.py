@@ -1,8 +1,8 @@
 """adaln_linear, adaln_mlp: T0 gradcheck, T1 on every path, T3 on a GPU (their kernels' T2 is in
 test_aot.py).
 
-Mutations tried, each caught by the tests below: y made again without shift; h made again as a; the
-residual's gradient left out; db2 from da; gate's and scale's sums swapped.
+Mutations tried, each caught by the tests below: y made again without shift (by either path); h
+made again as a; the residual's gradient left out; db2 from da; gate's and scale's sums swapped.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fastrepa_kernels import launch
 from fastrepa_kernels.adaln_linear import (
     adaln_linear,
     adaln_linear_cost,
@@ -20,6 +21,8 @@ from fastrepa_kernels.adaln_linear import (
     adaln_mlp_reference,
 )
 from tests.kernels.accuracy import check, distance
+from tests.kernels.conftest import unpoisoned
+from tests.launches import counted
 
 SIZES = [(1, 1, 8, 3, 5), (2, 37, 72, 112, 40), (3, 5, 1152, 24, 16)]  # B, T, D, F, M
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "-".join(map(str, s)))
@@ -49,21 +52,21 @@ def operands(place, size, mlp):
     return [x, shift, scale, branch, gate, *products]
 
 
-def functions(mlp, residual):
-    """(ours, reference) of flat arguments in the order of `operands`."""
+def functions(mlp, residual, **options):
+    """(ours, with `options`, and reference) of flat arguments in the order of `operands`."""
 
-    def flat(function):
+    def flat(function, **options):
         def call(x, shift, scale, branch, gate, *products):
             weights = (products,) if mlp else products
             pair = (branch, gate) if residual else None
-            out = function(x, shift, scale, *weights, residual=pair)
+            out = function(x, shift, scale, *weights, residual=pair, **options)
             # Unused arguments still want a gradient.
             return out if residual else out + 0 * (branch.sum() + gate.sum()).to(out.dtype)
 
         return call
 
     pair = (adaln_mlp, adaln_mlp_reference) if mlp else (adaln_linear, adaln_linear_reference)
-    return [flat(function) for function in pair]
+    return [flat(pair[0], **options), flat(pair[1])]
 
 
 @mlps
@@ -101,6 +104,22 @@ def test_half_products_around_a_stream(place, mlp, x_dtype):
 
 
 @mlps
+def test_launches_of_a_backward(mlp):
+    """y comes with the norm's gradients: between the two products, and no launch of its own."""
+    given = [v.half().requires_grad_() for v in operands(Cpu(torch.float32), SIZES[1], mlp)]
+    with launch.backend("triton"):
+        outputs = functions(mlp, True)[0](*given)
+        upstream = [torch.randn_like(y) for y in outputs]
+        with counted() as launches:
+            torch.autograd.grad(outputs, given, upstream)
+    product = "aten.mm.default"
+    norm = [product, "_norm_bwd_kernel", "_sums_kernel", product]
+    bias = ["_column_sums_kernel", "aten.sum.dim_IntList", "aten._to_copy.default"]
+    first = [product, "_activation_bwd_kernel", "aten.sum.dim_IntList", product] if mlp else []
+    assert unpoisoned(launches) == first + norm + (bias[-1:] if mlp else []) + bias
+
+
+@mlps
 @residuals
 def test_what_is_saved(place_fp32, residual, mlp):
     """Neither y nor h: the stream, its branch, the per-sample vectors, statistics, weights, a."""
@@ -117,6 +136,33 @@ def test_what_is_saved(place_fp32, residual, mlp):
     assert len(large) == 1 + residual + mlp
     # As nn.Linear: the Parameter itself, which ZeRO-3 can gather again.
     assert all(any(s is w for s in saved) for w in given[5::2])
+
+
+def test_h_kept_or_made_again_is_the_same_bits(place):
+    given = operands(place, SIZES[1], True)
+    b, t, _, f, m = SIZES[1]
+    upstream = place.randn(b, t, m)
+    h_bytes = b * t * f * given[5].element_size()
+
+    def run(needed, **options):
+        leaves = [v.detach().requires_grad_(i in needed) for i, v in enumerate(given)]
+        x, shift, scale, branch, gate, *weights = leaves
+        held: dict[int, int] = {}
+
+        def keep(v):
+            held[v.untyped_storage().data_ptr()] = v.nbytes
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+            out = adaln_mlp(x, shift, scale, weights, residual=(branch, gate), **options)
+        wanted = [leaves[i] for i in needed]
+        grads = torch.autograd.grad(out[1], wanted, upstream, materialize_grads=True)
+        return [*out, *grads], sum(held.values())
+
+    for needed, more in ((range(len(given)), h_bytes), ((0, 5, 6), 0)):  # without w2, h is no use
+        (again, least), (kept, most) = run(needed), run(needed, keep_h=True)
+        assert most - least == more
+        assert all(map(torch.equal, again, kept))
 
 
 @mlps
@@ -164,7 +210,7 @@ def test_views_and_empty_input(place_fp32, mlp):
 @residuals
 def test_compiles_to_one_graph(place_fp32, residual, mlp):
     given = [t.requires_grad_() for t in operands(place_fp32, SIZES[1], mlp)]
-    ours = functions(mlp, residual)[0]
+    ours = functions(mlp, residual, **({"keep_h": residual} if mlp else {}))[0]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
 
     def run(function):
