@@ -77,9 +77,9 @@ def train(
     make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
-        from fastrepa.insight.recompute import resolve_recompute
+        from fastrepa.training.memory.decision import resolve_memory
 
-        resolved = resolve_recompute(resolved, world)
+        resolved = resolve_memory(resolved, world)
         if dry_run:
             from fastrepa.training.dry_run import dry_run as take_one_step
 

@@ -240,10 +240,15 @@ class TrainingConfig(_Section):
         description="activation checkpointing: none; N: every N-th block keeps its input alone and "
         "runs again in backward; auto: the fewest blocks with which a rank fits into its memory",
     )
+    keep: Literal["auto", "none", "h"] = Field(
+        "auto",
+        description="h: the fused MLP keeps GELU's output for backward instead of making it again "
+        "there; auto: where that fits into a rank's memory with nothing recomputed",
+    )
     memory_budget_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         None,
-        description="what recompute auto may fill per rank, in 1e9 bytes; None: the GPU's memory; "
-        "without a GPU nothing is recomputed",
+        description="what recompute and keep auto may fill per rank, in 1e9 bytes; None: the GPU's "
+        "memory; without a GPU nothing is recomputed, and h is not kept",
     )
     compile: Literal["none", "blocks", "graphs"] = Field(
         "none",

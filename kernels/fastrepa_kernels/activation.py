@@ -164,12 +164,21 @@ def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
         )
 
 
+def partial_rows(a: Tensor, rows: int) -> int:
+    """How many rows of partial sums activate_backward gives for `rows` rows of a."""
+    if not launch.use_triton(a):
+        return 1
+    return triton.cdiv(rows, launch.COLUMNS["activation"][launch.generation(a.device)].rows)
+
+
 def activate_backward(
-    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None
-) -> Tensor | None:
+    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`.
 
-    again: receives f(a) in the same pass, where the forward's was not kept.
+    again: receives f(a) in the same pass, where the forward's was not kept. parts
+    [partial_rows(a, N),C]: receives partial sums, and nothing is returned; the caller adds them up.
     """
     if not launch.use_triton(a):
         if gelu:
@@ -178,18 +187,21 @@ def activate_backward(
             if again is not None:
                 activate(a, again, gelu=False)
             torch.ops.aten.silu_backward.grad_input(dh, a, grad_input=out)
-        return column_sums(out) if sums else None
+        if parts is not None:
+            parts.copy_(column_sums(out))
+        return column_sums(out) if sums and parts is None else None
     n, c = a.shape
     if not a.numel():
         return torch.zeros(c, device=a.device) if sums else None
     table = launch.COLUMNS["activation"][launch.generation(a.device)]
-    splits = triton.cdiv(n, table.rows)
-    parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
+    splits, given = triton.cdiv(n, table.rows), parts is not None
+    if parts is None:
+        parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
     _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
         dh, a, out, again, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
         BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
-    return parts.sum(0) if sums else None
+    return parts.sum(0) if sums and not given else None
 
 
 def activation_cost(n: int, c: int, itemsize: int, *, backward: bool = False) -> Cost:

@@ -1,5 +1,6 @@
 """A killed run, started again, ends bit for bit where an undisturbed one ends."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -64,6 +65,22 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
     more = train(run, f"training.steps={stopped + 1}", "training.checkpoint_every=0", ranks=ranks)
     assert f"from step {stopped}" in more.stdout.replace("\n", " ")
     assert metrics(run)[-1]["step"] == stopped + 1
+
+
+def test_continued_with_h_kept_ends_with_the_same_bits(tmp_path):
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    common = ("training.steps=4", "training.precision=bf16")
+    train(plain, *common, "training.keep=none")
+    shutil.copytree(plain, kept)
+    shutil.rmtree(kept / "checkpoints/step_0000004")
+    done = train(kept, *common, "training.keep=h")
+    assert "from step 2" in done.stdout.replace("\n", " ")
+    assert "keep h" in done.stdout.replace("\n", " ") and "curve changes" not in done.stdout
+    assert [line["loss"] for line in metrics(kept)] == [line["loss"] for line in metrics(plain)]
+    a, b = tensors(plain, 4), tensors(kept, 4)
+    assert a.keys() == b.keys() and len(a) > 100
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert any(not torch.equal(a[n], v) for n, v in tensors(plain, 2).items() if n[:3] == "ema")
 
 
 def test_other_ranks_and_other_stages_continue_the_same_curve(tmp_path):

@@ -28,6 +28,7 @@ from fastrepa.vision.digest import digest
 SD_VAE_SCALE = 0.18215
 SD_VAE_DOWN = 8
 SD_VAE_CHANNELS = 4
+SD_VAE_PARAMETERS = 83_653_863
 RANDOM_SEED = 0
 
 

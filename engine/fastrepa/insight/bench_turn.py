@@ -18,10 +18,10 @@ import torch
 from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
 from fastrepa.insight.peak_memory import highest, storages
-from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, join_world, leave_world
 
@@ -125,7 +125,7 @@ def main(text: str) -> int:
     task = json.loads(text)
     world = join_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
-    config = resolve_recompute(config, world)
+    config = resolve_memory(config, world)
     turn = sampling_turn if task["sampler"] else training_turn
     try:
         result = turn(task, config, world)

@@ -4,7 +4,7 @@
     step     max(input, frozen networks + generator + exposed communication + optimiser)
 
 Everything is arithmetic: parameters, activations and messages follow the code that would run
-(activations.py, sharding.py); speeds are datasheet values times assumed efficiencies, and each
+(training/memory); speeds are datasheet values times assumed efficiencies, and each
 assumption is part of the answer. Bytes and rates are decimal (1 GB = 1e9 bytes).
 """
 
@@ -18,29 +18,17 @@ from typing import Any
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
 from fastrepa.insight.hardware import GPU, Links, find_gpu
-from fastrepa.insight.sharding import (
-    PARTS,
-    Parameters,
-    Sharding,
-    backward_peak,
-    host,
-    messages,
-    nvme,
-    resident,
-    twice_let_go,
-    update_peak,
-)
-from fastrepa.insight.workload import Workload, measure_workload
 from fastrepa.model.sit import recomputed_blocks
-from fastrepa.training.buckets import block_elements, resolve_zero
-from fastrepa.training.zero import as_run, deepspeed_config, micro_batch
+from fastrepa.training.memory.decision import RESERVE, fitted, memory_peak, sharding, with_h
+from fastrepa.training.memory.sharding import PARTS, Sharding, host, messages, nvme, twice_let_go
+from fastrepa.training.memory.workload import Workload, measure_workload
+from fastrepa.training.zero import micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
 STEP_PARTS = (
     "generator", "recomputation", "encoders", "codec", "optimiser", "offload", "communication",
     "input wait",
 )  # fmt: skip
-SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
 STAGES = (0, 1, 2, 3)
 RECOMPUTE = (0, 2, 1)  # those that are advised
 MOST_GPUS = 100_000
@@ -67,7 +55,7 @@ class Assumptions:
     pcie: float = 25e9
     host_memory: float = 25e9
     nvme: float = 1.5e9
-    reserve: float = 4e9
+    reserve: float = RESERVE
     image_bytes: float | None = None
 
     def __post_init__(self) -> None:
@@ -141,13 +129,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """The answer for one number of GPUs: as configured, the same with every block recomputed, or
-    none where some are, and the cheapest way that fits; None where none does, and then `least` is
-    the smallest.
+    """The answer for one number of GPUs: as configured; `others`, the same with h kept, or not
+    where it was, and with every block recomputed, or none where some are; and the cheapest way that
+    fits; None where none does, and then `least` is the smallest.
     """
 
     configured: Estimate
-    other: Estimate
+    others: tuple[Estimate, ...]
     cheapest: Estimate | None
     least: Estimate
 
@@ -191,68 +179,38 @@ def make_plan(
     """
     hardware, a = find_gpu(gpu), assumptions or Assumptions()
     for count in gpus:  # before anything is measured
-        _divided(config, count)
+        _check_batch(config, count)
     workload = measure_workload(config, image_bytes=a.image_bytes)
     rows = []
     for count in gpus:
         as_set = sharding(config, count, workload.parameters)
-        if config.training.recompute == "auto":
-            fewest = fewest_recomputed(workload, as_set, hardware.memory, reserve=a.reserve)
-            as_set = replace(as_set, recompute=fewest)
-        configured = estimate(workload, as_set, hardware, a)
-        other = estimate(
-            workload, replace(as_set, recompute=0 if as_set.recompute else 1), hardware, a
-        )
+        as_set = fitted(workload, as_set, hardware.memory, reserve=a.reserve)
         every = [estimate(workload, s, hardware, a) for s in _ways(workload, count)]
         fitting = [e for e in every if e.total <= hardware.memory]
+        cheapest = None
+        if fitting:
+            best = _simplest_of_fastest(fitting).sharding
+            best = with_h(workload, best, hardware.memory, reserve=a.reserve)
+            cheapest = estimate(workload, best, hardware, a)
         rows.append(
             Row(
-                configured,
-                other,
-                _simplest_of_fastest(fitting) if fitting else None,
+                estimate(workload, as_set, hardware, a),
+                tuple(estimate(workload, s, hardware, a) for s in _others(config, as_set)),
+                cheapest,
                 min(every, key=lambda e: e.total),
             )
         )
     return Plan(config, hardware, a, workload, tuple(rows))
 
 
-def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
-    """The way that a configuration runs on `world` GPUs; a recompute that is auto: none."""
-    micro, forwards = _divided(config, world)
-    every = config.training.recompute
-    resolved = resolve_zero(config, parameters.numel, world)
-    return Sharding(
-        world,
-        as_run(config, world).zero.stage,
-        micro,
-        forwards,
-        every if isinstance(every, int) else 0,
-        config.training.precision == "bf16",
-        deepspeed_config(resolved, world)["zero_optimization"],
-        len(config.training.ema),
-        block_elements(config),
-    )
-
-
-def fewest_recomputed(w: Workload, s: Sharding, capacity: float, *, reserve: float) -> int:
-    """The largest training.recompute, or 0 for none, with which `s` fits into `capacity` bytes;
-    1, every block, where none does.
+def _others(config: Config, s: Sharding) -> Iterator[Sharding]:
+    """The same way with h kept or not, where nothing is recomputed; and with the other extreme of
+    recomputation, where training.keep auto keeps nothing.
     """
-    depth = w.config.model.depth
-    assert depth is not None
-    # Of several that recompute as many blocks the smallest: fewer first.
-    settings = {recomputed_blocks(depth, n): n for n in range(max(1, depth - 1), 0, -1)}
-    choices = [0, *(settings[blocks] for blocks in sorted(settings) if blocks)]
-
-    def fits(every: int) -> bool:
-        memory, _ = memory_peak(w, replace(s, recompute=every), reserve)
-        return sum(memory.values()) <= capacity
-
-    low, high = 0, len(choices) - 1  # more blocks never take more memory
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(choices[middle]) else (middle + 1, high)
-    return choices[low] if choices else 0
+    if config.kernels == "fused" and not s.recompute:
+        yield replace(s, keep_h=not s.keep_h)
+    keep_h = s.keep_h and config.training.keep == "h"
+    yield replace(s, recompute=0 if s.recompute else 1, keep_h=keep_h)
 
 
 def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
@@ -302,7 +260,7 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
         moment=moment,
         host=host(s, w.parameters),
         nvme=nvme(s, w.parameters),
-        activations=max(w.curve(s.recompute).at(s.micro)),
+        activations=max(w.curve(s.recompute, s.keep_h).at(s.micro)),
         step=step,
         hidden=hidden,
         sent=sum(m.sent(s.world) for m in sent),
@@ -313,36 +271,9 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     )
 
 
-def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, float], str]:
-    """(bytes per GPU by part, the moment they are the most)."""
-    p = w.parameters
-    always = resident(s, p)
-    always["encoders"] = sum(f.weights for _, f in w.encoders)
-    always["codec"] = w.codec_weights
-    always["reserve"] = reserve
-    samples = w.config.training.sample_every > 0
-    moments = {
-        "backward": backward_peak(s, p, w.curve(s.recompute)),
-        "update": update_peak(s, p),
-        "encoding": {
-            "encoders": max((f.at(s.micro) for _, f in w.encoders), default=0.0),
-            "codec": w.codec_encoder.at(s.micro) if w.codec_encoder else 0.0,
-        },
-        # A whole average on every GPU that samples, in the dtype of the weights (which stage 0 in
-        # fp32 has already), and a batch of latents decoded.
-        "sampling": {
-            "EMA": float(s.itemsize * p.numel) if samples and (s.bf16 or s.stage) else 0.0,
-            "codec": w.codec_decoder.at(SAMPLE_BATCH) if samples and w.codec_decoder else 0.0,
-        },
-    }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    peak = moments[moment]
-    return {part: always.get(part, 0.0) + peak.get(part, 0.0) for part in PARTS}, moment
-
-
-def _divided(config: Config, world: int) -> tuple[int, int]:
+def _check_batch(config: Config, world: int) -> None:
     try:
-        return micro_batch(config, world)
+        micro_batch(config, world)
     except ConfigError as error:
         batch = config.training.global_batch
         above = -(-batch // world) * world
@@ -404,6 +335,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "micro_batch": s.micro,
             "forwards": s.forwards,
             "recompute": s.recompute or "none",
+            "keep": s.keep,
             "offload": s.offload,
             "offload_parameters": s.offloads_parameters,
             "fits": e.total <= gpu.memory,
@@ -441,7 +373,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {
                 "gpus": row.configured.sharding.world,
                 "configured": way(row.configured),
-                "other_recompute": way(row.other),
+                "others": [way(e) for e in row.others],
                 "cheapest": way(row.cheapest) if row.cheapest else None,
                 "least_memory": way(row.least),
             }

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastrepa.errors import ConfigError
 from fastrepa.insight.plan import STEP_PARTS, Estimate, Plan
-from fastrepa.insight.sharding import PARTS
+from fastrepa.training.memory.sharding import PARTS
 
 # One colour per part, kin beside kin: weights and what belongs to them, networks, the rest.
 MEMORY_COLOURS = dict(

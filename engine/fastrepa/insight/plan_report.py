@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.insight.plan import STEP_PARTS, Estimate, Plan, assumed, plan_as_dict
-from fastrepa.insight.sharding import HOST_PARTS, PARTS
+from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
 
 def print_plan(plan: Plan, *, as_json: bool = False, picture: Path | None = None) -> None:
@@ -76,11 +76,7 @@ def _memory(plan: Plan) -> Table:
     table.add_row("together", *(_fit(r.configured.total, capacity) for r in plan.rows))
     table.add_row("highest in", *(r.configured.moment for r in plan.rows))
     table.add_section()
-    for which in ("configured", "other"):
-        estimates = [getattr(r, which) for r in plan.rows]
-        settings = ", ".join(dict.fromkeys(_recompute(e) for e in estimates))
-        table.add_row(f"{settings}: activations", *(_gb(e.activations) for e in estimates))
-        table.add_row("    together", *(_fit(e.total, capacity) for e in estimates))
+    _add_ways(table, plan)
     table.add_section()
     for part in HOST_PARTS:
         values = [r.configured.host[part] for r in plan.rows]
@@ -89,6 +85,20 @@ def _memory(plan: Plan) -> Table:
     if any(r.configured.nvme for r in plan.rows):
         table.add_row("NVMe", *(_gb(r.configured.nvme) for r in plan.rows))
     return table
+
+
+def _add_ways(table: Table, plan: Plan) -> None:
+    """Rows for every recompute and keep that some number of GPUs was planned with."""
+    found: dict[str, dict[int, Estimate]] = {}
+    for number, row in enumerate(plan.rows):
+        for e in (row.configured, *row.others):
+            s = e.sharding
+            found.setdefault(f"recompute {s.recompute or 'none'}, keep {s.keep}", {})[number] = e
+    for settings, by_row in found.items():
+        each = [by_row.get(number) for number in range(len(plan.rows))]
+        table.add_row(settings)
+        table.add_row("    activations", *(_gb(e.activations) if e else "" for e in each))
+        table.add_row("    together", *(_fit(e.total, plan.gpu.memory) if e else "" for e in each))
 
 
 def _time(plan: Plan) -> Table:
@@ -139,16 +149,13 @@ def _way(e: Estimate, *, short: bool = False) -> str:
     s = e.sharding
     if short:
         return f"ZeRO {s.stage}, {s.forwards} x {s.micro}"
-    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}", _recompute(e)]
+    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}",
+             f"training.recompute={s.recompute or 'none'}", f"training.keep={s.keep}"]  # fmt: skip
     if s.offload != "none":
         words.append(f"zero.offload={s.offload}")
     if s.offloads_parameters:
         words.append("zero.offload_parameters=true")
     return " ".join(words)
-
-
-def _recompute(e: Estimate) -> str:
-    return f"training.recompute={e.sharding.recompute or 'none'}"
 
 
 def _cost(e: Estimate) -> str:

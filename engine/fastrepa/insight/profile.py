@@ -26,11 +26,11 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import ConfigError, WeightsError
 from fastrepa.insight.host_syncs import HostSync, HostSyncs
 from fastrepa.insight.operation_costs import NOTHING, OperationCosts, Parts
-from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.trace import PART, REGION, STEP, Operation, Trace, read_trace
 from fastrepa.training.collectives import time_collectives
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.look_ahead import Batches
+from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.regions import NAMES, OTHER, REGIONS
 from fastrepa.training.trainer import Trainer
@@ -109,7 +109,7 @@ def profile_run(
         raise ConfigError(f"--against: the configuration's kernels are {against!r} already")
     if world.is_first:
         _open_folder(out)
-    config = resolve_recompute(config, world)
+    config = resolve_memory(config, world)
     profiles, first_line = [], ""
     ways = [config.kernels, *([against] if against else [])]
     for number, kernels in enumerate(ways):

@@ -25,7 +25,7 @@ class Operations:
     """What a SiT is made of beside attention; shapes as in fastrepa_kernels.
 
     adaln_linear(x, shift, scale, weight, bias, residual=None) -> out, or with one (x', out)
-    adaln_mlp(x, shift, scale, (w1, b1, w2, b2), residual=None) -> the same
+    adaln_mlp(x, shift, scale, (w1, b1, w2, b2), residual=None, keep_h=False) -> the same
     projector_alignment(x, weights, target) -> -mean cosine
     """
 
@@ -66,6 +66,7 @@ def _adaln_mlp(
     weights: Sequence[Tensor],
     *,
     residual: tuple[Tensor, Tensor] | None = None,
+    keep_h: bool = False,  # autograd keeps it anyway
 ) -> Tensor | tuple[Tensor, Tensor]:
     w1, b1, w2, b2 = weights
     x, y = _norm(x, shift, scale, residual)

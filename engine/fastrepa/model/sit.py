@@ -138,11 +138,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear, with ratio 4."""
+    """Linear, tanh-GELU, Linear, with ratio 4; keep_h: GELU's output is kept for backward."""
 
-    def __init__(self, width: int, operations: Operations) -> None:
+    def __init__(self, width: int, operations: Operations, keep_h: bool) -> None:
         super().__init__()
-        self.operations = operations
+        self.operations, self.keep_h = operations, keep_h
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
@@ -151,7 +151,9 @@ class Mlp(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x with the pending branch added, the MLP of its modulated norm)."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return self.operations.adaln_mlp(x, shift, scale, weights, residual=pending)
+        return self.operations.adaln_mlp(
+            x, shift, scale, weights, residual=pending, keep_h=self.keep_h
+        )
 
 
 class SiTBlock(nn.Module):
@@ -162,11 +164,17 @@ class SiTBlock(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, qk_norm: bool, attention: str, operations: Operations
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool,
+        attention: str,
+        operations: Operations,
+        keep_h: bool,
     ) -> None:
         super().__init__()
         self.attn = Attention(width, heads, qk_norm, attention, operations)
-        self.mlp = Mlp(width, operations)
+        self.mlp = Mlp(width, operations, keep_h)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
@@ -207,7 +215,8 @@ class SiT(nn.Module):
     one projector each, fed by the output of block number alignment_block (1-based). With prediction
     "data" the last layer's output is the clean latent, and is turned into the velocity of `path`.
     recompute N > 0: blocks 1, 1 + N, 1 + 2N, ... keep their input alone (Chen et al. 2016) and run
-    again in backward, to the same bits; 0: none do. Raises ValueError where a shape is impossible.
+    again in backward, to the same bits; 0: none do. keep_h: the fused MLPs keep GELU's output for
+    backward and do not make it again. Raises ValueError where a shape is impossible.
     """
 
     def __init__(
@@ -230,6 +239,7 @@ class SiT(nn.Module):
         path: str = "linear",
         kernels: str = "fused",
         recompute: int = 0,
+        keep_h: bool = False,
     ) -> None:
         super().__init__()
         if side % patch:
@@ -250,7 +260,8 @@ class SiT(nn.Module):
             sincos_position_embedding(width, self.grid), requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            SiTBlock(width, heads, qk_norm, attention, self.operations) for _ in range(depth)
+            SiTBlock(width, heads, qk_norm, attention, self.operations, keep_h)
+            for _ in range(depth)
         )
         self.projectors = nn.ModuleList(
             Projector(width, projector_width, z) for z in encoder_widths
@@ -271,7 +282,8 @@ class SiT(nn.Module):
         """The model of a resolved configuration; side and channels come from the codec.
 
         attention: the backend; only a trainer passes the configured one, which may be for its
-        device and precision alone. A recompute that is still auto recomputes nothing.
+        device and precision alone. A recompute that is still auto recomputes nothing, and a keep
+        that is still auto keeps nothing.
         """
         m, every = config.model, config.training.recompute
         assert m.width and m.depth and m.heads and m.patch and config.alignment.block
@@ -293,6 +305,7 @@ class SiT(nn.Module):
             path=config.objective.path,
             kernels=config.kernels,
             recompute=every if isinstance(every, int) else 0,
+            keep_h=config.training.keep == "h",
         )
 
     def reset_parameters(self) -> None:

@@ -33,8 +33,8 @@ from torch import Tensor
 from fastrepa.config import Config
 from fastrepa.data.codec import codec_shape
 from fastrepa.insight.hardware import peak_flops
-from fastrepa.insight.workload import frozen_flops
 from fastrepa.model.flops import model_flops
+from fastrepa.training.memory.workload import frozen_flops
 from fastrepa.training.regions import NAMES, OTHER, SAMPLING
 from fastrepa.training.zero import World
 from fastrepa.vision.features import plan_encoder

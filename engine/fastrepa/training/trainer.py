@@ -72,7 +72,7 @@ from fastrepa_kernels import launch
 
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
-             "training.checkpoint_every", "training.keep_", "training.tensorboard",
+             "training.checkpoint_every", "training.keep", "training.tensorboard",
              "training.wandb", "training.micro_batch", "training.compile", "training.ema",
              "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
              "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
@@ -465,6 +465,7 @@ class Trainer:
             "ZeRO": str(c.zero.stage)
             + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
             "recompute": str(c.training.recompute),
+            "keep": c.training.keep if c.kernels == "fused" else "none",
             "attention": self.attention.backend,
             "kernels": c.kernels + COMPILED[c.training.compile],
             "encoder": self.targets.describe() + (", ahead" if self.look_ahead.active else ""),

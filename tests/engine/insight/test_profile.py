@@ -19,10 +19,10 @@ from fastrepa.data.codec import PixelCodec
 from fastrepa.insight.operation_costs import OURS, PARTS, Counted, operation_cost
 from fastrepa.insight.profile import by_operation, by_part, findings, profile_run
 from fastrepa.insight.trace import PART, REGION, STEP, read_trace
-from fastrepa.insight.workload import measure_workload
 from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.memory.workload import measure_workload
 from fastrepa.training.regions import NAMES
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import EncoderConfig, config_from_dict
 from fastrepa.generation.sampler import sample
-from fastrepa.insight.workload import frozen_flops, measure_workload
 from fastrepa.model.sit import SiT
+from fastrepa.training.memory.workload import frozen_flops, measure_workload
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
 
 

@@ -1,4 +1,4 @@
-"""Recomputation: the same bits, less memory, and the work that it is said to be."""
+"""Recomputation, and h kept: the same bits, less or more memory, the work that is said."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import config_from_dict
 from fastrepa.insight.peak_memory import highest
-from fastrepa.insight.workload import measure_workload
 from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.workload import measure_workload
 
 DEPTH, SIDE, BATCH = 5, 16, 8
 
 
-def config_of(recompute="none", *, kernels="fused", dropout=0.5):
+def config_of(recompute="none", *, keep="none", kernels="fused", dropout=0.5):
     return config_from_dict(
         {
             "run": "run",
@@ -21,7 +21,7 @@ def config_of(recompute="none", *, kernels="fused", dropout=0.5):
             "model": {"width": 64, "depth": DEPTH, "heads": 2, "patch": 2, "num_classes": 10,
                       "label_dropout": dropout},
             "alignment": {"projector_width": 48, "block": 2},
-            "training": {"recompute": recompute, "precision": "fp32"},
+            "training": {"recompute": recompute, "keep": keep, "precision": "fp32"},
             "kernels": kernels,
         }
     )  # fmt: skip
@@ -54,12 +54,13 @@ def step(model, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_change(kernels, dtype):
     loss, gradients, generator = step(model_of(config_of(kernels=kernels), dtype), dtype)
-    for every in (1, 2, 4, 99):
-        again = step(model_of(config_of(every, kernels=kernels), dtype), dtype)
+    ways = [(1, "none"), (2, "none"), (4, "none"), (99, "none"), ("none", "h"), (2, "h")]
+    for every, keep in ways:
+        again = step(model_of(config_of(every, keep=keep, kernels=kernels), dtype), dtype)
         assert torch.equal(again[0], loss)
         assert again[1].keys() == gradients.keys()
         for name, gradient in again[1].items():
-            assert torch.equal(gradient, gradients[name]), (every, name)
+            assert torch.equal(gradient, gradients[name]), (every, keep, name)
         assert torch.equal(again[2], generator)
 
 
@@ -71,6 +72,31 @@ def test_memory_falls_with_every_block_more():
         peaks[every] = highest(lambda model=model: step(model, torch.float32), torch.device("cpu"))
     assert peaks["none"] > peaks[4] > peaks[2] > peaks[1]
     assert peaks[1] < 0.6 * peaks["none"]
+
+
+def test_h_is_kept_by_the_fused_blocks_that_do_not_run_again():
+    h = BATCH * (SIDE // 2) ** 2 * 4 * 64
+
+    def held(recompute, **settings):
+        """Elements that autograd keeps from the forward."""
+        model, seen = model_of(config_of(recompute, **settings), torch.float32), {}
+
+        def keep(t):
+            seen[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        x, t = torch.randn(BATCH, 3, SIDE, SIDE), torch.rand(BATCH)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(x, t, torch.arange(BATCH))  # which holds on to what was seen
+        return out, sum(seen.values())
+
+    def more(recompute, **settings):
+        (_, kept), (_, plain) = (held(recompute, keep=k, **settings) for k in ("h", "none"))
+        return kept - plain
+
+    assert more("none") == DEPTH * h
+    assert more(2) == (DEPTH - recomputed_blocks(DEPTH, 2)) * h
+    assert more("none", kernels="eager") == 0
 
 
 def test_only_some_run_again():

@@ -1,4 +1,4 @@
-"""Run under torchrun: engines that recompute or offload beside engines that do not.
+"""Run under torchrun: engines that recompute, keep h or offload beside engines that do not.
 
 The first rank prints one JSON object per comparison.
 """
@@ -14,7 +14,7 @@ from fastrepa.training import zero
 SIDE, WIDTHS, MICRO = 16, [40], 4
 
 
-def config_of(stage, precision, forwards, world, *, recompute="none", **settings):
+def config_of(stage, precision, forwards, world, *, training=None, **settings):
     return config_from_dict(
         {
             "run": "run",
@@ -23,8 +23,8 @@ def config_of(stage, precision, forwards, world, *, recompute="none", **settings
             "alignment": {"projector_width": 48, "block": 2},
             "training": {
                 "global_batch": world * MICRO * forwards, "micro_batch": MICRO,
-                "precision": precision, "recompute": recompute,
-            },
+                "precision": precision,
+            } | (training or {}),
             # So small that stage 3 gathers its weights, and lets them go after forward.
             "zero": {"stage": stage, "param_persistence_threshold": 100,
                      "prefetch_bucket_size": 20_000, "reduce_bucket_size": 30_000} | settings,
@@ -85,18 +85,20 @@ def weights(state):
     return {key: value for key, value in state.items() if key[0] == "weight"}
 
 
-def compare_recomputation(world, stage, precision, forwards):
-    """Bit for bit: losses, norms, and what two updates made of every weight and moment."""
-    plain, again = (
-        Engine(config_of(stage, precision, forwards, world.size, recompute=every), world)
-        for every in ("none", 2 if stage == 2 else 1)
+def compare_bits(world, stage, precision, forwards, training):
+    """Losses, norms, and what two updates made of every weight and moment."""
+    plain, other = (
+        Engine(config_of(stage, precision, forwards, world.size, training=settings), world)
+        for settings in ({"keep": "none"}, training)
     )
-    losses = plain.steps(2), again.steps(2)
+    losses = plain.steps(2), other.steps(2)
     state = plain.state()
-    equal = [k for k, v in again.state().items() if torch.equal(v, state[k])]
+    equal = [k for k, v in other.state().items() if torch.equal(v, state[k])]
+    model = other.engine.module
     return {
         "losses": losses, "different": len(state) - len(equal), "tensors": len(state),
-        "recomputed": sum(again.engine.module.is_recomputed(i) for i in range(4)),
+        "recomputed": sum(model.is_recomputed(i) for i in range(4)),
+        "kept": sum(block.mlp.keep_h for block in model.blocks),
     }  # fmt: skip
 
 
@@ -128,10 +130,13 @@ def main():
     world = zero.join_world()
     cpu = {"offload": "cpu"}
     jobs = [
-        ("recompute", compare_recomputation, (stage, *rest))
+        ("recompute", compare_bits, (stage, *rest, {"recompute": 2 if stage == 2 else 1}))
         for stage, *rest in (
             (0, "bf16", 2), (1, "bf16", 2), (2, "fp32", 1), (3, "fp32", 1), (3, "bf16", 2),
         )
+    ] + [
+        ("keep", compare_bits, (stage, *rest, {"keep": "h"}))
+        for stage, *rest in ((1, "fp32", 1), (3, "bf16", 2))
     ] + [
         ("offload", compare_offload, (stage, *rest))
         for stage, *rest in (

@@ -1,4 +1,4 @@
-"""Recomputation and offload in every ZeRO stage, and what `auto` becomes in a run's config.yaml."""
+"""Recomputation, h kept and offload across ZeRO stages; what `auto` becomes in a config.yaml."""
 
 import json
 import subprocess
@@ -62,6 +62,16 @@ def test_recomputation_changes_no_bit(compared, stage, precision):
     assert plain[0] != plain[-2]
     assert r["different"] == 0 < r["tensors"]
     assert r["recomputed"] == (2 if stage == 2 else 3)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_h_kept_changes_no_bit(compared, stage, precision):
+    r = compared["keep", stage, precision]
+    plain, kept = r["losses"]
+    assert plain == kept
+    assert plain[0] != plain[-2]
+    assert r["different"] == 0 < r["tensors"]
+    assert r["kept"] == 4 and r["recomputed"] == 0
 
 
 @pytest.mark.parametrize(

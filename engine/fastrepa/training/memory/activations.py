@@ -24,14 +24,19 @@ from fastrepa.config import Config
 from fastrepa.model.flops import counted_flops
 from fastrepa.model.sit import SiT
 
+
+def _inside_adaln_mlp_backward(args: tuple[Any, ...]) -> tuple[int, int]:
+    """GELU's gradient and, where it was not kept, its output h, each as large as the pre-activation
+    a; then the former with the norm's output and its gradient, each [N,D].
+    """
+    x, a, h, w1 = args[2], args[9], args[10], args[11]
+    return 2 * a.nbytes - h.nbytes, a.nbytes + 2 * x.numel() * w1.itemsize
+
+
 # What a fused operation holds inside itself, by its arguments: (before its results are made, beside
-# them), in bytes. GELU's gradient and, where it was not kept, its output, each as large as the
-# pre-activation.
+# them), in bytes.
 INSIDE: dict[str, Callable[[tuple[Any, ...]], tuple[int, int]]] = {
-    "fastrepa::adaln_mlp_backward": lambda args: (
-        2 * args[9].nbytes - args[10].nbytes,
-        args[9].nbytes,
-    ),
+    "fastrepa::adaln_mlp_backward": _inside_adaln_mlp_backward,
 }
 BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
@@ -56,8 +61,8 @@ class Curve:
 def training_curve(
     config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
 ) -> Curve:
-    """The curve of the generator's forward and backward, with the configuration's precision and
-    training.recompute (auto: none).
+    """The curve of the generator's forward and backward, with the configuration's precision,
+    training.recompute and training.keep (auto: none).
     """
     (low, done), (high, again) = (
         _trace(config, batch, side, channels, encoder_widths) for batch in BATCHES

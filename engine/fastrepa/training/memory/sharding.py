@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastrepa.insight.activations import Curve
+from fastrepa.training.memory.activations import Curve
 
 # What DeepSpeed takes for settings that zero.deepspeed_config leaves out, in elements.
 ZERO_DEFAULTS: dict[str, Any] = {
@@ -60,9 +60,9 @@ class Parameters:
 class Sharding:
     """A way to run: how many GPUs, ZeRO stage, images per GPU and forward, forwards per step.
 
-    recompute: every how manieth block runs again in backward, 0: none. zero: DeepSpeed's own
-    settings, the dictionary `zero_optimization`. emas: averages kept.
-    block: elements of one of the generator's blocks.
+    recompute: every how manieth block runs again in backward, 0: none. keep_h: GELU's output is
+    kept for backward. zero: DeepSpeed's own settings, the dictionary `zero_optimization`. emas:
+    averages kept. block: elements of one of the generator's blocks.
     """
 
     world: int
@@ -70,6 +70,7 @@ class Sharding:
     micro: int
     forwards: int
     recompute: int
+    keep_h: bool
     bf16: bool
     zero: Mapping[str, Any] = field(default_factory=dict)
     emas: int = 1
@@ -81,6 +82,11 @@ class Sharding:
     @property
     def overlaps(self) -> bool:
         return bool(self.zero.get("overlap_comm", self.stage == 3))
+
+    @property
+    def keep(self) -> str:
+        """training.keep: h or none."""
+        return "h" if self.keep_h else "none"
 
     @property
     def offload(self) -> str:

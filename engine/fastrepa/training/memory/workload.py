@@ -22,14 +22,21 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
-from fastrepa.data.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, codec_shape, random_sd_vae, token_grid
+from fastrepa.data.codec import (
+    SD_VAE_CHANNELS,
+    SD_VAE_DOWN,
+    SD_VAE_PARAMETERS,
+    codec_shape,
+    random_sd_vae,
+    token_grid,
+)
 from fastrepa.data.columns import features_dtype, moments_dtype
 from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.generation.sampler import forwards_per_image
-from fastrepa.insight.activations import Curve, Frozen, frozen_network, training_curve
-from fastrepa.insight.sharding import Parameters
 from fastrepa.model.flops import counted_flops, model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.features import EncoderPlan, plan_encoder
 
 PIXEL_BYTES = 0.6
@@ -43,7 +50,7 @@ class Workload:
     forward_flops: of the generator and its projectors; block_flops: of its blocks alone;
     training_flops: forward and backward, nothing twice; sampling_flops: by the configuration's
     `sample`, decoding left out. encoders and codec: those that run in training, with their names;
-    codec_decoder: what sampling runs.
+    codec_weights: of both halves; codec_decoder: what the grids of sample_every run, if any.
     """
 
     config: Config
@@ -62,9 +69,14 @@ class Workload:
     input_bytes: float
     input_is: str
 
-    def curve(self, recompute: int) -> Curve:
-        """With every `recompute`-th block run again in backward; 0: none."""
-        return _curve(self.config, self.side, self.channels, self.encoder_widths, recompute)
+    def curve(self, recompute: int, keep_h: bool) -> Curve:
+        """With every `recompute`-th block run again in backward, 0: none, and h kept or not."""
+        t = TrainingConfig(
+            precision=self.config.training.precision,
+            recompute=recompute or "none",
+            keep="h" if keep_h else "none",
+        )
+        return _curve(self.config, t, self.side, self.channels, self.encoder_widths)
 
     def recomputed_flops(self, recompute: int) -> float:
         """Of one image. The second forward ends once it has what backward wants: with kernels
@@ -112,10 +124,12 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
         if online
     )
     codec_weights, encoder, decoder = 0, None, None
-    if config.data.codec.name == "sd-vae":
-        encoder, decoder = _autoencoder(resolution, dtype)
-        codec_weights = encoder.weights
-        encoder = None if cached_latents else encoder
+    if config.data.codec.name == "sd-vae":  # built, by diffusers, only where it is run
+        codec_weights = SD_VAE_PARAMETERS * dtype.itemsize
+        if not cached_latents:
+            encoder = frozen_network(random_sd_vae, _encode(resolution), dtype)
+        if config.training.sample_every:
+            decoder = frozen_network(random_sd_vae, _decode(resolution), dtype)
     size, described = _input(
         config, plans, manifest, image_bytes, side=side, channels=channels,
         image=not cached_latents or bool(encoders), latents=cached_latents,
@@ -137,10 +151,9 @@ def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> Cu
 
 
 def _curve(
-    config: Config, side: int, channels: int, widths: tuple[int, ...], recompute: int
+    config: Config, training: TrainingConfig, side: int, channels: int, widths: tuple[int, ...]
 ) -> Curve:
     # What the generator's memory does not depend on must not make it be traced again.
-    training = TrainingConfig(precision=config.training.precision, recompute=recompute or "none")
     same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
     key = config.model_copy(update=same).model_dump_json()
@@ -183,15 +196,12 @@ def _encode(resolution: int) -> Callable[..., Any]:
     return run
 
 
-def _autoencoder(resolution: int, dtype: torch.dtype) -> tuple[Frozen, Frozen]:
-    """(encoding, decoding); both hold the weights of both halves, as a run does."""
-    side = resolution // SD_VAE_DOWN
-
-    def decode(network: Any, batch: int, dtype: torch.dtype) -> Any:
+def _decode(resolution: int) -> Callable[..., Any]:
+    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
+        side = resolution // SD_VAE_DOWN
         return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
 
-    runs = (_encode(resolution), decode)
-    return tuple(frozen_network(random_sd_vae, run, dtype) for run in runs)  # type: ignore[return-value]
+    return run
 
 
 def _manifest(config: Config) -> Manifest | None:

@@ -36,6 +36,7 @@ def config_of(case):
                 "precision": case.get("precision", "fp32"),
                 "ema": case.get("ema", 0.9999),
                 "recompute": case.get("recompute", "none"),
+                "keep": case.get("keep", "none"),
             },
             "zero": {"stage": case.get("stage", 0)} | case.get("settings", {}),
             "kernels": case.get("kernels", "fused"),
