@@ -28,7 +28,14 @@ from typing import Any
 
 from fastrepa_kernels import sass
 
-MODULES = ("adaln", "activation", "attention", "projector_alignment", "adamw_ema", "keyed_random")
+MODULES = (
+    "adaln_kernels",
+    "activation",
+    "attention",
+    "projector_alignment",
+    "adamw_ema",
+    "keyed_random",
+)
 
 
 @dataclass(frozen=True)
