@@ -2,14 +2,19 @@
 starts it, and reads the line that it prints.
 
     python -m fastrepa.insight.bench_turn '{"config": {...}, "contender": "ours", ...}'
+
+It ends when its stdin does, which is how it learns that who started it was killed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +31,7 @@ from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, join_world, leave_world
 
 MARK = "BENCH "
+DOES_NOT_FIT = "does not fit"
 
 
 def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Config:
@@ -62,11 +68,8 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
     losses: list[Any] = []
     for _ in range(task["warmup"]):
         losses.append(trainer.train_step(source)["loss"])
-    seconds = _timed(
-        lambda: losses.append(trainer.train_step(source)["loss"]), task["steps"], world
-    )
-    out: dict[str, Any] = {
-        "seconds": seconds,
+    timed = _timed(lambda: losses.append(trainer.train_step(source)["loss"]), task["steps"], world)
+    out: dict[str, Any] = timed | {
         "losses": [float(loss) for loss in losses],
         "line": trainer.first_line() if contender != "reference" else "",
         "weights_bytes": sum(p.nbytes for p in trainer.engine.module.parameters()),
@@ -103,25 +106,34 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
 
     for _ in range(task["warmup"]):
         draw()
-    return {"seconds": _timed(draw, task["steps"], world), "line": trainer.first_line()}
+    return _timed(draw, task["steps"], world) | {"line": trainer.first_line()}
 
 
-def _timed(work: Callable[[], object], times: int, world: World) -> list[float]:
-    def wait() -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-
+def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, Any]:
+    """seconds, and how they were taken: on a GPU one mean, as a sync after each step would show
+    every launch that a run hides behind the step before.
+    """
+    if world.device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(world.device)
+        began.record()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize(world.device)  # streams beside this one are part of a step
+        ended.record()
+        ended.synchronize()
+        mean = began.elapsed_time(ended) / 1e3 / times
+        return {"seconds": [mean], "timing": f"events over {times} steps"}
     seconds = []
     for _ in range(times):
-        wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        wait()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "timing": "clock around each step"}
 
 
 def main(text: str) -> int:
+    threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
     task = json.loads(text)
     world = join_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
@@ -130,11 +142,18 @@ def main(text: str) -> int:
     try:
         result = turn(task, config, world)
     except torch.cuda.OutOfMemoryError:
-        result = {"does_not_fit": True}
+        traceback.print_exc()
+        result = {"problem": DOES_NOT_FIT}
     if world.is_first:
         print(MARK + json.dumps(result), flush=True)
     leave_world()
     return 0
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):  # sys.stdin would hold a lock that the interpreter's end waits for
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import itertools
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,19 @@ import torch
 
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
-from fastrepa.insight.bench import Case, Result, bench, mark_wrong, plan_cases, record
+from fastrepa.insight import bench as bench_module
+from fastrepa.insight.bench import (
+    FILE,
+    TURNS,
+    Case,
+    Result,
+    bench,
+    gather,
+    mark_wrong,
+    plan_cases,
+    record,
+    run_turn,
+)
 from fastrepa.insight.bench_turn import contender_config
 from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.reference_step import use_reference
@@ -70,6 +84,72 @@ def test_rivals_are_plain_torch(contender):
     assert (ours if contender == "ours" else plain) == (
         config.kernels, config.attention.backend, config.training.recompute, config.training.compile
     )  # fmt: skip
+
+
+def stand_in(monkeypatch, tmp_path, body):
+    """Turns run `body` instead of a trainer: in processes of their own, as theirs do."""
+    (tmp_path / "stand_in.py").write_text(f"import json, os, subprocess, sys, time\n{body}\n")
+    monkeypatch.setattr(bench_module, "PROGRAM", "stand_in")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+GOOD = """
+task = json.loads(sys.argv[1])
+assert task["config"]["training"]["global_batch"] == 4
+if task["contender"] == "eager":
+    sys.exit("first line\\nmodule: broken")
+print("BENCH " + json.dumps({"seconds": [0.5], "timing": "once", "losses": [1.0], "line": "run"}))
+"""
+
+
+def test_a_contender_that_fails_costs_only_itself(monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, GOOD)
+    given = {"precisions": ["fp32"], "batches": [4], "rounds": 2, "out": tmp_path / "out"}
+    ours, eager, last = bench(tiny(), against=["eager", "reference"], **given)
+    assert (eager.problem, eager.stderr) == ("module: broken", "first line\nmodule: broken\n")
+    assert eager.failed and len(ours.seconds) == len(last.seconds) == 2
+    records = [json.loads(line) for line in (tmp_path / "out" / FILE).open()]
+    assert [r.get("problem") for r in records] == [None, "module: broken", None]
+    assert records[1]["stderr"] == eager.stderr and records[0]["timing"] == "once"
+    turns = [json.loads(line) for line in (tmp_path / "out" / TURNS).open()]
+    # One that failed takes no further turns.
+    assert [t["contender"] for t in turns] == ["ours", "eager", "reference", "ours", "reference"]
+    assert gather(turns) == [ours, eager, last]
+
+
+def test_each_turn_is_on_the_disk_when_it_ends(monkeypatch, tmp_path):
+    file = tmp_path / "out" / TURNS
+    there = f"print(sum(1 for _ in open({str(file)!r})) if os.path.exists({str(file)!r}) else 0, "
+    stand_in(monkeypatch, tmp_path, there + "file=sys.stderr); sys.exit(1)")
+    results = bench(
+        tiny(), against=["eager"], precisions=["fp32"], batches=[4], out=tmp_path / "out"
+    )
+    assert [r.problem for r in results] == ["0", "1"]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_late_turn_is_ended_with_all_it_started(monkeypatch, tmp_path):
+    child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    body = f"print(subprocess.Popen({child}).pid, file=sys.stderr, flush=True); time.sleep(60)"
+    stand_in(monkeypatch, tmp_path, body)
+    began = time.monotonic()
+    turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1, timeout=1.5)
+    assert turn["problem"] == "ended after 1.5 s" and time.monotonic() - began < 10
+    assert not alive(int(turn["stderr"]))
+
+
+def test_a_turn_ends_with_the_process_that_started_it():
+    code = "import fastrepa.insight.bench_turn as t, threading, time\n"
+    code += "threading.Thread(target=t._end_with_stdin, daemon=True).start(); time.sleep(60)"
+    turn = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    turn.stdin.close()
+    assert turn.wait(40) == 1
 
 
 def test_a_wrong_contender_gets_no_time():
