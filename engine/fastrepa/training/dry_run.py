@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
+from fastrepa.data.codec import SD_VAE_PARAMETERS
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
@@ -153,7 +154,7 @@ def _memory(
     frozen = sum(
         p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
     )
-    vae = getattr(trainer.codec, "vae", None)
+    vae = SD_VAE_PARAMETERS if config.data.codec.name == "sd-vae" else 0  # a run samples with it
     # zero.offload: not on the GPU.
     where = "" if config.zero.offload == "none" else f" ({config.zero.offload})"
     return {
@@ -164,6 +165,6 @@ def _memory(
         f"Adam moments{where}": 8 * trained // share(1),
         f"EMA{where}": 4 * trained * len(config.training.ema) // share(1),
         "encoders": frozen,
-        "codec": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae else 0,
+        "codec": vae * width,
         "kept for backward": activations,
     }
