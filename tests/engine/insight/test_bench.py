@@ -27,7 +27,7 @@ from fastrepa.insight.bench import (
     record,
     run_turn,
 )
-from fastrepa.insight.bench_turn import contender_config
+from fastrepa.insight.bench_turn import contender_config, problem_of
 from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.reference_step import use_reference
@@ -81,9 +81,7 @@ def test_wrong_options_are_named(change, message, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize(
-    "contender", ["ours", "eager", "eager+compile", "plain+compile", "reference"]
-)
+@pytest.mark.parametrize("contender", ["ours", *DEFAULT_RIVALS])
 def test_rivals_are_plain_torch(contender):
     given = tiny("training.recompute=1", "training.compile=blocks")
     config = contender_config(given.model_dump(mode="json"), contender, "bf16")
@@ -122,6 +120,23 @@ def test_a_contender_that_fails_costs_only_itself(monkeypatch, tmp_path):
     # One that failed takes no further turns.
     assert [t["contender"] for t in turns] == ["ours", "eager", "reference", "ours", "reference"]
     assert gather(turns) == [ours, eager, last]
+
+
+def test_why_a_turn_failed_is_one_line(tmp_path, monkeypatch):
+    """An exception's first line; what is killed says nothing; too little memory is no failure."""
+    assert problem_of(ValueError("\n x: 3 is not 2\nmore")) == "ValueError: x: 3 is not 2"
+    for words in ("CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
+        assert problem_of(RuntimeError(words)) == "does not fit"
+        assert not Result(Case("ours", "fp32", 4), problem=problem_of(RuntimeError(words))).failed
+    said = (
+        'print("BENCH " + json.dumps({"problem": "ValueError: x"})); sys.exit("a library\'s word")'
+    )
+    kill = "print('so far', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    expected = [("ValueError: x", "a library's word\n"), ("killed by signal 9", "so far\n")]
+    for body, (problem, stderr) in zip((said, kill), expected, strict=True):
+        stand_in(monkeypatch, tmp_path, body)
+        turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1)
+        assert turn == {"problem": problem, "stderr": stderr}
 
 
 def test_each_turn_is_on_the_disk_when_it_ends(monkeypatch, tmp_path):
