@@ -139,6 +139,25 @@ def test_why_a_turn_failed_is_one_line(tmp_path, monkeypatch):
         assert turn == {"problem": problem, "stderr": stderr}
 
 
+@pytest.mark.parametrize(
+    ("broken", "code"), [(["eager"], 0), (["ours"], 1), (["ours", "eager"], 1)]
+)
+def test_the_command_fails_where_ours_does(broken, code, monkeypatch, tmp_path, capsys):
+    from fastrepa.cli import main
+
+    body = f"broken = {broken}\n" + GOOD.replace('== "eager"', "in broken")
+    stand_in(monkeypatch, tmp_path, body)
+    options = ["--against", "eager", "--batch", "4", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["fastrepa", "bench", str(QUICKSTART), *TINY, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0) == code
+    said = capsys.readouterr().out.splitlines()
+    whys = [line for line in said if line.endswith("module: broken")]
+    assert whys == [f"{name} fp32 b4: module: broken" for name in broken]
+    assert (tmp_path / "out" / "bench.png").is_file()
+
+
 def test_each_turn_is_on_the_disk_when_it_ends(monkeypatch, tmp_path):
     file = tmp_path / "out" / TURNS
     there = f"print(sum(1 for _ in open({str(file)!r})) if os.path.exists({str(file)!r}) else 0, "
@@ -263,7 +282,7 @@ def test_a_turn_on_stored_latents_needs_few_packages(monkeypatch, tmp_path):
         [
             "data.latents=cached", "vision.targets=cached", "alignment.block=1",
             "alignment.projector_width=32", "training.precision=fp32",
-            "model={width: 32, depth: 2, heads: 2, patch: 4, num_classes: 10}",
+            "model={width: 32, depth: 2, heads: 2, patch: 2, num_classes: 10}",
         ],
     )  # fmt: skip
     case = Case("ours", "fp32", 2)
