@@ -64,7 +64,8 @@ class RandomBatches:
         r, codec = self.config.data.resolution, self.trainer.codec
         moments = None
         if self.trainer.cached_latents:
-            moments = torch.rand(self.size, 2 * codec.channels, codec.side, codec.side)
+            shape = (self.size, 2 * codec.channels, codec.side, codec.side)
+            moments = torch.rand(shape, generator=self.generator)
         return Batch(
             image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
             moments=None if moments is None else moments.to(self.device),
