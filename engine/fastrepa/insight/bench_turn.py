@@ -26,10 +26,11 @@ from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.collectives import time_collectives
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World, join_world, leave_world, time_collectives
+from fastrepa.training.zero import World, join_world, leave_world
 
 MARK = "BENCH "
 DOES_NOT_FIT = "does not fit"
