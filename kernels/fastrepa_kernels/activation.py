@@ -22,6 +22,7 @@ from torch import Tensor
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.sass import Traffic
 
 
 @triton.jit
@@ -163,12 +164,21 @@ def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
         )
 
 
+def partial_rows(a: Tensor, rows: int) -> int:
+    """How many rows of partial sums activate_backward gives for `rows` rows of a."""
+    if not launch.use_triton(a):
+        return 1
+    return triton.cdiv(rows, launch.COLUMNS["activation"][launch.generation(a.device)].rows)
+
+
 def activate_backward(
-    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None
-) -> Tensor | None:
+    dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`.
 
-    again: receives f(a) in the same pass, where the forward's was not kept.
+    again: receives f(a) in the same pass, where the forward's was not kept. parts
+    [partial_rows(a, N),C]: receives partial sums, and nothing is returned; the caller adds them up.
     """
     if not launch.use_triton(a):
         if gelu:
@@ -177,18 +187,21 @@ def activate_backward(
             if again is not None:
                 activate(a, again, gelu=False)
             torch.ops.aten.silu_backward.grad_input(dh, a, grad_input=out)
-        return column_sums(out) if sums else None
+        if parts is not None:
+            parts.copy_(column_sums(out))
+        return column_sums(out) if sums and parts is None else None
     n, c = a.shape
     if not a.numel():
         return torch.zeros(c, device=a.device) if sums else None
     table = launch.COLUMNS["activation"][launch.generation(a.device)]
-    splits = triton.cdiv(n, table.rows)
-    parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
+    splits, given = triton.cdiv(n, table.rows), parts is not None
+    if parts is None:
+        parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
     _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
         dh, a, out, again, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
         BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
-    return parts.sum(0) if sums else None
+    return parts.sum(0) if sums and not given else None
 
 
 def activation_cost(n: int, c: int, itemsize: int, *, backward: bool = False) -> Cost:
@@ -204,12 +217,14 @@ def _aot_cases() -> list[AotCase]:
     for generation in launch.GENERATIONS:
         flat = launch.FLAT["activation"][generation]
         table = launch.COLUMNS["activation"][generation]
+        cells = table.block_n * table.block_c
         for gelu in (False, True):
             label = "gelu" if gelu else "silu"
             cases.append(AotCase(
                 _activation_fwd_kernel, label, generation, {"a_ptr": bf, "h_ptr": bf},
                 {"GELU": gelu, "BLOCK": flat.block}, flat.num_warps, registers=64, shared=0,
                 wide_loads=2, long_offsets=("a_ptr", "h_ptr"),
+                traffic=Traffic(2 * flat.block, 2 * flat.block),
             ))  # fmt: skip
             for again in (False, True):
                 cases.append(AotCase(
@@ -222,6 +237,7 @@ def _aot_cases() -> list[AotCase]:
                     },
                     table.num_warps, registers=96, shared=8192, wide_loads=2,
                     long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
+                    traffic=Traffic(4 * cells, (4 if again else 2) * cells),
                 ))  # fmt: skip
         sums = launch.COLUMNS["sums"][generation]
         cases.append(AotCase(
@@ -229,6 +245,7 @@ def _aot_cases() -> list[AotCase]:
             {"t_ptr": bf, "sums_ptr": "*fp32"},
             {"ROWS": sums.rows, "BLOCK_N": sums.block_n, "BLOCK_C": sums.block_c},
             sums.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
+            traffic=Traffic(2 * sums.block_n * sums.block_c, 0),
         ))  # fmt: skip
     return cases
 

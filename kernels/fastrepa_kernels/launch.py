@@ -150,7 +150,7 @@ class Gemm:
 
 # The widths of SiT-S, B and XL have rows of their own, in two pieces.
 _FORWARD = {
-    384: Rows(256, 1, 1, tail=128),
+    384: Rows(256, 2, 1, tail=128),
     512: Rows(512, 1, 1),
     768: Rows(512, 1, 1, tail=256),
     1024: Rows(1024, 1, 1),
@@ -190,6 +190,7 @@ FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
     "norm_sums": dict.fromkeys(GENERATIONS, Flat(256, 2)),
+    "keyed_random": dict.fromkeys(GENERATIONS, Flat(128, 4)),  # four values each
 }
 # Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
 GEMM: dict[str, dict[int, Gemm]] = {
@@ -199,11 +200,15 @@ GEMM: dict[str, dict[int, Gemm]] = {
         100: Gemm(128, 128, 64, 8, 4),
     },
 }
-# Rows handled in one go by projector_alignment. CUDA: 4,096 rows keep the chunk buffers at
-# 70 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
-# CPU: every chunk starts about 35 parallel regions, and each costs milliseconds where the cores are
-# shared with other work: few large chunks, 35 MiB of buffers in fp32.
-CHUNK_ROWS = {"cuda": 4096, "cpu": 1024}
+# Rows handled in one go by projector_alignment. CPU: every chunk starts about 35 parallel regions,
+# and each costs milliseconds where the cores are shared with other work: few large chunks, 35 MiB
+# of buffers in fp32. CUDA: the products of a small chunk fill their last wave badly and every chunk
+# has its launches, so the largest whose buffers are at most this share of the device's memory:
+# 32,768 rows on 80 GB (587 MB at P=2048, Z=768 in bf16), 16,384 on 40 GB. Of all its memory, not of
+# what is free: sums of chunks are rounded, and a run must give its bits again.
+CPU_CHUNK_ROWS = 1024
+CUDA_CHUNK_ROWS = (32768, 16384, 8192, 4096)
+CHUNK_SHARE = 1 / 128
 
 
 def rows(family: str, width: int, device: torch.device) -> Rows:
@@ -223,5 +228,20 @@ def rows_per_split(batch: int, tokens: int, most: int = 64) -> int:
     return 8
 
 
-def chunk_rows(device: torch.device, requested: int | None) -> int:
-    return CHUNK_ROWS.get(device.type, 1024) if requested is None else requested
+def chunk_rows(device: torch.device, row_bytes: int) -> int:
+    """Rows of a chunk whose buffers take `row_bytes` a row."""
+    if device.type != "cuda":
+        return CPU_CHUNK_ROWS
+    allowed = CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return next((n for n in CUDA_CHUNK_ROWS if n * row_bytes <= allowed), CUDA_CHUNK_ROWS[-1])
+
+
+def cosine_rows(rows: int) -> int:
+    """Rows that one program of the cosine kernel walks down: few where there are few.
+
+    Its partial sums cost 4 bytes an element for every such walk; 2,048 programs fill any device.
+    """
+    for size in (16, 8):
+        if -(-rows // size) >= 2048:
+            return size
+    return 4

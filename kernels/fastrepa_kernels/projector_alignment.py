@@ -33,16 +33,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.activation import activate, activate_backward
+from fastrepa_kernels.activation import activate, activate_backward, partial_rows
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
 
 EPS = 1e-12
 NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
-
-# Rows summed by one program of the cosine kernel before its partial sum of db3 is written.
-COSINE_ROWS = 16
 
 
 def projector_alignment_reference(
@@ -166,24 +163,28 @@ class _Rows:
         )
 
 
+def _cosine_parts(z: Tensor, walk: int, rows: int) -> int:
+    """How many rows of partial sums _cosine_ gives for `rows` rows of z."""
+    return triton.cdiv(rows, walk) if launch.use_triton(z, z.shape[1]) else 1
+
+
 def _cosine_(
-    z: Tensor, rows: _Rows, cos: Tensor, eps: float, grad: bool, sums: bool
-) -> Tensor | None:
-    """cos = v c; with `grad`, z becomes dz. Returns the column sums of dz if `sums`."""
+    z: Tensor, rows: _Rows, cos: Tensor, eps: float, walk: int, grad: bool, parts: Tensor | None
+) -> None:
+    """cos = v c; with `grad`, z becomes dz, and parts receives partial column sums of dz."""
     n, width = z.shape
     if not launch.use_triton(z, width):
-        return _cosine_torch_(z, rows, cos, eps, grad, sums)
+        _cosine_torch_(z, rows, cos, eps, grad, parts)
+        return
     row = launch.rows("cosine", width, z.device)
-    programs = triton.cdiv(n, COSINE_ROWS)
-    parts = torch.empty((programs, width) if sums else (0,), dtype=torch.float32, device=z.device)
-    _cosine_kernel[(programs,)](
-        z, rows.target, rows.scale, rows.weight, cos, parts, n, width, eps,
-        GRAD=grad, SUMS=sums, ROWS=COSINE_ROWS, BLOCK_D=row.block_d, num_warps=row.num_warps,
+    _cosine_kernel[(triton.cdiv(n, walk),)](
+        z, rows.target, rows.scale, rows.weight, cos, cos if parts is None else parts, n, width,
+        eps, GRAD=grad, SUMS=parts is not None, ROWS=walk, BLOCK_D=row.block_d,
+        num_warps=row.num_warps,
     )  # fmt: skip
-    return parts.sum(0) if sums else None
 
 
-def _cosine_torch_(z, rows, cos, eps, grad, sums):
+def _cosine_torch_(z, rows, cos, eps, grad, parts):
     wide = cos.dtype
     zw, y = z.to(wide), rows.target.to(wide)
     if rows.scale is not None:
@@ -195,11 +196,12 @@ def _cosine_torch_(z, rows, cos, eps, grad, sums):
     weight = torch.ones_like(c) if rows.weight is None else rows.weight
     torch.mul(weight, c, out=cos)
     if not grad:
-        return None
+        return
     along = torch.where(length < eps, 0, -cos * rz * rz)  # below eps the norm is a constant
     dz = torch.mul(y, (weight * rz * ry)[:, None]).addcmul_(zw, along[:, None])
     z.copy_(dz)
-    return dz.sum(0) if sums else None
+    if parts is not None:
+        parts.copy_(dz.sum(0))
 
 
 def _cosine_of_last_product(
@@ -220,12 +222,15 @@ def _cosine_of_last_product(
     cos.copy_(c if rows.weight is None else c.mul_(rows.weight))
 
 
-def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, in total's dtype: fp32 for half operands."""
+def _accumulate_(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total (nothing where `first`) += left^T right, in total's dtype: fp32 for half operands."""
+    beta = 0 if first else 1
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        total.addmm_(left.t(), right, beta=beta)
     elif left.is_cuda:
-        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(left.t() @ right)
     else:
         total.add_(left.t() @ right)
 
@@ -235,25 +240,43 @@ class _Chunks:
 
     def __init__(self, x: Tensor, weights: Sequence[Tensor], chunk: int, needs: Sequence[bool]):
         w1, _, _, _, w3, _ = weights
-        n, p, z, dtype = min(chunk, x.shape[0]), w1.shape[0], w3.shape[0], w1.dtype
+        rows, p, z, dtype = min(chunk, x.shape[0]), w1.shape[0], w3.shape[0], w1.dtype
         self.weights, self.needs = weights, needs
         self.wide = launch.arithmetic_dtype(x, w1)
         self.grad = any(needs)
         self.reach2 = any(needs[:5])  # something at or below the second Linear
         self.reach1 = any(needs[:3])  # something at or below the first
-        self.h1, self.h2 = (torch.empty((n, p), dtype=dtype, device=x.device) for _ in range(2))
+        self.h1, self.h2 = (torch.empty((rows, p), dtype=dtype, device=x.device) for _ in range(2))
         # Pre-activations are needed only by the backward; without one, SiLU runs in place.
         self.a1 = torch.empty_like(self.h1) if self.reach1 else self.h1
         self.a2 = torch.empty_like(self.h2) if self.reach2 else self.h2
-        self.z = torch.empty((n, z), dtype=dtype, device=x.device)
+        self.z = torch.empty((rows, z), dtype=dtype, device=x.device)
         self.dx = torch.empty(x.shape if needs[0] else (0,), dtype=dtype, device=x.device)
+        make = torch.empty if len(x) else torch.zeros  # the first chunk writes, others add
         self.totals = [
-            torch.zeros(w.shape if need else (0,), dtype=self.wide, device=x.device)
-            for w, need in zip(weights, needs[1:], strict=True)
+            make(w.shape if need else (0,), dtype=self.wide, device=x.device)
+            for w, need in zip(weights[::2], needs[1::2], strict=True)
+        ]
+        self.walk = launch.cosine_rows(rows)
+        self.each = self._partial_rows(rows)
+        # Partial sums of every chunk's bias gradients, one below the other; added up at the end.
+        full, rest = divmod(len(x), chunk)
+        heights = [
+            full * each + (last if rest else 0)
+            for each, last in zip(self.each, self._partial_rows(rest), strict=True)
+        ]
+        self.parts = [
+            torch.empty((n, len(b)) if need else (0,), dtype=self.wide, device=x.device)
+            for n, b, need in zip(heights, weights[1::2], needs[2::2], strict=True)
         ]
 
-    def run(self, x: Tensor, dx: Tensor, rows: _Rows, cos: Tensor, eps: float) -> None:
-        """Forward of one chunk, then (where a gradient is wanted) its backward."""
+    def _partial_rows(self, rows: int) -> tuple[int, int, int]:
+        """Rows of partial sums that `rows` rows give for db1, db2 and db3."""
+        silu = partial_rows(self.h1, rows)
+        return silu, silu, _cosine_parts(self.z, self.walk, rows)
+
+    def run(self, i: int, x: Tensor, dx: Tensor, rows: _Rows, cos: Tensor, eps: float) -> None:
+        """Forward of chunk number i, then (where a gradient is wanted) its backward."""
         w1, b1, w2, b2, w3, b3 = self.weights
         m = x.shape[0]
         x = x.to(w1.dtype)
@@ -266,36 +289,42 @@ class _Chunks:
             _cosine_of_last_product(h2, w3, b3, rows, cos, eps)
             return
         torch.addmm(b3, h2, w3.t(), out=z)
-        sums3 = _cosine_(z, rows, cos, eps, self.grad, self.needs[6])
+        parts = [
+            t[i * each : (i + 1) * each] if need else None
+            for t, each, need in zip(self.parts, self.each, self.needs[2::2], strict=True)
+        ]
+        _cosine_(z, rows, cos, eps, self.walk, self.grad, parts[2])
         if self.grad:
-            self._backward(x, dx, a1, h1, a2, h2, z, sums3)
+            self._backward(i == 0, x, dx, a1, h1, a2, h2, z, parts)
 
-    def _backward(self, x, dx, a1, h1, a2, h2, dz, sums3) -> None:
+    def _backward(self, first, x, dx, a1, h1, a2, h2, dz, parts) -> None:
         w1, _, w2, _, w3, _ = self.weights
-        need_x, need_w1, need_b1, need_w2, need_b2, need_w3, _ = self.needs
-        dw1, db1, dw2, db2, dw3, db3 = self.totals
-        if sums3 is not None:
-            db3 += sums3
+        need_x, need_w1, _, need_w2, _, need_w3, _ = self.needs
+        dw1, dw2, dw3 = self.totals
         if need_w3:
-            _accumulate_(dw3, dz, h2)
+            _accumulate_(dw3, dz, h2, first)
         if not self.reach2:
             return
         torch.mm(dz, w3, out=h2)  # h2 has done its work: the buffer becomes dh2, a2 becomes da2
-        sums2 = activate_backward(h2, a2, a2, gelu=False, sums=need_b2)
-        if sums2 is not None:
-            db2 += sums2
+        activate_backward(h2, a2, a2, gelu=False, sums=parts[1] is not None, parts=parts[1])
         if need_w2:
-            _accumulate_(dw2, a2, h1)
+            _accumulate_(dw2, a2, h1, first)
         if not self.reach1:
             return
         torch.mm(a2, w2, out=h1)
-        sums1 = activate_backward(h1, a1, a1, gelu=False, sums=need_b1)
-        if sums1 is not None:
-            db1 += sums1
+        activate_backward(h1, a1, a1, gelu=False, sums=parts[0] is not None, parts=parts[0])
         if need_w1:
-            _accumulate_(dw1, a1, x)
+            _accumulate_(dw1, a1, x, first)
         if need_x:
             torch.mm(a1, w1, out=dx)
+
+    def gradients(self) -> list[Tensor]:
+        """[dw1, db1, dw2, db2, dw3, db3]; what is not needed is empty."""
+        sums = [
+            parts.sum(0) if need else parts
+            for parts, need in zip(self.parts, self.needs[2::2], strict=True)
+        ]
+        return [t for pair in zip(self.totals, sums, strict=True) for t in pair]
 
 
 @torch.library.custom_op("fastrepa::projector_alignment", mutates_args=())
@@ -314,22 +343,26 @@ def _projector_alignment(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, factor, dx, dw1, db1, dw2, db2, dw3, db3); what `needs` leaves out is empty."""
+    """(loss, factor, dx, dw1, db1, dw2, db2, dw3, db3); what `needs` leaves out is empty.
+
+    chunk: rows, 0 for what launch.py says.
+    """
     n = x.shape[0]
+    chunk = chunk or launch.chunk_rows(x.device, w1.element_size() * (4 * len(w1) + len(w3)))
     with launch.without_autocast(x):
         chunks = _Chunks(x, (w1, b1, w2, b2, w3, b3), chunk, needs)
         rows = _Rows(target, target_scale, row_weight)
         cos = torch.empty(n, dtype=chunks.wide, device=x.device)
-        for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
+        for i in range(triton.cdiv(n, chunk)):
+            part = slice(i * chunk, (i + 1) * chunk)
             dx = chunks.dx[part] if needs[0] else chunks.dx
-            chunks.run(x[part], dx, rows.part(part), cos[part], eps)
+            chunks.run(i, x[part], dx, rows.part(part), cos[part], eps)
         if row_weight is None:
             factor = torch.full((), -1 / max(n, 1), dtype=chunks.wide, device=x.device)
         else:
             mass = row_weight.sum()
             factor = torch.where(mass == 0, 0, -1 / mass)  # nothing to align: loss 0, gradients 0
-        dw1, db1, dw2, db2, dw3, db3 = chunks.totals
+        dw1, db1, dw2, db2, dw3, db3 = chunks.gradients()
         return cos.sum() * factor, factor, chunks.dx, dw1, db1, dw2, db2, dw3, db3
 
 
@@ -482,7 +515,7 @@ def projector_alignment(
         _per_row("target_scale", target_scale, x, wide),
         _per_row("row_weight", row_weight, x, wide),
         eps,
-        launch.chunk_rows(x.device, chunk_rows),
+        chunk_rows or 0,
         needs,
     )
     return loss
@@ -524,7 +557,7 @@ def _aot_cases() -> list[AotCase]:
                         "weight_ptr": fp, "cos_ptr": fp, "sums_ptr": fp, "eps": "fp32",
                     },
                     {
-                        "GRAD": True, "SUMS": True, "ROWS": COSINE_ROWS, "BLOCK_D": row.block_d,
+                        "GRAD": True, "SUMS": True, "ROWS": 16, "BLOCK_D": row.block_d,
                         **absent,
                     },
                     row.num_warps, registers=96, shared=32768,

@@ -1,5 +1,7 @@
 """launch: the choice of path, and tables that have a row for every width they promise."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -75,9 +77,23 @@ def test_splits_of_a_reduction_fill_the_device_without_writing_much():
     assert launch.rows_per_split(256, 256, 32) == 32
 
 
-def test_chunk_rows():
-    assert launch.chunk_rows(torch.device("cpu"), 7) == 7
-    assert launch.chunk_rows(torch.device("cuda"), None) == launch.CHUNK_ROWS["cuda"]
+@pytest.mark.parametrize(
+    ("gigabytes", "width", "rows"),
+    [(141, 2048, 32768), (80, 2048, 32768), (40, 2048, 16384), (24, 2048, 8192), (8, 2048, 4096),
+     (80, 4096, 16384), (80, 32768, 4096)],
+)  # fmt: skip
+def test_chunk_rows(monkeypatch, gigabytes, width, rows):
+    """The same for one device and one configuration, whatever else is in its memory."""
+    device = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert launch.chunk_rows(torch.device("cuda"), 2 * (4 * width + 768)) == rows
+    assert launch.chunk_rows(torch.device("cpu"), 2 * (4 * width + 768)) == 1024
+
+
+def test_the_cosine_has_programs_for_a_device():
+    assert launch.cosine_rows(65536) == launch.cosine_rows(32768) == 16
+    assert launch.cosine_rows(16384) == 8
+    assert launch.cosine_rows(4096) == launch.cosine_rows(1) == 4
 
 
 def test_autocast_dtype():

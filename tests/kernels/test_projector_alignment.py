@@ -20,6 +20,8 @@ from fastrepa_kernels.projector_alignment import (
     projector_alignment_reference,
 )
 from tests.kernels.accuracy import assert_as_good_as_eager, distance
+from tests.kernels.conftest import PLACES
+from tests.launches import counted
 
 LABELS = ("x", *NAMES)
 # N, D, P, Z, chunk: never a multiple of a block, widths with and without a factor of 16.
@@ -234,6 +236,22 @@ def test_views_and_leading_dimensions(place_fp32):
     assert distance(loss, exact) < 1e-6
 
 
+def test_launches_of_a_chunk():
+    """15 each; once: x in the weights' dtype, three bias gradients, the factor and the loss."""
+    x, weights, target = operands(PLACES["interpreter-fp32"], (48, 24, 32, 16, 16), torch.float16)
+    leaves = [w.requires_grad_() for w in weights]
+
+    def launches(rows):
+        with launch.backend("triton"), counted() as names:
+            projector_alignment(x[:rows].requires_grad_(), leaves, target[:rows], chunk_rows=16)
+        return [name for name in names if name not in ("aten.fill_.Scalar", "aten.view.default")]
+
+    one, three = launches(16), launches(48)
+    assert sum(name.startswith("_") for name in three) == 3 * 5  # SiLU twice, cosine, SiLU' twice
+    assert len(three) - len(one) == 2 * 15
+    assert len(one) == 15 + 6, one
+
+
 def test_empty_input(place_fp32):
     _, weights, _ = operands(place_fp32, (4, 40, 48, 24, 5))
     x, target = place_fp32.randn(0, 40), place_fp32.randn(0, 24)
@@ -344,7 +362,7 @@ def test_cost():
 
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu():
-    """At SiT-XL/2's shape: dx, 64 MiB of weight gradients and 128 MiB of chunk buffers, no more."""
+    """At SiT-XL/2's shape: dx, weight gradients, the chunk's buffers, partial sums, no more."""
     n, d, p, z = 65536, 1152, 2048, 768
     place_cuda = {"device": "cuda", "dtype": torch.bfloat16}
     x = torch.randn(n, d, **place_cuda).requires_grad_()
@@ -360,6 +378,7 @@ def test_peak_memory_on_a_gpu():
     forward = torch.cuda.max_memory_allocated() - before
     loss.backward()
     both = torch.cuda.max_memory_allocated() - before
-    allowed = n * d * 2 + (64 + 128) * 2**20
+    row = 2 * (4 * p + z)
+    allowed = n * d * 2 + launch.chunk_rows(x.device, row) * row + (64 + 32) * 2**20
     assert forward <= allowed
     assert both <= allowed
