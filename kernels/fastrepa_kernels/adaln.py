@@ -193,7 +193,7 @@ def _norm_gradients(
     y = None if y_dtype is None else torch.empty_like(x, dtype=y_dtype)
     given = (dy, dx_new, x, branch, gate, shift, scale, mean, rstd, dx, dbranch, y)
     if not launch.use_triton(x, x.shape[-1]):
-        _norm_gradients_torch(*given, totals, sums)
+        _norm_gradients_torch(*given, totals)
     elif x.numel():
         _norm_gradients_triton(*given, totals, sums)
     else:
@@ -234,20 +234,17 @@ def _sum_splits(parts: Tensor, totals: list[Tensor | None], splits: int) -> None
 
 
 def _norm_gradients_torch(
-    dy, dx_new, x, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, totals, sums
+    dy, dx_new, x, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, totals
 ):
     wide = launch.arithmetic_dtype(x)
-    if branch is None:
-        dbranch = None
-    # A sum in another dtype is taken in the wide one, as statistics are.
-    into = [v.new_empty(v.shape, dtype=wide) if sums else None for v in totals]
-    parts = [None if v is None or not v.numel() else v for v in into]
+    dbranch = None if branch is None else dbranch
+    into = [v.to(wide) if v.numel() else None for v in totals]  # v itself where it is wide
     for part in _samples(
-        x, dy, dx_new, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, *parts
+        x, dy, dx_new, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, *into
     ):
         _norm_gradients_part(*part, wide=wide)
     for total, value in zip(totals, into, strict=True):
-        if value is not None:
+        if value is not None and value is not total:
             total.copy_(value)
 
 
