@@ -22,6 +22,7 @@ from torch import Tensor
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.sass import Traffic
 
 
 @triton.jit
@@ -216,12 +217,14 @@ def _aot_cases() -> list[AotCase]:
     for generation in launch.GENERATIONS:
         flat = launch.FLAT["activation"][generation]
         table = launch.COLUMNS["activation"][generation]
+        tile = table.block_n * table.block_c
         for gelu in (False, True):
             label = "gelu" if gelu else "silu"
             cases.append(AotCase(
                 _activation_fwd_kernel, label, generation, {"a_ptr": bf, "h_ptr": bf},
                 {"GELU": gelu, "BLOCK": flat.block}, flat.num_warps, registers=64, shared=0,
                 wide_loads=2, long_offsets=("a_ptr", "h_ptr"),
+                traffic=Traffic(2 * flat.block, 2 * flat.block),
             ))  # fmt: skip
             for again in (False, True):
                 cases.append(AotCase(
@@ -234,6 +237,7 @@ def _aot_cases() -> list[AotCase]:
                     },
                     table.num_warps, registers=96, shared=8192, wide_loads=2,
                     long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
+                    traffic=Traffic(4 * tile, (4 if again else 2) * tile, table.block_n),
                 ))  # fmt: skip
         sums = launch.COLUMNS["sums"][generation]
         cases.append(AotCase(
@@ -241,6 +245,7 @@ def _aot_cases() -> list[AotCase]:
             {"t_ptr": bf, "sums_ptr": "*fp32"},
             {"ROWS": sums.rows, "BLOCK_N": sums.block_n, "BLOCK_C": sums.block_c},
             sums.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
+            traffic=Traffic(2 * sums.block_n * sums.block_c, 0, sums.block_n),
         ))  # fmt: skip
     return cases
 

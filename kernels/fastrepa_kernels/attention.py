@@ -45,6 +45,7 @@ from fastrepa_kernels.activation import column_sums
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
+from fastrepa_kernels.sass import Traffic
 
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")  # torch's own kernels
 # flash-attn and flash-attn-4 share the folder flash_attn.
@@ -676,6 +677,7 @@ def _aot_cases() -> list[AotCase]:
             },
             table.num_warps, registers=128, shared=8192, wide_loads=3,
             long_offsets=("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"),
+            traffic=Traffic(*2 * (6 * table.block_n * table.block_c,), table.block_n),
         )
         for generation, table in launch.COLUMNS["stack"].items()
         for sums in (False, True)
