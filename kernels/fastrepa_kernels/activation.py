@@ -217,7 +217,7 @@ def _aot_cases() -> list[AotCase]:
     for generation in launch.GENERATIONS:
         flat = launch.FLAT["activation"][generation]
         table = launch.COLUMNS["activation"][generation]
-        tile = table.block_n * table.block_c
+        cells = table.block_n * table.block_c
         for gelu in (False, True):
             label = "gelu" if gelu else "silu"
             cases.append(AotCase(
@@ -237,7 +237,7 @@ def _aot_cases() -> list[AotCase]:
                     },
                     table.num_warps, registers=96, shared=8192, wide_loads=2,
                     long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
-                    traffic=Traffic(4 * tile, (4 if again else 2) * tile, table.block_n),
+                    traffic=Traffic(4 * cells, (4 if again else 2) * cells),
                 ))  # fmt: skip
         sums = launch.COLUMNS["sums"][generation]
         cases.append(AotCase(
@@ -245,7 +245,7 @@ def _aot_cases() -> list[AotCase]:
             {"t_ptr": bf, "sums_ptr": "*fp32"},
             {"ROWS": sums.rows, "BLOCK_N": sums.block_n, "BLOCK_C": sums.block_c},
             sums.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
-            traffic=Traffic(2 * sums.block_n * sums.block_c, 0, sums.block_n),
+            traffic=Traffic(2 * sums.block_n * sums.block_c, 0),
         ))  # fmt: skip
     return cases
 

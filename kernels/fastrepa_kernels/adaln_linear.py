@@ -35,6 +35,7 @@ from fastrepa_kernels import launch
 from fastrepa_kernels.activation import activate_backward, column_sums
 from fastrepa_kernels.adaln import (
     EPS,
+    NormGradients,
     _check,
     _flowing,
     _in_order,
@@ -120,17 +121,17 @@ def _first_gradients(
     weight: Tensor,
     sums: bool,
     need_w: bool,
-) -> tuple[Tensor, ...]:
-    """(dx, dbranch, dshift, dscale, dgate, dw) of the product that reads y, from its gradient g
+) -> tuple[NormGradients, Tensor]:
+    """((dx, dbranch, dshift, dscale, dgate), dw) of the product that reads y, from its gradient g
     [N,M]; y is made again in the norm's backward, which is therefore between the two products.
     """
     dy = torch.mm(g, weight).view_as(x)
-    *norm, y = _norm_gradients(
+    norm, y = _norm_gradients(
         dy, dx_new, x, branch, gate, shift, scale, mean, rstd, sums,
         weight.dtype if need_w else None,
     )  # fmt: skip
     del dy
-    return *norm, weight.new_empty(0) if y is None else torch.mm(g.t(), _rows(y))
+    return norm, torch.mm(g.t(), _rows(y)) if need_w else weight.new_empty(0)
 
 
 def _bias_grad(g: Tensor, needed: bool) -> Tensor:
@@ -183,7 +184,7 @@ def _adaln_linear_backward(
     need_w, need_b = needs
     with launch.without_autocast(x):
         g = _rows(dout)
-        *norm, dw = _first_gradients(
+        norm, dw = _first_gradients(
             g, dx_new, x, branch, gate, shift, scale, mean, rstd, weight, sums, need_w
         )
         return *norm, dw, _bias_grad(g, need_b)
@@ -294,7 +295,7 @@ def _adaln_mlp_backward(
         if need_w2:
             dw2 = torch.mm(g.t(), h if again is None else again)
         del again  # before the next large tensor
-        *norm, dw1 = _first_gradients(
+        norm, dw1 = _first_gradients(
             dh, dx_new, x, branch, gate, shift, scale, mean, rstd, w1, sums, need_w1
         )
         db1 = w1.new_empty(0) if db1 is None else db1.to(w1.dtype)
@@ -435,22 +436,22 @@ def adaln_linear_cost(
     b: int, t: int, d: int, m: int, x_itemsize: int, y_itemsize: int,
     *, residual: bool = False, backward: bool = False,
 ) -> Cost:  # fmt: skip
-    """The norm and one product; backward makes y again and takes two products."""
+    """The norm and one product; backward writes y once more and takes two products."""
     norm = gated_residual_layernorm_modulate_cost if residual else layernorm_modulate_cost
     n, product = b * t, 2 * b * t * d * m
     moved = y_itemsize * (n * d + n * m + d * m + m)
     if not backward:
         return norm(b, t, d, x_itemsize, y_itemsize) + Cost(product, moved)
-    again = layernorm_modulate_cost(b, t, d, x_itemsize, y_itemsize)
+    again = Cost(2 * n * d, n * d * y_itemsize)
     grads = Cost(2 * product + n * m, 2 * moved)
     return norm(b, t, d, x_itemsize, y_itemsize, backward=True) + again + grads
 
 
 def adaln_mlp_cost(
     b: int, t: int, d: int, f: int, x_itemsize: int, y_itemsize: int,
-    *, residual: bool = False, backward: bool = False,
+    *, residual: bool = False, backward: bool = False, keep_h: bool = False,
 ) -> Cost:  # fmt: skip
-    """The norm and an MLP back to width d; backward makes y and h again."""
+    """The norm and an MLP back to width d; backward makes y again, and h unless it was kept."""
     n = b * t
     second = Cost(2 * n * f * d, y_itemsize * (n * f + n * d + f * d + d))
     if not backward:
@@ -460,5 +461,5 @@ def adaln_mlp_cost(
     first = adaln_linear_cost(
         b, t, d, f, x_itemsize, y_itemsize, residual=residual, backward=True
     )  # fmt: skip
-    gelu = Cost(15 * n * f, 4 * n * f * y_itemsize)  # dh, a in; da, h out
+    gelu = Cost(15 * n * f, (3 if keep_h else 4) * n * f * y_itemsize)  # dh, a in; da, h out
     return first + gelu + second + second

@@ -28,7 +28,7 @@ from typing import Any
 
 from fastrepa_kernels import sass
 
-MODULES = ("adaln", "activation", "attention", "projector_alignment", "adamw_ema")
+MODULES = ("adaln_kernels", "activation", "attention", "projector_alignment", "adamw_ema")
 
 
 @dataclass(frozen=True)

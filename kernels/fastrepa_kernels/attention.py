@@ -677,7 +677,7 @@ def _aot_cases() -> list[AotCase]:
             },
             table.num_warps, registers=128, shared=8192, wide_loads=3,
             long_offsets=("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"),
-            traffic=Traffic(*2 * (6 * table.block_n * table.block_c,), table.block_n),
+            traffic=Traffic(6 * table.block_n * table.block_c, 6 * table.block_n * table.block_c),
         )
         for generation, table in launch.COLUMNS["stack"].items()
         for sums in (False, True)

@@ -150,7 +150,7 @@ class Gemm:
 
 # The widths of SiT-S, B and XL have rows of their own, in two pieces.
 _FORWARD = {
-    384: Rows(256, 1, 1, tail=128),
+    384: Rows(256, 2, 1, tail=128),
     512: Rows(512, 1, 1),
     768: Rows(512, 1, 1, tail=256),
     1024: Rows(1024, 1, 1),

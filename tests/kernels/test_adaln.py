@@ -139,7 +139,7 @@ def test_only_the_gradients_asked_for(place_fp32, needed):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["norm", "residual and norm"])
-@shapes
+@pytest.mark.parametrize("shape", [(2, 9, 112), (2, 2, 1152)], ids=["2x9x112", "2x2x1152"])
 def test_backward_makes_the_same_y_again(place, shape, gated):
     """The very bits that the forward's product read, whatever else is asked for."""
     x, branch, gate, shift, scale = operands(place, shape, torch.float32)
@@ -148,10 +148,10 @@ def test_backward_makes_the_same_y_again(place, shape, gated):
     x_new, y, mean, rstd = adaln._norm_modulate(x, branch, gate, shift, scale, 1e-6, place.dtype)
     dy, kept = torch.randn_like(y), x_new if gated else x
     given = (dy, x if gated else None, kept, branch, gate, shift, scale, mean, rstd)
-    grads = adaln._norm_gradients(*given, True)
-    assert grads[-1] is None
+    grads, none = adaln._norm_gradients(*given, True)
+    assert not none.numel()
     for sums in (False, True):
-        *others, again = adaln._norm_gradients(*given, sums, place.dtype)
+        others, again = adaln._norm_gradients(*given, sums, place.dtype)
         assert torch.equal(again, y)
         assert all(map(torch.equal, grads[: 5 if sums else 2], others))
 

@@ -266,4 +266,8 @@ def test_cost():
     assert 2 * b * t * d * m < forward.flops < backward.flops
     mlp = adaln_mlp_cost(b, t, d, 4 * d, 4, 2, residual=True)
     assert mlp.flops > 16 * b * t * d * d
-    assert adaln_mlp_cost(b, t, d, 4 * d, 4, 2, residual=True, backward=True).bytes > mlp.bytes
+    again, kept = (
+        adaln_mlp_cost(b, t, d, 4 * d, 4, 2, residual=True, backward=True, keep_h=keep_h)
+        for keep_h in (False, True)
+    )
+    assert again.bytes - kept.bytes == b * t * 4 * d * 2 and kept.bytes > mlp.bytes

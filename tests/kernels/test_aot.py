@@ -43,7 +43,7 @@ def test_every_row_of_every_table_is_compiled(reports):
         for width in launch.ROWS["norm_forward"][generation]:
             assert f"_norm_fwd_kernel gated width {width} sm_{generation}" in names
         for width in launch.ROWS["norm_backward"][generation]:
-            assert f"_norm_bwd_kernel gated width {width} sm_{generation}" in names
+            assert f"_norm_bwd_kernel gated y again width {width} sm_{generation}" in names
         for width in launch.ROWS["cosine"][generation]:
             assert f"_cosine_kernel bf16 target width {width} sm_{generation}" in names
 

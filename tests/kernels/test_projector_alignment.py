@@ -237,7 +237,7 @@ def test_views_and_leading_dimensions(place_fp32):
 
 
 def test_launches_of_a_chunk():
-    """15 each, and what is once: three sums of bias gradients, the factor and the loss."""
+    """15 each; once: x in the weights' dtype, three bias gradients, the factor and the loss."""
     x, weights, target = operands(PLACES["interpreter-fp32"], (48, 24, 32, 16, 16), torch.float16)
     leaves = [w.requires_grad_() for w in weights]
 
@@ -249,7 +249,7 @@ def test_launches_of_a_chunk():
     one, three = launches(16), launches(48)
     assert sum(name.startswith("_") for name in three) == 3 * 5  # SiLU twice, cosine, SiLU' twice
     assert len(three) - len(one) == 2 * 15
-    assert len(one) == 15 + 5, one
+    assert len(one) == 15 + 6, one
 
 
 def test_empty_input(place_fp32):
@@ -362,7 +362,7 @@ def test_cost():
 
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu():
-    """At SiT-XL/2's shape: dx, the weight gradients, buffers and partial sums, no more."""
+    """At SiT-XL/2's shape: dx, weight gradients, the chunk's buffers, partial sums, no more."""
     n, d, p, z = 65536, 1152, 2048, 768
     place_cuda = {"device": "cuda", "dtype": torch.bfloat16}
     x = torch.randn(n, d, **place_cuda).requires_grad_()
