@@ -340,6 +340,38 @@ def markdown(name: str, step: Step, lines: Sequence[Line], machine: Machine) -> 
     return "\n".join(text)
 
 
+# A line belongs to the first part whose words its name begins with; "" takes the others.
+PARTS = {
+    "products of the blocks": ("product ",),
+    "attention": ("attention",),
+    "rows: norms, GELU, biases, stacking": (
+        "norms", "first norm", "GELU", "dq, dk, dv", "bias of", "Inductor's",
+    ),
+    "projector and cosine": ("projector",),
+    "optimiser, averages, casts of weights": (
+        "gradients laid", "AdamW", "weights to", "gradients to", "norm of the", "fused", "foreach",
+    ),
+    "draws, conditioning, ends, loss": ("",),
+}  # fmt: skip
+
+
+def side_by_side(step: Step, sides: dict[str, Sequence[Line]], machine: Machine) -> str:
+    """The parts of a step, a column of ms for each side."""
+    sums = {name: dict.fromkeys(PARTS, 0.0) for name in sides}
+    for name, lines in sides.items():
+        for line in lines:
+            part = next(key for key, words in PARTS.items() if line.name.startswith(words))
+            sums[name][part] += line.milliseconds(machine)
+    totals = {name: sum(parts.values()) for name, parts in sums.items()}
+    text = [f"| ms, estimated | {' | '.join(sides)} |", "|---|" + "---|" * len(sides)]
+    for part in PARTS:
+        text.append(f"| {part} | {' | '.join(f'{sums[name][part]:.1f}' for name in sides)} |")
+    text.append(f"| **step** | {' | '.join(f'{total:.1f}' for total in totals.values())} |")
+    speeds = (f"{1000 * step.batch / total:.0f}" for total in totals.values())
+    text.append(f"| images/s | {' | '.join(speeds)} |")
+    return "\n".join(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.predict",
@@ -360,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     step = Step(options.model, options.batch, options.tokens, not options.h_again)
     shares = compiled_shares(step)
-    sides = {
+    sides: dict[str, Sequence[Line]] = {
         "ours": our_lines(step, machine, shares),
         "plain+compile": plain_lines(step, machine),
     }
@@ -372,8 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("Assumed: " + ", ".join(f"{key} {value:g}" for key, value in asdict(machine).items()))
     for name, lines in sides.items():
         print(f"\n{markdown(name, step, lines, machine)}")
-    ours, plain = (milliseconds(lines, machine) for lines in sides.values())
-    print(f"\nplain+compile / ours: {plain / ours:.2f} (estimate)")
+    print(f"\n{side_by_side(step, sides, machine)}")
     return 0
 
 

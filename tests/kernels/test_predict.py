@@ -49,6 +49,13 @@ def test_sums_add_up():
     assert all(f"| {line.name} |" in text for line in lines)
     assert f"| **sum** | {sum(line.launches for line in lines):,} |" in text
     assert len({line.name for line in lines}) == len(lines)
+    table = predict.side_by_side(STEP, {"a": lines, "b": lines[:1]}, MACHINE).splitlines()
+    columns = [[float(cell) for cell in row.split("|")[2:4]] for row in table[2:]]
+    step, speed = columns[-2:]
+    for i in (0, 1):
+        assert sum(row[i] for row in columns[:-2]) == pytest.approx(step[i], abs=0.4)
+    assert step[0] == pytest.approx(total, abs=0.06)
+    assert speed[0] == pytest.approx(1000 * 256 / total, abs=0.5)
 
 
 @pytest.mark.parametrize("keep_h", [True, False])
