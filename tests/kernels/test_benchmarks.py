@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cases, gpu_suite, predict, report, run, tune
+from benchmarks import cases, gpu_suite, report, run, tune
 from fastrepa_kernels import launch
 from fastrepa_kernels.cost import Ceilings, Cost
 
@@ -173,23 +173,6 @@ def test_a_training_step_of_the_suite(tmp_path):
     assert gpu_suite.steps_measured(tmp_path / "none", "abc", "any") == set()
     assert all((gpu_suite.ROOT / s.config).is_file() for s in gpu_suite.TRAINING_STEPS)
     assert gpu_suite.engine_missing() == ""
-
-
-def test_prediction_of_a_step():
-    """The design's own estimate: 385 ms for 256 images at 60% of 789 TFLOP/s."""
-    ceilings = Ceilings(4e12, 789e12)
-    step = predict.step_milliseconds("SiT-XL/2", 256, 256, ceilings, 0.6)
-    assert step == pytest.approx(385, abs=1)
-    lines = {line.name: line for line in predict.step_lines("SiT-XL/2", 256, 256)}
-    optimiser = lines["adamw_ema_"]
-    assert optimiser.milliseconds(ceilings) == pytest.approx(683_242_512 * 36 / 4e12 * 1000)
-    # Products forward and twice backward; norms, GELU and vectors add under 2%.
-    for name, products in (("adaln_linear", 3), ("adaln_mlp", 8)):
-        assert lines[name].calls == 28
-        expected = 28 * 3 * 2 * 65536 * products * 1152**2 / 789e12 * 1000
-        assert lines[name].milliseconds(ceilings) == pytest.approx(expected, rel=0.02)
-    text = predict.markdown("SiT-XL/2", 256, 256, ceilings, 0.6)
-    assert all(f"| {name} |" in text for name in lines)
 
 
 def test_attention_is_measured_on_what_runs_and_says_what_does_not(capsys):
