@@ -1,0 +1,97 @@
+"""The command line: which stages, for how long, where to."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import records
+from benchmarks.gpu_suite.plan import STAGES, Stage
+from benchmarks.gpu_suite.summary import table
+from benchmarks.gpu_suite.supervise import Child, Run, run_stage
+
+FEWEST = 5.0
+"""Seconds for which no stage is started."""
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    names = [stage.name for stage in STAGES]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite",
+        description=gpu_suite.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder outside the tree")
+    parser.add_argument("--resume", type=Path, help="an earlier --out, to go on from")
+    parser.add_argument("--minutes", type=float, default=9.2)
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=", ".join(names))
+    parser.add_argument(
+        "--again", nargs="+", choices=names, default=[], metavar="STAGE",
+        help="stages to run though they are recorded",
+    )  # fmt: skip
+    parser.add_argument("--rehearse", action="store_true", help="toy shapes on the CPU")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "fastrepa-gpu-suite",
+        help="compiled kernels, for this and later calls",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        records.take_in(options.resume, options.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _due(options: argparse.Namespace) -> list[Stage]:
+    if options.only:
+        return [stage for stage in STAGES if stage.name in options.only]
+    return [stage for stage in STAGES if not stage.asked]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    run = Run(
+        out=options.out.resolve(), size="toy" if options.rehearse else "full",
+        ends=started + 60 * options.minutes, cache=options.cache.resolve(),
+        again=frozenset(options.again),
+    )  # fmt: skip
+    due = _due(options)
+    waiting = Child(due[0], run)
+    try:
+        for number, stage in enumerate(due):
+            if run.ends - time.monotonic() < FEWEST:
+                print(f"{stage.name}: left for a later call", flush=True)
+                continue
+            child, waiting = waiting, None
+            if number + 1 < len(due):
+                waiting = Child(due[number + 1], run)
+            ended = run_stage(child, run)
+            print(f"{stage.name}: {ended['took']:.0f} s", flush=True)
+            _write_table(run)
+    finally:
+        if waiting is not None:
+            waiting.kill()
+    print(_write_table(run))
+    return 0
+
+
+def _write_table(run: Run) -> str:
+    text = table(records.load(run.out))
+    (run.out / records.TABLE).write_text(text + "\n")
+    return text
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

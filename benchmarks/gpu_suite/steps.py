@@ -1,0 +1,80 @@
+"""Whole training steps, ours and rivals', each a turn of `fastrepa bench` in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpu_suite import records
+from benchmarks.gpu_suite.plan import Item, Record, Size, Turn
+from benchmarks.provenance import ROOT
+
+PROGRAM = "fastrepa.insight.bench_turn"
+SHARE = 2.5
+"""A turn may take so many times its estimate."""
+STATES = 16e9
+"""Bytes of SiT-XL/2's weights, gradients and optimiser; of SiT-B/2's it is too many."""
+PER_IMAGE = {"ours": 0.22e9, "ours+graphs": 0.22e9}
+OTHERS_PER_IMAGE = 0.32e9
+"""Estimated bytes that backward needs of an image, to begin with a batch that may fit."""
+
+
+def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+    for turn in size.turns[stage]:
+        limit = turn.limit or max(SHARE * turn.estimate, 60)
+        run = partial(_turn, turn, size, limit, out)
+        # run_turn ends a turn that takes too long; the item's limit is for what cannot be ended.
+        yield Item(turn.key, run, limit=limit + 30, estimate=turn.estimate)
+
+
+def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
+    """The record of the first batch that fits, after those that do not."""
+    from fastrepa.config import load_config
+    from fastrepa.insight import bench
+
+    ends = time.monotonic() + limit
+    config = load_config(ROOT / turn.config, turn.overrides)
+    found: Record = {}
+    for batch in _batches(turn, out):
+        case = bench.Case(turn.contender, size.dtype, batch)
+        found = bench.run_turn(
+            config, case, steps=size.steps, warmup=size.warmup, memory=True,
+            profile=turn.profile, timeout=ends - time.monotonic(),
+        )  # fmt: skip
+        profile = found.pop("profile", None)
+        if profile is not None:
+            text = json.dumps({"name": turn.name, "batch": batch, **profile}, indent=1)
+            (out / records.PROFILE).write_text(text)
+        (result,) = bench.gather([vars(case) | found])
+        record = {"name": turn.name} | bench.record(result) | {"run": result.line}
+        if result.problem != bench.DOES_NOT_FIT:
+            break
+        yield record | {"fits": False, "did_not_fit": record.pop("problem")}
+    if result.failed and (missing := engine_missing()):
+        record |= {"problem": missing.splitlines()[-1], "stderr": missing}
+    yield record
+
+
+def _batches(turn: Turn, out: Path) -> tuple[int, ...]:
+    """Return the batches to try, without those that cannot fit into the free memory recorded."""
+    free = [r["free_bytes"] for r in records.load(out) if "free_bytes" in r]
+    if not free:
+        return turn.batches
+    image = PER_IMAGE.get(turn.contender, OTHERS_PER_IMAGE)
+    fitting = [b for b in turn.batches if STATES + b * image < free[-1]]
+    return tuple(fitting) or turn.batches[-1:]
+
+
+@functools.cache
+def engine_missing() -> str:
+    """Return what Python says when a turn's program cannot be imported, '' where it can."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {PROGRAM}"], capture_output=True, text=True, check=False
+    )
+    return (done.stderr.strip() or f"exit {done.returncode}") if done.returncode else ""
