@@ -7,10 +7,10 @@ Before anything is timed, every provider's outputs and gradients are compared wi
 same widths at a batch of two: ours may be at most twice as wrong as eager plus one rounding unit,
 a rival four times that; a wrong provider is reported and not timed. Providers take turns, iteration
 by iteration, on the same inputs, so that a disturbance of the machine meets them all. On CUDA
-inputs rotate through enough copies to be cold in L2, and a case of row kernels, which take less
-time than autograd takes to launch them, is replayed as CUDA graphs. Peak memory: the allocator's counters on CUDA;
-on CPU the sum of the profiler's allocation events, which is exact for torch's allocator. Bytes
-saved for backward: the distinct storages that autograd packs, inputs left out.
+inputs rotate through enough copies to be cold in L2, and row kernels, which take less time than
+autograd takes to launch them, are replayed as CUDA graphs. Peak memory: the allocator's counters on
+CUDA; on CPU the sum of the profiler's allocation events, which is exact for torch's allocator.
+Bytes saved for backward: the distinct storages that autograd packs, inputs left out.
 """
 
 from __future__ import annotations
@@ -205,9 +205,7 @@ class _Clock:
         return 1000 * (self.marks[b] - self.marks[a])
 
 
-def replayed(
-    works: list[Callable[[], object]], device: torch.device
-) -> list[Callable[[], object]]:
+def replayed(works: list[Callable[[], object]], device: torch.device) -> list[Callable[[], object]]:
     """`works`, each captured as a CUDA graph: to be called in this order, they cost the host one
     launch each. On a CPU as they are. A work is called three times first, so that it is compiled;
     what one leaves for the next must be alive when it returns.

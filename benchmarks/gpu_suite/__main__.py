@@ -12,7 +12,7 @@ from types import FrameType
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import records
-from benchmarks.gpu_suite.plan import STAGES, Stage
+from benchmarks.gpu_suite.plan import DALI, STAGES, Stage
 from benchmarks.gpu_suite.summary import table
 from benchmarks.gpu_suite.supervise import Child, Run, run_stage
 
@@ -30,7 +30,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder outside the tree")
     parser.add_argument("--resume", type=Path, help="an earlier --out, to go on from")
     parser.add_argument("--minutes", type=float, default=9.2)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=", ".join(names))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=", ".join(names))
+    which.add_argument("--dali", action="store_true", help="only the stage dali")
     parser.add_argument(
         "--again", nargs="+", choices=names, default=[], metavar="STAGE",
         help="stages to run though they are recorded",
@@ -51,7 +53,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _due(options: argparse.Namespace) -> list[Stage]:
     if options.only:
         return [stage for stage in STAGES if stage.name in options.only]
-    return [stage for stage in STAGES if not stage.asked]
+    return [DALI] if options.dali else list(STAGES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for number, stage in enumerate(due):
             if run.ends - time.monotonic() < FEWEST:
-                print(f"{stage.name}: left for a later call", flush=True)
-                continue
+                names = ", ".join(s.name for s in due[number:])
+                print(f"left for a later call: {names}", flush=True)
+                break
             child, waiting = waiting, None
             if number + 1 < len(due):
                 waiting = Child(due[number + 1], run)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases import WIDTHS
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import Item, Record, Size
 from benchmarks.run import DTYPES, milliseconds, spread
@@ -36,9 +35,8 @@ def ceilings(out: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Return those that are recorded for this device, else measure them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     for record in reversed(records.load(out)):
-        if record.get("item") == "ceilings" and "bytes_per_second" in record:
-            if name in (None, record["device"]):
-                return Ceilings(record["bytes_per_second"], record["flops_per_second"])
+        if "bytes_per_second" in record and name in (None, record["device"]):
+            return Ceilings(record["bytes_per_second"], record["flops_per_second"])
     return measure_ceilings(device, dtype)
 
 
@@ -62,8 +60,8 @@ def _products(recipe: str, layer: str, size: Size) -> Iterator[Record]:
     """The three products of one Linear in one recipe. FP8 operands are made beforehand: what
     quantising costs is bytes over bandwidth, beside this.
     """
-    device, width = torch.device(size.device), WIDTHS[size.model]
-    into, outof = (part * width for part in LAYERS[layer])
+    device = torch.device(size.device)
+    into, outof = (part * size.width for part in LAYERS[layer])
     for way in WAYS:
         m, n, k = {
             "forward": (size.rows, outof, into),

@@ -1,6 +1,8 @@
 """A stage's process: runs its items one by one and records each as it ends (supervise.py).
 
-    python -m benchmarks.gpu_suite.child STAGE PIPE     with its task as a line of JSON on stdin
+    python -m benchmarks.gpu_suite.child STAGE PIPE
+
+Its task comes as a line of JSON on stdin, once the stage before is over.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite import records
-from benchmarks.gpu_suite.plan import SIZES, STAGES, Item, Record
+from benchmarks.gpu_suite.plan import DALI, SIZES, STAGES, Item, Record
 from benchmarks.gpu_suite.supervise import POISONED
 
 PR_SET_PDEATHSIG = 1
@@ -32,7 +34,7 @@ def main(stage: str, pipe: int) -> int:
     def tell(**message: Any) -> None:
         os.write(pipe, (json.dumps(message) + "\n").encode())
 
-    module = next(s.module for s in STAGES if s.name == stage)
+    module = next(s.module for s in (*STAGES, DALI) if s.name == stage)
     items_of = importlib.import_module(f"benchmarks.gpu_suite.{module}").items
     line = sys.stdin.readline()
     if not line:

@@ -56,7 +56,9 @@ def _pixels(size: Size) -> Iterator[Record]:
             images[decode] = [_image(next(pipeline)).cpu().int() for _ in range(2)]
     first, *others = images
     for other in others:
-        off = torch.stack([(a - b).abs() for a, b in zip(images[first], images[other], strict=True)])
+        off = torch.stack(
+            [(a - b).abs() for a, b in zip(images[first], images[other], strict=True)]
+        )
         record: Record = {"decoders": [first, other], "most": off.max().item()}
         record |= {"mean": off.float().mean().item(), "images": 32}
         wrong = f"pixels differ by up to {off.max().item()} of 255, allowed {MOST_OFF}"

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 
 from benchmarks import tune
 from benchmarks.cases import CASES, Case, Shape
@@ -30,11 +31,11 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
     shape = Shape(size.model, size.batches[-1], size.tokens)
     for case in CASES.values():
         if case.row_kernels == (stage == "rows"):
-            names = ("ours", "compile") if stage == "rows" else PROVIDERS
+            names = PROVIDERS if stage == "operations" and size.device == "cuda" else size.rivals
             run = partial(_measured, case, shape, size, out, names)
             yield Item(f"{case.name} {shape}", run, limit=60, estimate=10)
     if stage == "rows":
-        for family in tune.FAMILIES:
+        for family in size.families:
             yield Item(f"launch rows, {family}", partial(_swept, family, device, size), limit=60)
 
 
@@ -59,14 +60,19 @@ def _measured(
 
 
 def _swept(family: str, device: torch.device, size: Size) -> Iterator[Record]:
-    """Every candidate for a row of a launch table, by the operation itself."""
-    generation = launch.generation(device)
-    for label, table, key, candidates, work in tune.sweeps(generation, [family], device):
-        for candidate in (table[key], *candidates):
-            record: Record = {"case": "launch rows", "row": label, "launched_with": str(candidate)}
-            record |= {"now": candidate == table[key]}
+    """Every candidate for the rows of launch tables that `family` begins, by the operation."""
+    found = False
+    for label, table, key, candidates, work in tune.sweeps(launch.generation(device), [family]):
+        now, found = table[key], True
+        for candidate in (now, *(c for c in candidates if c != now)):
+            record: Record = {"row": label, "launched_with": str(candidate)}
+            record["now"] = candidate == now
+            table[key] = candidate
             try:
-                with tune.candidate(table, key, candidate):
-                    yield record | spread(milliseconds(work, device, size.repeats))
-            except tune.DO_NOT_LAUNCH as error:
+                yield record | spread(milliseconds(work, device, size.repeats))
+            except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
                 yield record | {"refused": f"{type(error).__name__}: {error}"}
+            finally:
+                table[key] = now
+    if not found:
+        raise ValueError(f"benchmarks.tune: no row of a launch table begins with {family!r}")

@@ -13,14 +13,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: its budget; module: what makes its items; asked: it runs only where it is named."""
+    """seconds: its budget; module: what makes its items."""
 
     name: str
     seconds: float
     module: str
-    asked: bool = False
 
 
+DALI = Stage("dali", 150, "decoding")
+"""Apart from the others: it needs wheels that are many transfers large."""
 STAGES = (
     Stage("ceilings", 60, "ceilings"),
     Stage("correct", 100, "operations"),
@@ -30,7 +31,6 @@ STAGES = (
     Stage("others", 480, "steps"),
     Stage("tests", 150, "tests"),
     Stage("operations", 240, "operations"),
-    Stage("dali", 150, "decoding", asked=True),
 )
 
 
@@ -67,7 +67,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured with. model, tokens, batches: of operations; rows: M of the products."""
+    """What is measured with. model, tokens, batches: of operations; rows, width: of products."""
 
     name: str
     device: str
@@ -76,12 +76,17 @@ class Size:
     tokens: int
     batches: tuple[int, ...]
     rows: int
+    width: int
+    families: tuple[str, ...]
+    """Of launch tables, most valuable first: what the label of a row in tune.py begins with."""
+    rivals: tuple[str, ...]
+    """Providers of row kernels, ours first."""
     repeats: int
     warmup: int
     steps: int
     turns: dict[str, tuple[Turn, ...]]
     tests: tuple[tuple[str, tuple[str, ...]], ...]
-    """(key, pytest's arguments)"""
+    """(key, pytest's arguments); the key also names the JUnit file."""
     images: int
     """Of the set that is decoded."""
     decode: tuple[str, ...]
@@ -105,7 +110,12 @@ def _b(contender: str, estimate: float) -> Turn:
 
 FULL = Size(
     name="full", device="cuda", dtype="bf16", model="SiT-XL/2", tokens=256, batches=(8, 256),
-    rows=65536, repeats=20, warmup=3, steps=10,
+    rows=65536, width=1152,
+    families=(
+        "norm_backward 2048", "norm_forward 2048", "activation", "columns", "optimiser", "cosine",
+        "norm_backward 1024", "norm_forward 1024",
+    ),
+    rivals=("ours", "compile"), repeats=20, warmup=3, steps=10,
     turns={
         "step": (_xl("ours", 75, profile=True),),
         "rivals": (
@@ -118,8 +128,8 @@ FULL = Size(
         ),
     },
     tests=(
-        ("side by side", ("-n", "8", "-m", "gpu", "tests/kernels", "-k", "not peak_memory")),
-        ("alone", ("-m", "gpu", "tests/kernels", "-k", "peak_memory")),
+        ("tests", ("-n", "8", "-m", "gpu", "tests/kernels", "-k", "not peak_memory")),
+        ("peak-memory", ("-n", "1", "-m", "gpu", "tests/kernels", "-k", "peak_memory")),
     ),
     images=512, decode=("cpu", "mixed"),
 )  # fmt: skip
@@ -137,18 +147,18 @@ def _tiny(contender: str, *more: str, **given: Any) -> Turn:
 
 
 TOY = Size(
-    name="toy", device="cpu", dtype="fp32", model="SiT-S/2", tokens=16, batches=(1, 2), rows=64,
-    repeats=2, warmup=1, steps=2,
+    name="toy", device="cpu", dtype="fp32", model="SiT-S/2", tokens=16, batches=(1, 2), rows=16,
+    width=16, families=("activation",), rivals=("ours", "eager"), repeats=2, warmup=1, steps=2,
     turns={
         "step": (_tiny("ours", profile=True),),
         # The second fails, as its backend needs a GPU; the third takes longer than it may.
         "rivals": (
-            _tiny("plain+compile"), _tiny("ours", "attention.backend=sdpa-cudnn"),
-            _tiny("ours", "seed=1", limit=0.5), _tiny("eager"),
+            _tiny("eager"), _tiny("ours", "attention.backend=sdpa-cudnn"),
+            _tiny("ours", "seed=1", limit=0.5), _tiny("reference"),
         ),
-        "others": (_tiny("reference"),),
+        "others": (_tiny("plain+compile"),),
     },
-    tests=(("side by side", ("-n", "2", "tests/kernels/test_launch.py")),),
+    tests=(("tests", ("-n", "2", "tests/kernels/test_launch.py")),),
     images=64, decode=("cpu",),
 )  # fmt: skip
 SIZES = {size.name: size for size in (FULL, TOY)}

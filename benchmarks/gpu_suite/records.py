@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.gpu_suite.plan import Record
 
 FILE, TABLE, LOG = "suite.jsonl", "table.txt", "log.txt"
-PROFILE, TESTS = "profile.json", "tests.xml"
+PROFILE = "profile.json"
 
 
 def append(out: Path, records: Iterable[Record]) -> None:
@@ -53,17 +53,15 @@ def take_in(earlier: Path | None, out: Path) -> None:
         if not (earlier / FILE).is_file():
             raise ValueError(f"--resume: {earlier} has no {FILE}")
         lines |= {json.dumps(record): None for record in load(earlier)}
-        for name in (PROFILE, TESTS):
-            if (earlier / name).is_file() and not (out / name).exists():
-                shutil.copy(earlier / name, out / name)
+        for file in (earlier / PROFILE, *earlier.glob("*.xml")):
+            if file.is_file() and not (out / file.name).exists():
+                shutil.copy(file, out / file.name)
     whole = out / f"{FILE}.new"
     whole.write_text("".join(line + "\n" for line in lines))
     whole.replace(out / FILE)
 
 
-def ended(
-    records: Iterable[Record], stage: str, context: Record, since: str = ""
-) -> set[str]:
+def ended(records: Iterable[Record], stage: str, context: Record, since: str = "") -> set[str]:
     """Return the keys of a stage's items that this commit and device need not run again: those
     that came to their end and those that failed with this very code, but none that was cut off.
 

@@ -1,4 +1,4 @@
-"""Whole training steps, ours and rivals', each a turn of `fastrepa bench` in a process of its own."""
+"""Whole training steps, ours and rivals', each a turn of `fastrepa bench` in its own process."""
 
 from __future__ import annotations
 

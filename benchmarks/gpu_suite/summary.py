@@ -119,8 +119,9 @@ def _steps(records: list[Record]) -> Iterator[str]:
 
 
 def _tests(records: list[Record]) -> Iterator[str]:
-    for r in _latest([r for r in records if r["stage"] == "tests"], "item", "passed"):
-        yield f"tests {r['item']}: {r['passed']} passed, {r['failed']} failed, {r['skipped']} skipped"
+    for r in _latest([r for r in records if "passed" in r], "item"):
+        counts = ", ".join(f"{r[how]} {how}" for how in ("passed", "failed", "skipped"))
+        yield f"{r['item']}: {counts}"
 
 
 def _decoding(records: list[Record]) -> Iterator[str]:

@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import Item, Record, Size
 
 
 def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
     for key, arguments in size.tests:
-        yield Item(key, partial(_tests, arguments, out), limit=140, estimate=25)
+        yield Item(key, partial(_tests, arguments, out / f"{key}.xml"), limit=140, estimate=25)
 
 
-def _tests(arguments: tuple[str, ...], out: Path) -> Iterator[Record]:
+def _tests(arguments: tuple[str, ...], report: Path) -> Iterator[Record]:
     """Numbers of tests by how they ended; the first lines of what failed."""
     import pytest
 
-    report = out / records.TESTS
     status = pytest.main([*arguments, "-p", "no:cacheprovider", f"--junitxml={report}"])
     counts, failed = outcomes(report)
     record: Record = {"arguments": list(arguments), "status": int(status), **counts}
