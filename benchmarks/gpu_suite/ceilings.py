@@ -19,14 +19,13 @@ E4M3_MOST = torch.finfo(torch.float8_e4m3fn).max
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 """A block's Linears: in and out, in widths."""
 WAYS = ("forward", "dgrad", "wgrad")
-RECIPES = ("bf16", "fp8 tensorwise", "fp8 rowwise")
 
 
 def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
     device = torch.device(size.device)
     yield Item("device", partial(_device, device))
     yield Item("ceilings", partial(_ceilings, device, DTYPES[size.dtype]))
-    for recipe in RECIPES:
+    for recipe in size.recipes:
         for layer in LAYERS:
             yield Item(f"{recipe} {layer}", partial(_products, recipe, layer, size), limit=30)
 

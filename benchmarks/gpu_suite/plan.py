@@ -67,7 +67,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured with. model, tokens, batches: of operations; rows, width: of products."""
+    """What is measured with. model, tokens, batches: of operations; rows, width, recipes: of
+    products.
+    """
 
     name: str
     device: str
@@ -77,6 +79,7 @@ class Size:
     batches: tuple[int, ...]
     rows: int
     width: int
+    recipes: tuple[str, ...]
     families: tuple[str, ...]
     """Of launch tables, most valuable first: what the label of a row in tune.py begins with."""
     rivals: tuple[str, ...]
@@ -111,6 +114,7 @@ def _b(contender: str, estimate: float) -> Turn:
 FULL = Size(
     name="full", device="cuda", dtype="bf16", model="SiT-XL/2", tokens=256, batches=(8, 256),
     rows=65536, width=1152,
+    recipes=("bf16", "fp8 tensorwise", "fp8 rowwise"),
     families=(
         "norm_backward 2048", "norm_forward 2048", "activation", "columns", "optimiser", "cosine",
         "norm_backward 1024", "norm_forward 1024",
@@ -148,7 +152,8 @@ def _tiny(contender: str, *more: str, **given: Any) -> Turn:
 
 TOY = Size(
     name="toy", device="cpu", dtype="fp32", model="SiT-S/2", tokens=16, batches=(1, 2), rows=16,
-    width=16, families=("activation",), rivals=("ours", "eager"), repeats=2, warmup=1, steps=2,
+    width=16, recipes=("bf16", "fp8 tensorwise"), families=("activation",),
+    rivals=("ours", "eager"), repeats=2, warmup=1, steps=2,
     turns={
         "step": (_tiny("ours", profile=True),),
         # The second fails, as its backend needs a GPU; the third takes longer than it may.

@@ -157,6 +157,7 @@ def run_stage(child: Child, run: Run) -> Record:
     stage, began = child.stage, time.monotonic()
     ends = min(began + stage.seconds, run.ends)
     due: list[str] | None = None
+    starts = 2  # that may fail
     while True:
         child.go(ends)
         try:
@@ -170,8 +171,8 @@ def run_stage(child: Child, run: Run) -> Record:
                 run, stage, item=child.item, failed=True, cut=why.startswith("cut off"),
                 problem=why, seconds=round(time.monotonic() - child.began, 1), stderr=child.said(),
             )  # fmt: skip
-        over = time.monotonic() >= ends
-        if over or (why and not child.item) or child.process.returncode == 0:
+            starts -= not child.item
+        if not starts or time.monotonic() >= ends or child.process.returncode == 0:
             break
         child = Child(stage, run)
     took = round(time.monotonic() - began, 1)
