@@ -22,13 +22,15 @@ import torch
 
 from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
+from fastrepa.insight.activity import Annotating, profile_steps
 from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World, join_world, leave_world
+from fastrepa.training.zero import World, join_world, leave_world, time_collectives
 
 MARK = "BENCH "
 DOES_NOT_FIT = "does not fit"
@@ -56,29 +58,51 @@ def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Co
 
 def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[str, Any]:
     """Warm up, time, and measure the highest moment of memory of one more step."""
-    trainer = Trainer(config, world, random_weights=True)
-    contender = task["contender"]
-    if contender == "reference":
-        use_reference(trainer, task["precision"])
-    if contender == "eager+compile":
-        compile_forward(trainer.engine.module)
-    batches = RandomBatches(config, trainer, world.device, trainer.micro)
+    contender, steps, warmup = task["contender"], task["steps"], task["warmup"]
+    trainer: Trainer | PlainLoop
+    if contender == "plain+compile":
+        trainer = PlainLoop(config, world.device)
+        model, line = trainer.model, ""
+    else:
+        trainer = Trainer(config, world, random_weights=True)
+        line = trainer.first_line() if contender != "reference" else ""
+        if contender == "reference":
+            use_reference(trainer, task["precision"])
+        model = trainer.engine.module
+        if contender == "eager+compile":
+            compile_forward(model)
+    batches = RandomBatches(
+        config, trainer, world.device, config.training.global_batch // world.size
+    )
     # Made once: reading is not measured.
-    source = itertools.cycle([next(batches) for _ in range(trainer.forwards)])
+    source = itertools.cycle([next(batches)])
     losses: list[Any] = []
-    for _ in range(task["warmup"]):
+
+    def step() -> None:
         losses.append(trainer.train_step(source)["loss"])
-    timed = _timed(lambda: losses.append(trainer.train_step(source)["loss"]), task["steps"], world)
+
+    for _ in range(warmup):
+        step()
+    if isinstance(trainer, PlainLoop):  # its losses are those of the others on these draws alone
+        for _ in range(steps):
+            step()
+        trainer.random = DeviceRandom()
+    timed = _timed(step, steps, world)
     out: dict[str, Any] = timed | {
-        "losses": [float(loss) for loss in losses],
-        "line": trainer.first_line() if contender != "reference" else "",
-        "weights_bytes": sum(p.nbytes for p in trainer.engine.module.parameters()),
-        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+        "losses": [float(loss) for loss in losses[: warmup + steps]],
+        "line": line,
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     if task["memory"]:
         held = sum(s.nbytes() for s in storages(world.device).values())
-        out["peak_bytes"] = held + highest(lambda: trainer.train_step(source), world.device)
+        out["peak_bytes"] = held + highest(step, world.device)
         out["held_bytes"] = held
+    if task["profile"]:
+        if isinstance(trainer, Trainer):
+            trainer.meter = annotating = Annotating(world, config.training.global_batch)
+            time_collectives(annotating.region)
+        out["profile"] = profile_steps(step, world.device)
     return out
 
 

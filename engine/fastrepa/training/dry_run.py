@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
-from fastrepa.data.codec import SD_VAE_PARAMETERS
+from fastrepa.data.codec import SD_VAE_PARAMETERS, Codec
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
+from fastrepa.training.targets import Targets
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World
 from fastrepa_kernels.attention import SDPA
@@ -42,11 +43,19 @@ class DryRun:
     """Estimated bytes per rank, by part."""
 
 
+class Reader(Protocol):
+    """What says which parts a batch has: a Trainer, or another loop."""
+
+    codec: Codec
+    targets: Targets
+    cached_latents: bool
+
+
 class RandomBatches:
     """Batches of `size` noise images, with what the trainer would read from a prepared set."""
 
     def __init__(
-        self, config: Config, trainer: Trainer, device: torch.device, size: int = BATCH
+        self, config: Config, trainer: Reader, device: torch.device, size: int = BATCH
     ) -> None:
         self.config, self.trainer, self.device, self.size = config, trainer, device, size
         self.generator = torch.Generator().manual_seed(config.seed)

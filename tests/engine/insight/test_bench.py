@@ -15,6 +15,7 @@ from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
 from fastrepa.insight import bench as bench_module
 from fastrepa.insight.bench import (
+    DEFAULT_RIVALS,
     FILE,
     TURNS,
     Case,
@@ -28,10 +29,12 @@ from fastrepa.insight.bench import (
 )
 from fastrepa.insight.bench_turn import contender_config
 from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.reference_step import use_reference
 from fastrepa.training import trainer as training
 from fastrepa.training.compilation import compile_generator
 from fastrepa.training.dry_run import RandomBatches
+from fastrepa.training.regions import OTHER, REGIONS
 from fastrepa.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -49,9 +52,11 @@ def tiny(*more):
 
 
 def test_what_runs():
-    named = plan_cases(["eager", "reference"], ["fp32", "fp16"], [4, 8], [1, 2], True)
+    rivals = ["eager", "plain+compile", "reference"]
+    named = plan_cases(rivals, ["fp32", "fp16"], [4, 8], [1, 2], True)
     assert Case("reference", "fp16", 8) in named and Case("ours", "fp16", 8) not in named
     assert Case("eager", "fp32", 4, 2) in named and Case("reference", "fp32", 4, 2) not in named
+    assert {c.ranks for c in named if c.contender == "plain+compile"} == {1}
     assert [c for c in named if c.sampler] == [
         Case(name, "fp32", 4, 1, sampler)
         for sampler in ("ode-50", "sde-250")
@@ -76,7 +81,9 @@ def test_wrong_options_are_named(change, message, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("contender", ["ours", "eager", "eager+compile", "reference"])
+@pytest.mark.parametrize(
+    "contender", ["ours", "eager", "eager+compile", "plain+compile", "reference"]
+)
 def test_rivals_are_plain_torch(contender):
     given = tiny("training.recompute=1", "training.compile=blocks")
     config = contender_config(given.model_dump(mode="json"), contender, "bf16")
@@ -183,6 +190,75 @@ def test_the_first_losses_of_fast_and_published_steps_agree(world):
     # Rounding, which training amplifies from step to step.
     assert ((fast - plain).abs() / plain.abs()).max() < 2e-4
     assert ((fast - plain).abs() / plain.abs())[:10].max() < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_the_plain_loop_takes_the_same_steps(precision, off, monkeypatch, world):
+    """On our draws; as one graph, whatever Inductor would make of it."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile_(f, **o, backend="eager"))
+    given = tiny("training.ema=[0.9, {sigma_rel: 0.1}]", "training.schedule.warmup=2")
+    curves, averages = [], []
+    for contender in ("ours", "plain+compile"):
+        config = contender_config(given.model_dump(mode="json"), contender, precision)
+        plain = contender == "plain+compile"
+        trainer = PlainLoop(config, CPU) if plain else Trainer(config, world, random_weights=True)
+        batches = RandomBatches(config, trainer, CPU, 4)
+        curves.append([trainer.train_step(batches)["loss"].item() for _ in range(6)])
+        weight = (trainer.model if plain else trainer.engine.module).blocks[1].mlp.fc1.weight
+        if plain:
+            index = next(i for i, p in enumerate(trainer.params) if p is weight)
+            averages.append([average[index] for average in trainer.averages])
+        elif precision == "fp32":  # without ZeRO a parameter is its own master
+            state = trainer.optimizer.state[weight]
+            averages.append([state[key] for key in trainer.optimizer.ema_keys])
+    ours, rival = curves
+    assert rival == pytest.approx(ours, rel=off) and ours[-1] < ours[0]
+    assert {p.dtype for p in trainer.params} == {torch.float32}
+    if precision == "fp32":
+        for a, b in zip(*averages, strict=True):
+            assert (a - b).abs().max() < 1e-5 < (b - weight).abs().max()
+
+
+def test_the_plain_loop_draws_from_the_devices_generator(monkeypatch, world):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    given = tiny().model_dump(mode="json")
+    loop = PlainLoop(contender_config(given, "plain+compile", "fp32"), CPU)
+    batch = next(RandomBatches(loop.config, loop, CPU, 4))
+    keyed = [loop.example(batch) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*keyed, strict=True))
+    loop.random = DeviceRandom()
+    (x_t, t, target, drop), (again, *_) = loop.example(batch), loop.example(batch)
+    assert (x_t - again).abs().min() > 0
+    like = keyed[0]
+    assert [a.shape for a in (x_t, t, target, drop)] == [a.shape for a in like]
+    assert [a.dtype for a in (x_t, t, target, drop)] == [a.dtype for a in like]
+
+
+ABSENT = ("nvidia", "diffusers", "torch_fidelity", "open_clip", "wandb", "clip")
+
+
+def test_a_turn_on_stored_latents_needs_few_packages(monkeypatch, tmp_path):
+    """Of a published recipe, where neither the autoencoder's package nor DALI is installed."""
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    config = load_config(
+        QUICKSTART.parent / "imagenet256_sit_b2_dinov2b.yaml",
+        [
+            "data.latents=cached", "vision.targets=cached", "alignment.block=1",
+            "alignment.projector_width=32", "training.precision=fp32",
+            "model={width: 32, depth: 2, heads: 2, patch: 4, num_classes: 10}",
+        ],
+    )  # fmt: skip
+    case = Case("ours", "fp32", 2)
+    turn = run_turn(config, case, steps=2, warmup=1, profile=True, timeout=300)
+    assert "problem" not in turn, turn["stderr"]
+    assert len(turn["losses"]) == 3 and turn["timing"] == "clock around each step"
+    assert "codec sd-vae 4x32x32 (cached)" in turn["line"]
+    profile = turn["profile"]
+    assert {gap["region"] for gap in profile["gaps"]} <= {*REGIONS, OTHER}
+    assert any("mm" in n["name"] or "linear" in n["name"] for n in profile["names"])
 
 
 @pytest.mark.parametrize("recompute", ["none", "1"])
