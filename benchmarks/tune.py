@@ -2,64 +2,78 @@
 
     python -m benchmarks.tune [family ...]
 
-Every candidate is tried on the operation itself, at SiT-XL/2's size for 64 images of 256 tokens
-(the optimiser on 64 Mi elements). A candidate that does not launch (registers, shared memory) is
-named and skipped. Proposals are printed, never applied: a table changes in a reviewed commit, with
-the record that says why.
+Every candidate is tried on the operation itself, without autograd, at SiT-XL/2's size for 256
+images of 256 tokens (the optimiser on 64 Mi elements). A candidate that does not launch (registers,
+shared memory) is named and skipped. Proposals are printed, never applied: a table changes in a
+reviewed commit, with the record that says why. `sweeps` and `using` are for who times otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from fastrepa_kernels import adaln, adamw_ema, launch, mlp
-from fastrepa_kernels.activation import activate, activate_backward
+from fastrepa_kernels import adaln, adamw_ema, launch
+from fastrepa_kernels.activation import activate, activate_backward, column_sums
+from fastrepa_kernels.attention import _stacked
 from fastrepa_kernels.cost import median_seconds
 from fastrepa_kernels.projector_alignment import projector_alignment
 
-IMAGES, TOKENS = 64, 256
-# One real width for every padded one.
-REAL_WIDTH = {512: 384, 1024: 768, 2048: 1152, 4096: 4096}
+IMAGES, TOKENS = 256, 256
 BF16 = torch.bfloat16
+Work = Callable[[], object]
+
+
+class Sweep(NamedTuple):
+    """`work` runs the operation with table[key]; candidates are values for it."""
+
+    label: str
+    table: dict
+    key: Any
+    candidates: list
+    work: Work
 
 
 def _cuda(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def _norm(width: int, backward: bool) -> Callable[[], object]:
-    x = _cuda(IMAGES, TOKENS, width, dtype=torch.float32).requires_grad_(backward)
-    branch = _cuda(IMAGES, TOKENS, width).requires_grad_(backward)
-    vectors = [_cuda(IMAGES, width).requires_grad_(backward) for _ in range(3)]
-
-    def forward() -> tuple[torch.Tensor, ...]:
-        return adaln.gated_residual_layernorm_modulate(x, branch, *vectors)
-
+def _norm(width: int, backward: bool) -> Work:
+    """The gated norm around an fp32 stream; backward makes y again, as a training step does."""
+    x = _cuda(IMAGES, TOKENS, width, dtype=torch.float32)
+    branch = _cuda(IMAGES, TOKENS, width)
+    gate, shift, scale = _cuda(IMAGES, 3 * width).chunk(3, dim=1)
+    given = (x, branch, gate, shift, scale)
     if not backward:
-        return forward
-    outputs = forward()
-    upstream = [torch.randn_like(y) for y in outputs]
-    leaves = [x, branch, *vectors]
-    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+        return lambda: adaln._norm_modulate(*given, adaln.EPS, BF16)
+    _, y, mean, rstd = adaln._norm_modulate(*given, adaln.EPS, BF16)
+    dy, dx_new = torch.randn_like(y), torch.randn_like(x)
+    return lambda: adaln._norm_gradients(dy, dx_new, *given, mean, rstd, True, BF16)
 
 
-def _cosine(width: int) -> Callable[[], object]:
+def _residual() -> Work:
+    dx, branch = _cuda(IMAGES, TOKENS, 1152, dtype=torch.float32), _cuda(IMAGES, TOKENS, 1152)
+    gate = _cuda(IMAGES, 1152)
+    return lambda: adaln._gated_residual_backward(dx, branch, gate, True)
+
+
+def _cosine(width: int) -> Work:
     """The whole alignment with a narrow projector: what changes with the row is the cosine."""
-    rows, p = IMAGES * TOKENS, 64
+    rows, p = IMAGES * TOKENS // 4, 64
     shapes = ((p, p), (p,), (p, p), (p,), (width, p), (width,))
     x, weights = _cuda(rows, p), [_cuda(*s).requires_grad_() for s in shapes]
     target = _cuda(rows, width)
     return lambda: projector_alignment(x, weights, target, chunk_rows=rows)
 
 
-def _activation(backward: bool) -> Callable[[], object]:
+def _activation(backward: bool) -> Work:
     a = _cuda(IMAGES * TOKENS, 4608)
     out = torch.empty_like(a)
     if not backward:
@@ -68,19 +82,23 @@ def _activation(backward: bool) -> Callable[[], object]:
     return lambda: activate_backward(dh, a, out, gelu=True, sums=True)
 
 
-def _optimiser() -> Callable[[], object]:
+def _stack() -> Work:
+    grads = [_cuda(IMAGES, TOKENS, 16, 72) for _ in range(3)]
+    return lambda: _stacked(grads, True)
+
+
+def _sums() -> Work:
+    t = _cuda(IMAGES * TOKENS, 1152)
+    return lambda: column_sums(t)
+
+
+def _optimiser() -> Work:
     p, m, v, e = (_cuda(1 << 26, dtype=torch.float32).abs_() for _ in range(4))
     g = _cuda(1 << 26)
     return lambda: adamw_ema.adamw_ema_(p, g, m, v, e, step=10, lr=1e-4)
 
 
-def _linear_gelu() -> Callable[[], object]:
-    x, weight, bias = _cuda(IMAGES * TOKENS, 1152), _cuda(4608, 1152), _cuda(4608)
-    weight.requires_grad_()
-    return lambda: mlp.linear_gelu(x, weight, bias)
-
-
-def _alignment_forward() -> Callable[[], object]:
+def _alignment_forward() -> Work:
     shapes = ((2048, 1152), (2048,), (2048, 2048), (2048,), (768, 2048), (768,))
     x, weights, target = _cuda(16384, 1152), [_cuda(*s) for s in shapes], _cuda(16384, 768)
     return lambda: projector_alignment(x, weights, target)
@@ -96,39 +114,93 @@ def _gemms(first: launch.Gemm) -> Iterator[launch.Gemm]:
                     )
 
 
-def _sweeps(generation: int) -> Iterator[tuple[str, dict, Any, list, Callable[[], object]]]:
-    """(label, table, key, candidates, work) of every row of every table."""
+def _pieces(width: int) -> Iterator[tuple[int, int]]:
+    """(block_d, tail): the row in one piece, and in two where that pads less."""
+    padded = triton.next_power_of_2(width)
+    yield padded, 0
+    tail = triton.next_power_of_2(width - padded // 2)
+    if tail < padded // 2:
+        yield padded // 2, tail
+
+
+def row_candidates(family: str, width: int) -> list[launch.Rows]:
+    """Rows for `width`: pieces, rows at once, warps, and backward also stages and splits.
+
+    A thread holds 4 to 36 values of a row forward; backward 4 to 16, beside three sums.
+    """
+    backward = family == "norm_backward"
+    found = []
+    for block_d, tail in _pieces(width) if family != "cosine" else [(width, 0)]:
+        held = block_d + tail
+        for warps in (1, 2, 4, 8, 16):
+            if not 4 <= held / (32 * warps) <= (36 if family == "norm_forward" else 16):
+                continue
+            row = launch.Rows(block_d, 1, warps, tail=tail)
+            if backward:
+                found += [replace(row, stages=n, split=split) for n in (1, 2) for split in (32, 64)]
+            elif family == "norm_forward":
+                found += [replace(row, block_n=n) for n in (1, 2)]
+            else:
+                found.append(row)
+    return found
+
+
+def sweeps(generation: int, families: Sequence[str] = ()) -> Iterator[Sweep]:
+    """Every row of every table of `generation`; with `families`, where the label starts with one.
+
+    An operation's tensors are made when its turn comes.
+    """
+
+    def wanted(label: str) -> bool:
+        return not families or label.startswith(tuple(families))
+
     for family, tables in launch.ROWS.items():
-        for padded in tables[generation]:
-            width = REAL_WIDTH[padded]
-            heights = (1, 2, 4, 8) if family == "norm_forward" else (1,)
-            candidates = [launch.Rows(padded, n, w) for n in heights for w in (1, 2, 4, 8, 16)]
-            backward = family == "norm_backward"
-            work = _cosine(width) if family == "cosine" else _norm(width, backward)
-            yield f"{family} {padded}", tables[generation], padded, candidates, work
+        for width in tables[generation]:
+            if wanted(label := f"{family} {width}"):
+                candidates = row_candidates(family, width)
+                cosine, backward = family == "cosine", family == "norm_backward"
+                work = _cosine(width) if cosine else _norm(width, backward)
+                yield Sweep(label, tables[generation], width, candidates, work)
     flats = [launch.Flat(b, w) for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)]
-    yield "activation", launch.FLAT["activation"], generation, flats, _activation(False)
-    yield "optimiser", launch.FLAT["optimiser"], generation, flats, _optimiser()
+    few = [launch.Flat(b, w) for b in (128, 256, 512) for w in (1, 2, 4)]
     columns = [
         launch.Columns(n, c, rows, w)
         for n in (8, 16, 32) for c in (64, 128, 256) for rows in (64, 128, 256) for w in (4, 8)
     ]  # fmt: skip
-    yield "columns", launch.COLUMNS, generation, columns, _activation(True)
-    for family, work in (("linear_gelu", _linear_gelu), ("cosine_sums", _alignment_forward)):
-        table = launch.GEMM[family]
-        yield family, table, generation, list(_gemms(table[generation])), work()
+    gemms = launch.GEMM["cosine_sums"]
+    others: list[tuple[str, dict, list, Callable[[], Work]]] = [
+        ("activation", launch.FLAT["activation"], flats, lambda: _activation(False)),
+        ("optimiser", launch.FLAT["optimiser"], flats, _optimiser),
+        ("norm_sums", launch.FLAT["norm_sums"], few, lambda: _norm(1152, True)),
+        ("columns activation", launch.COLUMNS["activation"], columns, lambda: _activation(True)),
+        ("columns residual", launch.COLUMNS["residual"], columns, _residual),
+        ("columns stack", launch.COLUMNS["stack"], columns, _stack),
+        ("columns sums", launch.COLUMNS["sums"], columns, _sums),
+        ("cosine_sums", gemms, list(_gemms(gemms[generation])), _alignment_forward),
+    ]
+    for label, table, candidates, build in others:
+        if wanted(label):
+            yield Sweep(label, table, generation, candidates, build())
 
 
-def _time(table: dict, key: Any, candidate: Any, work: Callable[[], object]) -> float | None:
-    """Seconds with `candidate` in the table, None if it does not launch; the table is restored."""
+@contextmanager
+def using(table: dict, key: Any, candidate: Any) -> Iterator[None]:
+    """Run the block with `candidate` in the table, which is restored."""
     before, table[key] = table[key], candidate
     try:
-        return median_seconds(work, torch.device("cuda"), 20)
+        yield
+    finally:
+        table[key] = before
+
+
+def _time(table: dict, key: Any, candidate: Any, work: Work) -> float | None:
+    """Seconds with `candidate`, None if it does not launch."""
+    try:
+        with using(table, key, candidate):
+            return median_seconds(work, torch.device("cuda"), 20)
     except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
         print(f"    {candidate}: {type(error).__name__}")
         return None
-    finally:
-        table[key] = before
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,13 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune: no CUDA device; launch tables can only be timed on one")
         return 2
     generation = launch.generation(torch.device("cuda"))
-    launch.GELU_EPILOGUE[generation] = True  # so that linear_gelu runs the product of ours
-    # The generations share their first rows: give this one tables of its own.
-    for tables in launch.ROWS.values():
-        tables[generation] = dict(tables[generation])
-    for label, table, key, candidates, work in _sweeps(generation):
-        if options.families and not label.startswith(tuple(options.families)):
-            continue
+    for label, table, key, candidates, work in sweeps(generation, options.families):
         now = _time(table, key, table[key], work)
         timed = [(_time(table, key, c, work), c) for c in candidates]
         best = min(((s, c) for s, c in timed if s is not None), key=lambda pair: pair[0])

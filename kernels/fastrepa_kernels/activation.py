@@ -50,7 +50,7 @@ def _activation_bwd_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     first = tl.program_id(1) * ROWS
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, ROWS, BLOCK_N):
         n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         at = n.to(tl.int64)[:, None] * C + c[None, :]  # [BLOCK_N, BLOCK_C] int64
@@ -67,9 +67,27 @@ def _activation_bwd_kernel(
             tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=inside)
         tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
         if SUMS:
-            total += tl.sum(da, 0)  # rows outside loaded dh = 0 and add nothing
+            total += da  # rows outside loaded dh = 0; reduced once, no barrier within the loop
     if SUMS:
-        tl.store(sums_ptr + (tl.program_id(1).to(tl.int64) * C + c), total, mask=c < C)
+        at = sums_ptr + (tl.program_id(1).to(tl.int64) * C + c)
+        tl.store(at, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def _column_sums_kernel(
+    t_ptr, sums_ptr, N, C, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Sums of ROWS rows at a time, [splits,C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    first = tl.program_id(1) * ROWS
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(0, ROWS, BLOCK_N):
+        n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        at = n.to(tl.int64)[:, None] * C + c[None, :]  # [BLOCK_N, BLOCK_C] int64
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        total += tl.load(t_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = sums_ptr + (tl.program_id(1).to(tl.int64) * C + c)
+    tl.store(at, tl.sum(total, 0), mask=c < C)
 
 
 _GELU = 1.5957691216057308  # 2 sqrt(2/pi)
@@ -112,8 +130,17 @@ def _gelu_backward_torch(dh: Tensor, a: Tensor, out: Tensor, again: Tensor | Non
 
 
 def column_sums(t: Tensor) -> Tensor:
-    """t [N,C] over its rows, in fp32 (float64 for float64)."""
+    """t [N,C], contiguous, over its rows, in fp32 (float64 for float64)."""
     wide = launch.arithmetic_dtype(t)
+    if t.numel() and launch.use_triton(t):
+        (n, c), table = t.shape, launch.COLUMNS["sums"][launch.generation(t.device)]
+        splits = triton.cdiv(n, table.rows)
+        parts = torch.empty((splits, c), dtype=wide, device=t.device)
+        _column_sums_kernel[(triton.cdiv(c, table.block_c), splits)](
+            t, parts, n, c, ROWS=table.rows, BLOCK_N=table.block_n, BLOCK_C=table.block_c,
+            num_warps=table.num_warps,
+        )  # fmt: skip
+        return parts.sum(0)
     if t.is_cuda or t.dtype == wide:
         return t.sum(0, dtype=wide)
     total = t.new_zeros(t.shape[1], dtype=wide)
@@ -154,7 +181,7 @@ def activate_backward(
     n, c = a.shape
     if not a.numel():
         return torch.zeros(c, device=a.device) if sums else None
-    table = launch.COLUMNS[launch.generation(a.device)]
+    table = launch.COLUMNS["activation"][launch.generation(a.device)]
     splits = triton.cdiv(n, table.rows)
     parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
     _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
@@ -175,7 +202,8 @@ def _aot_cases() -> list[AotCase]:
     bf = "*bf16"
     cases = []
     for generation in launch.GENERATIONS:
-        flat, table = launch.FLAT["activation"][generation], launch.COLUMNS[generation]
+        flat = launch.FLAT["activation"][generation]
+        table = launch.COLUMNS["activation"][generation]
         for gelu in (False, True):
             label = "gelu" if gelu else "silu"
             cases.append(AotCase(
@@ -195,6 +223,13 @@ def _aot_cases() -> list[AotCase]:
                     table.num_warps, registers=96, shared=8192, wide_loads=2,
                     long_offsets=("dh_ptr", "a_ptr", "da_ptr"),
                 ))  # fmt: skip
+        sums = launch.COLUMNS["sums"][generation]
+        cases.append(AotCase(
+            _column_sums_kernel, f"{sums.rows} rows", generation,
+            {"t_ptr": bf, "sums_ptr": "*fp32"},
+            {"ROWS": sums.rows, "BLOCK_N": sums.block_n, "BLOCK_C": sums.block_c},
+            sums.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
+        ))  # fmt: skip
     return cases
 
 

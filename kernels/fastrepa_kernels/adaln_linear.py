@@ -11,8 +11,9 @@ saved anyway by one pass over memory, so here they are made again in backward an
 Shapes: B batch, T tokens, D width, N = B*T rows, F width of the MLP, M width out.
 x, branch [B,T,D]; shift, scale, gate [B,D] (views are read in place); w [M,D], b [M];
 w1 [F,D], b1 [F]; w2 [M,F], b2 [M].
-Saved for backward: x', branch, gate, shift, scale, two fp32 numbers a row, the weights and a [N,F].
-Recomputed: y, and h in the same pass as GELU' (activation.py).
+Saved for backward: x', branch, gate, shift, scale, two fp32 numbers a row, the weights and a [N,F];
+with `keep_h` h too. Recomputed: y, by the norm's backward, which has all of it in registers; h,
+where it is not kept, in the same pass as GELU' (activation.py).
 
 Backward: with dout the gradient of out,
     adaln_linear:  dw = dout^T y    db = sum dout    dy = dout w
@@ -35,9 +36,11 @@ from fastrepa_kernels.activation import activate_backward, column_sums
 from fastrepa_kernels.adaln import (
     EPS,
     _check,
-    _modulate_again_torch,
+    _flowing,
+    _in_order,
+    _norm_gradient_shapes,
+    _norm_gradients,
     _norm_modulate,
-    _norm_modulate_backward,
     _row_major,
     gated_residual_layernorm_modulate_cost,
     gated_residual_layernorm_modulate_reference,
@@ -94,21 +97,6 @@ def _rows(t: Tensor) -> Tensor:
     return t.view(-1, t.shape[-1])
 
 
-def _again(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y [N,D] from what was normalised."""
-    if launch.use_triton(x, x.shape[-1]):
-        return _rows(_norm_modulate(x, None, None, shift, scale, eps, dtype)[1])
-    return _rows(_modulate_again_torch(x, shift, scale, mean, rstd, dtype))
-
-
 def _first_shapes(x, branch):
     """Fakes of (x_new, mean, rstd)."""
     statistics = launch.arithmetic_dtype(x)
@@ -119,13 +107,30 @@ def _first_shapes(x, branch):
     )
 
 
-def _norm_grad_shapes(x, branch, scale, mean, sums):
-    """Fakes of the norm's (dx, dbranch, sums)."""
-    return (
-        torch.empty_like(x),
-        x.new_empty(0) if branch is None else torch.empty_like(branch),
-        x.new_empty((3, *scale.shape) if sums else (0,), dtype=mean.dtype),
-    )
+def _first_gradients(
+    g: Tensor,
+    dx_new: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    sums: bool,
+    need_w: bool,
+) -> tuple[Tensor, ...]:
+    """(dx, dbranch, dshift, dscale, dgate, dw) of the product that reads y, from its gradient g
+    [N,M]; y is made again in the norm's backward, which is therefore between the two products.
+    """
+    dy = torch.mm(g, weight).view_as(x)
+    *norm, y = _norm_gradients(
+        dy, dx_new, x, branch, gate, shift, scale, mean, rstd, sums,
+        weight.dtype if need_w else None,
+    )  # fmt: skip
+    del dy
+    return *norm, weight.new_empty(0) if y is None else torch.mm(g.t(), _rows(y))
 
 
 def _bias_grad(g: Tensor, needed: bool) -> Tensor:
@@ -171,35 +176,30 @@ def _adaln_linear_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    eps: float,
     sums: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch, [dshift, dscale, dgate], dw, db); x is what was normalised."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dbranch, dshift, dscale, dgate, dw, db); x is what was normalised."""
     need_w, need_b = needs
     with launch.without_autocast(x):
         g = _rows(dout)
-        dw = weight.new_empty(0)
-        if need_w:
-            dw = torch.mm(g.t(), _again(x, shift, scale, mean, rstd, eps, weight.dtype))
-        dy = torch.mm(g, weight).view_as(x)
-        dx, dbranch, total = _norm_modulate_backward(
-            dy, dx_new, x, branch, gate, scale, mean, rstd, sums
+        *norm, dw = _first_gradients(
+            g, dx_new, x, branch, gate, shift, scale, mean, rstd, weight, sums, need_w
         )
-        return dx, dbranch, total, dw, _bias_grad(g, need_b)
+        return *norm, dw, _bias_grad(g, need_b)
 
 
 @_adaln_linear_backward.register_fake
-def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, weight, eps, sums, needs):
+def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, weight, sums, needs):
     dw, db = (weight.new_empty(weight.shape[:n] if needs[2 - n] else (0,)) for n in (2, 1))
-    return *_norm_grad_shapes(x, branch, scale, mean, sums), dw, db
+    return *_norm_gradient_shapes(x, branch, gate, shift, scale, sums), dw, db
 
 
 _adaln_linear_backward_call = first_order(_adaln_linear_backward)
 
 
 def _linear_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, weight, _, ctx.eps = inputs
+    x, branch, gate, shift, scale, weight, _, _ = inputs
     x_new, _, mean, rstd = output
     kept = x if branch is None else x_new
     ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, weight)
@@ -214,30 +214,13 @@ def _linear_backward(ctx, dx_new, dout, _mean, _rstd):
         dout = weight.new_zeros((*x.shape[:2], weight.shape[0]))
     *norm, dw, db = _adaln_linear_backward_call(
         dout.contiguous(), _flowing(dx_new, branch), x, branch, gate, shift, scale, mean, rstd,
-        weight, ctx.eps, any(needs[2:5]), list(needs[5:7]),
+        weight, any(needs[2:5]), list(needs[5:7]),
     )  # fmt: skip
     return (
-        *_norm_grads(needs, norm, gate, shift, scale),
+        *_in_order(norm, needs[:5]),
         dw if needs[5] else None,
         db if needs[6] else None,
         None,
-    )
-
-
-def _flowing(dx_new: Tensor | None, branch: Tensor | None) -> Tensor | None:
-    # .sum().backward() sends a gradient of stride 0: contiguous() is not for show.
-    return None if dx_new is None or branch is None else dx_new.contiguous()
-
-
-def _norm_grads(needs, norm, gate, shift, scale):
-    """Gradients of x, branch, gate, shift, scale, in their dtypes; None where not needed."""
-    dx, dbranch, sums = norm
-    return (
-        dx if needs[0] else None,
-        dbranch if needs[1] else None,
-        sums[2].to(gate.dtype) if needs[2] else None,
-        sums[0].to(shift.dtype) if needs[3] else None,
-        sums[1].to(scale.dtype) if needs[4] else None,
     )
 
 
@@ -262,21 +245,24 @@ def _adaln_mlp(
     b2: Tensor,
     eps: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x_new, out, mean, rstd, a); a [N,F] is empty unless `keep`."""
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h [N,F] unless `keep_h`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
-        h, a = _linear_gelu(_rows(y), w1, b1, keep, False)
+        h, a = _linear_gelu(_rows(y), w1, b1, keep)
         out = torch.addmm(b2, h, w2.t())
-        return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a
+        h = h if keep_h else h.new_empty(0)
+        return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a, h
 
 
 @_adaln_mlp.register_fake
-def _(x, branch, gate, shift, scale, w1, b1, w2, b2, eps, keep):
+def _(x, branch, gate, shift, scale, w1, b1, w2, b2, eps, keep, keep_h):
     x_new, mean, rstd = _first_shapes(x, branch)
     out = w2.new_empty((*x.shape[:2], w2.shape[0]))
-    a = w1.new_empty((x.shape[0] * x.shape[1], w1.shape[0]) if keep else (0,))
-    return x_new, out, mean, rstd, a
+    hidden = x.shape[0] * x.shape[1], w1.shape[0]
+    a, h = (w1.new_empty(hidden if kept else (0,)) for kept in (keep, keep_h))
+    return x_new, out, mean, rstd, a, h
 
 
 @torch.library.custom_op("fastrepa::adaln_mlp_backward", mutates_args=())
@@ -291,64 +277,63 @@ def _adaln_mlp_backward(
     mean: Tensor,
     rstd: Tensor,
     a: Tensor,
+    h: Tensor,
     w1: Tensor,
     w2: Tensor,
-    eps: float,
     sums: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch, [dshift, dscale, dgate], dw1, db1, dw2, db2); x is what was normalised."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dbranch, dshift, dscale, dgate, dw1, db1, dw2, db2); x is what was normalised."""
     need_w1, need_b1, need_w2, need_b2 = needs
     with launch.without_autocast(x):
         g = _rows(dout)
         dh = torch.mm(g, w2)
-        h = torch.empty_like(a) if need_w2 else None
-        db1 = activate_backward(dh, a, dh, gelu=True, sums=need_b1, again=h)
-        dw2 = w2.new_empty(0) if h is None else torch.mm(g.t(), h)
-        del h  # before the next large tensor
-        dw1 = w1.new_empty(0)
-        if need_w1:
-            dw1 = torch.mm(dh.t(), _again(x, shift, scale, mean, rstd, eps, w1.dtype))
-        dy = torch.mm(dh, w1).view_as(x)
-        dx, dbranch, total = _norm_modulate_backward(
-            dy, dx_new, x, branch, gate, scale, mean, rstd, sums
+        again = torch.empty_like(a) if need_w2 and h.shape != a.shape else None
+        db1 = activate_backward(dh, a, dh, gelu=True, sums=need_b1, again=again)
+        dw2 = w2.new_empty(0)
+        if need_w2:
+            dw2 = torch.mm(g.t(), h if again is None else again)
+        del again  # before the next large tensor
+        *norm, dw1 = _first_gradients(
+            dh, dx_new, x, branch, gate, shift, scale, mean, rstd, w1, sums, need_w1
         )
         db1 = w1.new_empty(0) if db1 is None else db1.to(w1.dtype)
-        return dx, dbranch, total, dw1, db1, dw2, _bias_grad(g, need_b2)
+        return *norm, dw1, db1, dw2, _bias_grad(g, need_b2)
 
 
 @_adaln_mlp_backward.register_fake
-def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, a, w1, w2, eps, sums, needs):
+def _(dout, dx_new, x, branch, gate, shift, scale, mean, rstd, a, h, w1, w2, sums, needs):
     shapes = (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     grads = (w1.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
-    return *_norm_grad_shapes(x, branch, scale, mean, sums), *grads
+    return *_norm_gradient_shapes(x, branch, gate, shift, scale, sums), *grads
 
 
 _adaln_mlp_backward_call = first_order(_adaln_mlp_backward)
 
 
 def _mlp_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, w1, _, w2, _, ctx.eps, _ = inputs
-    x_new, _, mean, rstd, a = output
+    x, branch, gate, shift, scale, w1, _, w2, *_ = inputs
+    x_new, _, mean, rstd, a, h = output
     kept = x if branch is None else x_new
-    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, a, w1, w2)
-    ctx.mark_non_differentiable(mean, rstd, a, *([x_new] if branch is None else []))
+    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, a, h, w1, w2)
+    ctx.mark_non_differentiable(mean, rstd, a, h, *([x_new] if branch is None else []))
     ctx.set_materialize_grads(False)
 
 
-def _mlp_backward(ctx, dx_new, dout, _mean, _rstd, _a):
-    x, branch, gate, shift, scale, mean, rstd, a, w1, w2 = ctx.saved_tensors
+def _mlp_backward(ctx, dx_new, dout, _mean, _rstd, _a, _h):
+    x, branch, gate, shift, scale, mean, rstd, a, h, w1, w2 = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if dout is None:  # only x_new was used
         dout = w2.new_zeros((*x.shape[:2], w2.shape[0]))
     *norm, dw1, db1, dw2, db2 = _adaln_mlp_backward_call(
         dout.contiguous(), _flowing(dx_new, branch), x, branch, gate, shift, scale, mean, rstd, a,
-        w1, w2, ctx.eps, any(needs[2:5]), list(needs[5:9]),
+        h, w1, w2, any(needs[2:5]), list(needs[5:9]),
     )  # fmt: skip
     grads = zip((dw1, db1, dw2, db2), needs[5:9], strict=True)
     return (
-        *_norm_grads(needs, norm, gate, shift, scale),
+        *_in_order(norm, needs[:5]),
         *(g if need else None for g, need in grads),
+        None,
         None,
         None,
     )
@@ -428,17 +413,21 @@ def adaln_mlp(
     *,
     residual: Branch | None = None,
     eps: float = EPS,
+    keep_h: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Modulated LayerNorm, then a transformer's MLP: `w2 GELU(w1 y + b1) + b2`, tanh form.
 
     weights: w1 [F, D], b1 [F], w2 [M, F], b2 [M], of one dtype; everything else as in
-    `adaln_linear`. Returns [B, T, M]; with a residual, (x' in x's dtype, [B, T, M]).
+    `adaln_linear`. keep_h: h [B T, F], in the weights' dtype, lives until backward and is not made
+    again there; the numbers are the same. Returns [B, T, M]; with a residual, (x' in x's dtype,
+    [B, T, M]).
     """
     products = dict(zip(("w1", "b1", "w2", "b2"), weights, strict=True))
     given, laid = _prepared("adaln_mlp", x, shift, scale, residual, products)
     tensors = [t for t in (*given, *laid) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    x_new, out, *_ = _adaln_mlp_call(*given, *laid, eps, keep)
+    keep_h = keep_h and keep and laid[2].requires_grad  # only w2's gradient reads h
+    x_new, out, *_ = _adaln_mlp_call(*given, *laid, eps, keep, keep_h)
     return out if residual is None else (x_new, out)
 
 

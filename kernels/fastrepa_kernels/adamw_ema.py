@@ -291,14 +291,15 @@ def _control(device, step, lr, betas, weight_decay, grad_scale, decays, skip) ->
             return value.detach().reshape(()).to(device, torch.float64)
         return torch.full((), float(value), dtype=torch.float64, device=device)
 
-    t, rate = scalar(step), scalar(lr)
+    t = scalar(step)
+    rate = scalar(lr) if isinstance(lr, Tensor) else lr
     return torch.stack(
         [
-            scalar(0.0 if skip is None else skip) == 0,
+            scalar(1.0 if skip is None else skip == 0),
             scalar(grad_scale),
-            1 - rate * weight_decay,
-            rate / (1 - scalar(betas[0]) ** t),
-            (1 - scalar(betas[1]) ** t).rsqrt(),
+            scalar(1 - rate * weight_decay),
+            rate / (1 - betas[0] ** t),  # a number's power of a tensor is one launch
+            (1 - betas[1] ** t).rsqrt(),
             *(scalar(1 - d) for d in decays),
         ]
     ).to(torch.float32)

@@ -1,8 +1,11 @@
 """Compile every kernel for every device generation, without a GPU, and check what came out.
 
 `python -m fastrepa_kernels.aot` prints one line per case: registers, spilled bytes, shared memory,
-16-byte (or wider) loads, wgmma, and exits with 1 when a case breaks its budget. The cases are the
-`AOT_CASES` lists at the end of the kernel modules: every row of the launch tables.
+16-byte (or wider) loads, wgmma, programs an SM holds, loads behind the first barrier of the loop;
+and, of a case that says what it moves, KB of loads in flight per SM, issue cycles a row and, for
+sm_90, the share of an H200's copy bandwidth that sass.py estimates. It exits with 1 when a case
+breaks its budget. The cases are the `AOT_CASES` lists at the end of the kernel modules: every row
+of the launch tables.
 
 The compiler learns here what it learns at run time: pointers, widths and strides divisible by 16.
 Without those hints it emits 2-byte loads, and nothing below would be about the real kernels.
@@ -23,7 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("adaln", "activation", "projector_alignment", "mlp", "adamw_ema")
+from fastrepa_kernels import sass
+
+MODULES = ("adaln", "activation", "attention", "projector_alignment", "adamw_ema")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class AotCase:
     long_offsets: tuple[str, ...] = ()  # pointers that must be indexed in 64 bits
     num_stages: int = 3
     wgmma: bool = False  # expected on generation 90
+    traffic: sass.Traffic | None = None  # of one pass, at the width that the label names
+    share: float = 0.0  # of an H200's copy bandwidth, estimated, at least
 
     @property
     def name(self) -> str:
@@ -56,6 +63,11 @@ class Report:
     shared: int
     wide_loads: int
     wgmma: bool
+    programs: int = 0  # that an SM holds at once
+    late_loads: int = 0
+    in_flight: float | None = None  # bytes
+    issue: float | None = None  # cycles a row
+    share: float | None = None
     faults: list[str] = field(default_factory=list)
 
 
@@ -80,16 +92,33 @@ def compile_case(case: AotCase) -> Report:
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     registers, spills = assemble(ptx, case.generation)
+    shared = compiled.metadata.shared
+    counted = sass.hot_pass(sass.disassemble(compiled.asm["cubin"]))
+    programs = sass.programs(case.generation, registers, shared, case.num_warps)
     report = Report(
         name=case.name,
         registers=registers,
         spills=spills,
-        shared=compiled.metadata.shared,
+        shared=shared,
         wide_loads=wide_loads(ptx),
         wgmma="wgmma.mma_async" in ptx,
+        programs=programs,
+        late_loads=counted.late_loads,
+        **_speed(case, counted, programs),
     )
     report.faults.extend(_faults(case, report, compiled.asm["ttir"]))
     return report
+
+
+def _speed(case: AotCase, counted: sass.Pass, programs: int) -> dict[str, Any]:
+    if case.traffic is None:
+        return {}
+    share = sass.copy_share(counted, case.traffic, programs, case.num_warps)
+    return {
+        "in_flight": sass.in_flight(counted, case.traffic, programs),
+        "issue": sass.issue_cycles(counted, case.traffic, case.num_warps),
+        "share": share if case.generation == 90 else None,
+    }
 
 
 def assemble(ptx: str, generation: int) -> tuple[int, int]:
@@ -145,6 +174,8 @@ def _faults(case: AotCase, report: Report, ttir: str) -> Iterable[str]:
         yield f"{report.wide_loads} wide loads, expected at least {case.wide_loads}"
     if case.wgmma and case.generation == 90 and not report.wgmma:
         yield "no wgmma"
+    if report.share is not None and report.share < case.share:
+        yield f"estimated at {report.share:.0%} of copy bandwidth, budget {case.share:.0%}"
     widths = offset_widths(ttir)
     for pointer in case.long_offsets:
         if widths.get(pointer) != {64}:
@@ -158,6 +189,17 @@ def all_cases() -> list[AotCase]:
     return cases
 
 
+def _line(report: Report) -> str:
+    flight = "-" if report.in_flight is None else f"{report.in_flight / 1024:.1f}"
+    issue = "-" if report.issue is None else f"{report.issue:.0f}"
+    share = "-" if report.share is None else f"{report.share:.0%}"
+    return (
+        f"{report.name:64} {report.registers:5} {report.spills:5} {report.shared:7} "
+        f"{report.wide_loads:5}  {'yes' if report.wgmma else '-':5} {report.programs:6} "
+        f"{report.late_loads:4} {flight:>5} {issue:>5} {share:>5}  {'; '.join(report.faults)}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrepa_kernels.aot", description=__doc__)
     parser.add_argument("--only", default="", help="compile cases whose name contains this text")
@@ -166,7 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 turns the compiler off; unset it")
     if not options.json:
-        print(f"{'kernel':64} {'regs':>5} {'spill':>5} {'shared':>7} {'wide':>5}  wgmma")
+        print(
+            f"{'kernel':64} {'regs':>5} {'spill':>5} {'shared':>7} {'wide':>5}  wgmma "
+            f"{'per SM':>6} {'late':>4} {'KB':>5} {'issue':>5} share"
+        )
     failed = 0
     for case in all_cases():
         if options.only not in case.name:
@@ -176,12 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             print(json.dumps(asdict(report)), flush=True)
             continue
-        wgmma = "yes" if report.wgmma else "-"
-        print(
-            f"{report.name:64} {report.registers:5} {report.spills:5} {report.shared:7} "
-            f"{report.wide_loads:5}  {wgmma:5} {'; '.join(report.faults)}",
-            flush=True,
-        )
+        print(_line(report), flush=True)
     return 1 if failed else 0
 
 

@@ -13,8 +13,10 @@ Only `math-chunked` is computed here: for a half dtype on a CPU, where flash att
 slow. The products of `attention_reference` for some samples and heads at a time, whose scores stay
 in the cache and are made again in backward; it keeps nothing but qkv and the output.
 
-The gradient of qkv is written in place by flash-attn 2, 3, 4 and math-chunked; the other backends
-give three tensors, which are put together in one pass.
+torch's own kernels are called by their aten names: `scaled_dot_product_attention` would choose
+again at every call. The gradient of qkv is written in place by flash-attn 2, 3, 4 and math-chunked;
+the other backends give three tensors, which one pass puts together while it sums their columns,
+which are the gradient of the bias that qkv's Linear added.
 
 Never run, because no GPU was at hand: all that is not for the CPU. The calls follow the sources of
 flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4 4.0.0b36 and xformers
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -33,19 +35,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import register_flop_formula
 
 from fastrepa_kernels import launch
+from fastrepa_kernels.activation import column_sums
+from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
 
-SDPA = {
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")  # torch's own kernels
 # flash-attn and flash-attn-4 share the folder flash_attn.
 MODULES = {
     "flash-attn-2": "flash_attn.flash_attn_interface",
@@ -54,7 +55,9 @@ MODULES = {
     "xformers": "xformers.ops.fmha",
 }
 # "sdpa" is what torch would take by itself: never chosen here, and what a rival computes with.
-BACKENDS = (*MODULES, *SDPA, "math-chunked", "sdpa")
+BACKENDS = (*MODULES, *SDPA, "math", "math-chunked", "sdpa")
+PACKED = ("flash-attn-4", "xformers", *SDPA, "math-chunked")
+"""Backends whose backward passes here as one tensor, and can sum the gradient of qkv's bias."""
 FLASH = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "sdpa-cudnn", "sdpa-flash")
 """Backends that are FlashAttention, for `require="flash"`; cuDNN's is one too."""
 
@@ -259,16 +262,25 @@ def _trial(
     generator = torch.Generator(device).manual_seed(0)  # no one else's randomness is touched
     given = torch.randn((1, 128, 3, 2, head_dim), device=device, generator=generator).to(dtype)
 
-    def forward_and_backward(x: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        x = x.requires_grad_()
-        y = of(x)
-        return y.detach(), torch.autograd.grad(y.double().square().sum(), x)[0]
+    def forward_and_backward(
+        x: Tensor, of: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        x, bias = x.requires_grad_(), x.new_zeros(x.shape[2:].numel()).requires_grad_()
+        y = of(x, bias)
+        wanted = (x, bias) if name in PACKED else (x,)
+        return y.detach(), *torch.autograd.grad(y.double().square().sum(), wanted)
+
+    def specification(x: Tensor, bias: Tensor) -> Tensor:
+        return attention_reference(x + bias.view(x.shape[2:]))
 
     with torch.inference_mode(False), torch.enable_grad(), launch.without_autocast(given):
-        exact = forward_and_backward(given.double(), attention_reference)
+        exact = forward_and_backward(given.double(), specification)
         try:
             ours = forward_and_backward(
-                given.clone(), lambda x: _run(name, x, None, None, 0.0, deterministic)
+                given.clone(),
+                lambda x, bias: _run(
+                    name, x, bias if name in PACKED else None, None, None, 0.0, deterministic
+                ),
             )
         except Exception as e:
             return f"fails on this device ({_first_line(e)})"
@@ -290,46 +302,62 @@ def _first_line(e: BaseException) -> str:
 
 
 def _run(
-    name: str, qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None, eps: float,
-    deterministic: bool,
+    name: str, qkv: Tensor, bias: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
+    eps: float, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    q, k, v = qkv.unbind(2)  # [B,T,H,d], views
     packed = q_norm is None and k_norm is None
+    if bias is not None and not (packed and name in PACKED):
+        raise ValueError(
+            f"attention: bias needs q and k without norms and one of {', '.join(PACKED)}; "
+            f"got {name}{'' if packed else ' with norms'}"
+        )
+    q, k, v = qkv.unbind(2)  # [B,T,H,d], views
     if q_norm is not None:
         q = F.layer_norm(q, q.shape[-1:], *q_norm, eps=eps).to(v.dtype)
     if k_norm is not None:
         k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps).to(v.dtype)
-    if name == "sdpa":
-        return _sdpa(q, k, v)
-    if name in SDPA:
-        with sdpa_kernel(SDPA[name]):
-            return _sdpa(q, k, v)
+    if name in ("math", "sdpa"):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if name == "math":
+            return torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     if name in ("flash-attn-2", "flash-attn-3"):
         package: Any = _loaded[name]
         if packed:
             return package.flash_attn_qkvpacked_func(qkv, deterministic=deterministic)
         return package.flash_attn_func(q, k, v, deterministic=deterministic)
     whole = qkv if packed else torch.stack([q, k, v], 2)
-    return _packed_attention_call(whole, name, deterministic)[0]
+    return _packed_attention_call(whole, bias, name, deterministic)[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+# Packed: one op takes qkv and gives its gradient as one tensor ------------------------------------
+
+
+def _sums_shape(name: str, b: int, t: int, h: int) -> tuple[int, ...]:
+    """The shape of a backend's log-sums."""
+    if name == "math-chunked":
+        return b, h, 0
+    if name == "sdpa-cudnn":
+        return b, h, t, 1
+    return b, h, -(-t // 32) * 32 if name == "sdpa-efficient" else t
 
 
 @torch.library.custom_op("fastrepa::packed_attention", mutates_args=())
-def _packed_attention(qkv: Tensor, name: str, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """(out [B,T,H,d], log-sums [B,H,T] float32) by a package that torch.compile cannot look into,
-    or by math-chunked, which has no log-sums ([B,H,0]).
+def _packed_attention(
+    qkv: Tensor, bias: Tensor | None, name: str, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """(out [B,T,H,d], log-sums float32) by a kernel that torch.compile cannot look into.
 
-    `deterministic` only tells backward.
+    `bias` is not read: only its gradient is asked for. `deterministic` only tells backward.
     """
     if name == "math-chunked":
-        b, _, _, h, _ = qkv.shape
-        return _chunked(qkv), qkv.new_empty((b, h, 0), dtype=torch.float32)
-    package: Any = _loaded[name]
+        b, t, _, h, _ = qkv.shape
+        return _chunked(qkv), qkv.new_empty(_sums_shape(name, b, t, h), dtype=torch.float32)
     q, k, v = qkv.unbind(2)
+    if name in SDPA:
+        out, sums = _aten(name, *(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2).contiguous(), sums.contiguous()
+    package: Any = _loaded[name]
     if name == "flash-attn-4":
         out, sums = package.flash_attn_func(q, k, v, return_lse=True)
     else:
@@ -339,42 +367,51 @@ def _packed_attention(qkv: Tensor, name: str, deterministic: bool) -> tuple[Tens
 
 
 @_packed_attention.register_fake
-def _(qkv, name, deterministic):
+def _(qkv, bias, name, deterministic):
     b, t, _, h, d = qkv.shape
-    sums = qkv.new_empty((b, h, 0 if name == "math-chunked" else t), dtype=torch.float32)
+    sums = qkv.new_empty(_sums_shape(name, b, t, h), dtype=torch.float32)
     return qkv.new_empty((b, t, h, d)), sums
 
 
 @torch.library.custom_op("fastrepa::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, name: str, deterministic: bool
-) -> Tensor:
-    """The gradient of qkv [B,T,3,H,d]."""
-    if name == "math-chunked":
-        return _chunked_backward(grad, qkv)
-    package: Any = _loaded[name]
+    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, name: str, deterministic: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the gradient of qkv [B,T,3,H,d], its column sums [3 H d] float32 or wider if needed)."""
     q, k, v = qkv.unbind(2)
-    if name == "flash-attn-4":
-        dqkv = torch.empty_like(qkv)
+    if name in SDPA or name == "xformers":
+        if name in SDPA:
+            by_head = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+            grads = [x.transpose(1, 2) for x in _aten_backward(name, by_head, sums)]
+        else:  # it asks torch itself whether the run is deterministic
+            package: Any = _loaded[name]
+            grads = package.memory_efficient_attention_backward(grad, out, sums, q, k, v)
+        return _stacked(grads, need_bias)
+    if name == "math-chunked":
+        dqkv = _chunked_backward(grad, qkv)
+    else:
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         dq, dk, dv = dqkv.unbind(2)
-        package._flash_attn_bwd(
+        _loaded[name]._flash_attn_bwd(
             q, k, v, out, grad, sums, deterministic=deterministic, dq=dq, dk=dk, dv=dv
         )
-        return dqkv
-    # xformers asks torch itself whether the run is deterministic.
-    return torch.stack(package.memory_efficient_attention_backward(grad, out, sums, q, k, v), 2)
+    return dqkv, column_sums(dqkv.flatten(0, 1).flatten(1)) if need_bias else sums.new_empty(0)
 
 
 @_packed_attention_backward.register_fake
-def _(grad, qkv, out, sums, name, deterministic):
-    return torch.empty_like(qkv)
+def _(grad, qkv, out, sums, name, deterministic, need_bias):
+    _, _, _, h, d = qkv.shape
+    dbias = qkv.new_empty(3 * h * d if need_bias else 0, dtype=launch.arithmetic_dtype(qkv))
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), dbias
 
 
 _packed_attention_backward_call = first_order(_packed_attention_backward)
 
 
 def _setup(ctx, inputs, output):
-    qkv, ctx.name, ctx.deterministic = inputs
+    qkv, bias, ctx.name, ctx.deterministic = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     out, sums = output
     ctx.save_for_backward(qkv, out, sums)
     ctx.mark_non_differentiable(sums)
@@ -383,13 +420,103 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return None, None, None
-    saved = ctx.saved_tensors
-    dqkv = _packed_attention_backward_call(grad.contiguous(), *saved, ctx.name, ctx.deterministic)
-    return dqkv, None, None
+        return None, None, None, None
+    need_bias = ctx.needs_input_grad[1]
+    dqkv, dbias = _packed_attention_backward_call(
+        grad.contiguous(), *ctx.saved_tensors, ctx.name, ctx.deterministic, need_bias
+    )
+    return dqkv, dbias.to(ctx.bias_dtype) if need_bias else None, None, None
 
 
 _packed_attention_call = differentiable(_packed_attention, setup_context=_setup, backward=_backward)
+
+
+# torch's own kernels ------------------------------------------------------------------------------
+
+
+def _aten(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, log-sums) of [B,H,T,d] each, without dropout."""
+    aten = torch.ops.aten
+    if name == "sdpa-cudnn":
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    if name == "sdpa-efficient":
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def _aten_backward(name: str, by_head: list[Tensor], sums: Tensor) -> Sequence[Tensor]:
+    """(dq, dk, dv) of (grad, q, k, v, out), [B,H,T,d] each."""
+    aten, given, q = torch.ops.aten, (*by_head, sums), by_head[1]
+    if name == "sdpa-flash" and q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False)
+    tokens, unread = q.shape[2], q.new_empty((), dtype=torch.int64)  # of dropout: seed and offset
+    if name == "sdpa-cudnn":
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *given, unread, unread, None, None, None, tokens, tokens, 0.0, False
+        )
+    if name == "sdpa-flash":
+        return aten._scaled_dot_product_flash_attention_backward(
+            *given, None, None, tokens, tokens, 0.0, False, unread, unread
+        )
+    return aten._scaled_dot_product_efficient_attention_backward(
+        *given[:4], None, *given[4:], unread, unread, 0.0, [True, True, True, False]
+    )[:3]
+
+
+@triton.jit
+def _stack_kernel(
+    dq_ptr, dk_ptr, dv_ptr, out_ptr, sums_ptr, N, C,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv [N,C] side by side into out [N,3C]; sums: of ROWS rows at a time, [splits,3C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    first = tl.program_id(1) * ROWS
+    total_q = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    total_k = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    total_v = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(0, ROWS, BLOCK_N):
+        n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        row = n.to(tl.int64)[:, None] * C  # int64
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        dq = tl.load(dq_ptr + (row + c[None, :]), mask=inside, other=0.0)  # [BLOCK_N, BLOCK_C]
+        dk = tl.load(dk_ptr + (row + c[None, :]), mask=inside, other=0.0)
+        dv = tl.load(dv_ptr + (row + c[None, :]), mask=inside, other=0.0)
+        at = out_ptr + (3 * row + c[None, :])
+        tl.store(at, dq, mask=inside)
+        tl.store(at + C, dk, mask=inside)
+        tl.store(at + 2 * C, dv, mask=inside)
+        if SUMS:  # reduced once, after the loop: no barrier within it
+            total_q += dq.to(tl.float32)
+            total_k += dk.to(tl.float32)
+            total_v += dv.to(tl.float32)
+    if SUMS:
+        at = sums_ptr + (tl.program_id(1).to(tl.int64) * 3 * C + c)
+        tl.store(at, tl.sum(total_q, 0), mask=c < C)
+        tl.store(at + C, tl.sum(total_k, 0), mask=c < C)
+        tl.store(at + 2 * C, tl.sum(total_v, 0), mask=c < C)
+
+
+def _stacked(grads: Sequence[Tensor], sums: bool) -> tuple[Tensor, Tensor]:
+    """(dq, dk, dv [B,T,H,d] each) as one [B,T,3,H,d], and with `sums` its column sums [3 H d]."""
+    b, t, h, d = grads[0].shape
+    wide = launch.arithmetic_dtype(grads[0])
+    if not launch.use_triton(grads[0]):
+        dqkv = torch.stack(list(grads), 2)
+        dbias = column_sums(dqkv.view(b * t, 3 * h * d)) if sums else dqkv.new_empty(0, dtype=wide)
+        return dqkv, dbias
+    dq, dk, dv = (x.contiguous() for x in grads)  # torch's kernels lay them out as they are read
+    dqkv = torch.empty((b, t, 3, h, d), dtype=dq.dtype, device=dq.device)
+    n, c, table = b * t, h * d, launch.COLUMNS["stack"][launch.generation(dq.device)]
+    splits = triton.cdiv(n, table.rows)
+    parts = torch.empty((splits, 3 * c) if sums else (0,), dtype=wide, device=dq.device)
+    if dqkv.numel():
+        _stack_kernel[(triton.cdiv(c, table.block_c), splits)](
+            dq, dk, dv, dqkv, parts, n, c, SUMS=sums, ROWS=table.rows, BLOCK_N=table.block_n,
+            BLOCK_C=table.block_c, num_warps=table.num_warps,
+        )  # fmt: skip
+    return dqkv, parts.sum(0) if sums else parts
 
 
 # math-chunked -------------------------------------------------------------------------------------
@@ -482,22 +609,30 @@ def attention(
     k_norm: Norm | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
+    bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over every head, no mask: qkv [B,T,3,H,d] -> [B,T,H,d].
 
     q_norm, k_norm: (weight [d], bias [d]) of a LayerNorm with `eps`. backend: of BACKENDS, or
     "auto" (see `choose`); under torch.use_deterministic_algorithms only those that are. Under
-    torch.autocast qkv is cast to its dtype. Source: Vaswani et al. 2017, section 3.2.1.
+    torch.autocast qkv is cast to its dtype. bias [3 H d]: what was added, detached, to make qkv; it
+    is not added again, but its gradient, the column sums of qkv's, is given here, by backends of
+    PACKED and without norms only. Source: Vaswani et al. 2017, section 3.2.1.
     Raises ValueError where shapes do not fit or the backend cannot run here.
     """
     cast = launch.autocast_dtype(qkv)
     if cast is not None:
         qkv = qkv.to(cast)
     _check(qkv, q_norm, k_norm)
+    if bias is not None and bias.shape != (qkv.shape[2:].numel(),):
+        raise ValueError(
+            f"attention: bias must be [{qkv.shape[2:].numel()}]; got {tuple(bias.shape)} "
+            "(under ZeRO-3, call this inside the owning module's forward)"
+        )
     deterministic = torch.are_deterministic_algorithms_enabled()
     device = qkv.device
     name = _resolved(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], deterministic)
-    return _run(name, qkv, q_norm, k_norm, eps, deterministic)
+    return _run(name, qkv, bias, q_norm, k_norm, eps, deterministic)
 
 
 def attention_cost(
@@ -513,3 +648,38 @@ def attention_cost(
     if backward:
         return Cost(flops=5 * product, bytes=itemsize * 8 * rows + sums)
     return Cost(flops=2 * product, bytes=itemsize * 4 * rows + sums)
+
+
+def _counted(qkv: Sequence[int], backward: bool) -> int:
+    b, t, _, h, d = qkv
+    return attention_cost(b, t, h, d, 1, backward=backward).flops
+
+
+# torch's counter sees neither op's inside.
+register_flop_formula(torch.ops.fastrepa.packed_attention)(
+    lambda qkv, *_, **__: _counted(qkv, backward=False)
+)
+register_flop_formula(torch.ops.fastrepa.packed_attention_backward)(
+    lambda grad, qkv, *_, **__: _counted(qkv, backward=True)
+)
+
+
+def _aot_cases() -> list[AotCase]:
+    pointers = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"), "*bf16")
+    return [
+        AotCase(
+            _stack_kernel, "with sums" if sums else "without sums", generation,
+            {**pointers, "sums_ptr": "*fp32"},
+            {
+                "SUMS": sums, "ROWS": table.rows, "BLOCK_N": table.block_n,
+                "BLOCK_C": table.block_c,
+            },
+            table.num_warps, registers=128, shared=8192, wide_loads=3,
+            long_offsets=("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"),
+        )
+        for generation, table in launch.COLUMNS["stack"].items()
+        for sums in (False, True)
+    ]  # fmt: skip
+
+
+AOT_CASES = _aot_cases()

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 GENERATIONS = (80, 90, 100)
@@ -99,11 +98,24 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """A kernel that holds whole rows: block_n rows at a time, each block_d wide."""
+    """A kernel that holds whole rows, block_n at a time.
+
+    A row is held in one piece, block_d wide, or in two, the second `tail` wide: widths are rarely
+    powers of two, and in one piece 1152 would be padded to 2048, 44% of it nothing. Where a program
+    walks down rows it sums at most `split` of them and loads `stages` ahead (1: none).
+    """
 
     block_d: int
     block_n: int
     num_warps: int
+    tail: int = 0
+    stages: int = 1
+    split: int = 64
+
+    @property
+    def width(self) -> int:
+        """The widest row that fits."""
+        return self.block_d + self.tail
 
 
 @dataclass(frozen=True)
@@ -136,16 +148,23 @@ class Gemm:
     group_m: int = 8  # tiles of this many row blocks share their weight tiles in L2
 
 
+# The widths of SiT-S, B and XL have rows of their own, in two pieces.
 _FORWARD = {
-    512: Rows(512, 4, 4),
-    1024: Rows(1024, 2, 4),
+    384: Rows(256, 1, 1, tail=128),
+    512: Rows(512, 1, 1),
+    768: Rows(512, 1, 1, tail=256),
+    1024: Rows(1024, 1, 1),
+    1152: Rows(1024, 1, 1, tail=128),
     2048: Rows(2048, 1, 4),
     4096: Rows(4096, 1, 8),
 }
 # One row at a time: the per-sample sums live in registers beside the row.
 _BACKWARD = {
+    384: Rows(256, 1, 1, tail=128),
     512: Rows(512, 1, 2),
+    768: Rows(512, 1, 2, tail=256),
     1024: Rows(1024, 1, 4),
+    1152: Rows(1024, 1, 4, tail=128),
     2048: Rows(2048, 1, 8),
     4096: Rows(4096, 1, 16),
 }
@@ -161,29 +180,25 @@ ROWS: dict[str, dict[int, dict[int, Rows]]] = {
     "norm_backward": dict.fromkeys(GENERATIONS, _BACKWARD),
     "cosine": dict.fromkeys(GENERATIONS, _COSINE),
 }
-COLUMNS: dict[int, Columns] = dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4))
+COLUMNS: dict[str, dict[int, Columns]] = {
+    "activation": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "residual": dict.fromkeys(GENERATIONS, Columns(16, 128, 64, 4)),
+    "stack": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "sums": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+}
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
+    "norm_sums": dict.fromkeys(GENERATIONS, Flat(256, 2)),
 }
 # Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
 GEMM: dict[str, dict[int, Gemm]] = {
-    "linear_gelu": {
-        80: Gemm(128, 128, 32, 8, 4),
-        90: Gemm(256, 128, 64, 8, 3),  # 128 x 256 spills in its epilogue on both
-        100: Gemm(256, 128, 64, 8, 3),
-    },
     "cosine_sums": {
         80: Gemm(128, 128, 32, 8, 4),
         90: Gemm(128, 128, 64, 8, 4),
         100: Gemm(128, 128, 64, 8, 4),
     },
 }
-# linear_gelu's forward: the GELU as a GEMM epilogue of our own, or cuBLAS and a pointwise kernel.
-# At N=65,536, 1152 -> 4608 the pointwise pass moves 1.2 GB, about 30% of the product's time: the
-# epilogue wins if our GEMM reaches 77% of cuBLAS. Nobody has measured that yet, so: cuBLAS.
-GELU_EPILOGUE: dict[int, bool] = dict.fromkeys(GENERATIONS, False)
-
 # Rows handled in one go by projector_alignment. CUDA: 4,096 rows keep the chunk buffers at
 # 70 MiB for P=2048, Z=768 in bf16, and the fp32 weight gradients are re-read only N/4096 times.
 # CPU: every chunk starts about 35 parallel regions, and each costs milliseconds where the cores are
@@ -192,18 +207,18 @@ CHUNK_ROWS = {"cuda": 4096, "cpu": 1024}
 
 
 def rows(family: str, width: int, device: torch.device) -> Rows:
-    """The launch row of a row kernel; `width` is at most WIDEST_ROW."""
-    block_d = max(triton.next_power_of_2(width), 512)
-    return ROWS[family][generation(device)][block_d]
+    """The narrowest launch row of a row kernel that holds `width`, which is at most WIDEST_ROW."""
+    table = ROWS[family][generation(device)]
+    return table[min(held for held in table if held >= width)]
 
 
-def rows_per_split(batch: int, tokens: int) -> int:
+def rows_per_split(batch: int, tokens: int, most: int = 64) -> int:
     """Rows that one program of a two-stage reduction sums: few on small inputs, for parallelism.
 
     The partial sums cost 8/rows bytes per element and sum; 512 programs fill any current device.
     """
     for size in (64, 32, 16):
-        if batch * -(-tokens // size) >= 512:
+        if size <= most and batch * -(-tokens // size) >= 512:
             return size
     return 8
 

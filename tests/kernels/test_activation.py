@@ -82,6 +82,15 @@ def test_a_cpu_goes_block_by_block(monkeypatch, dtype):
     assert torch.allclose(column_sums(a).double(), a.double().sum(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (37, 70), (300, 130)])
+def test_column_sums(place, shape):
+    t = place.randn(*shape)
+    sums = column_sums(t)
+    assert sums.dtype == torch.float32
+    assert_as_good_as_eager("sums", sums, t.float().sum(0), t.double().sum(0))
+    assert torch.equal(column_sums(t), sums)
+
+
 def test_far_from_zero(place_fp32):
     """Neither tail overflows: exp(-x) at -80 is within fp32 and the product goes to zero."""
     a = torch.tensor([[-80.0, -20.0, 20.0, 80.0]], device=place_fp32.device)

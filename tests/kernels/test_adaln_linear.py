@@ -49,21 +49,21 @@ def operands(place, size, mlp):
     return [x, shift, scale, branch, gate, *products]
 
 
-def functions(mlp, residual):
-    """(ours, reference) of flat arguments in the order of `operands`."""
+def functions(mlp, residual, **options):
+    """(ours, with `options`, and reference) of flat arguments in the order of `operands`."""
 
-    def flat(function):
+    def flat(function, **options):
         def call(x, shift, scale, branch, gate, *products):
             weights = (products,) if mlp else products
             pair = (branch, gate) if residual else None
-            out = function(x, shift, scale, *weights, residual=pair)
+            out = function(x, shift, scale, *weights, residual=pair, **options)
             # Unused arguments still want a gradient.
             return out if residual else out + 0 * (branch.sum() + gate.sum()).to(out.dtype)
 
         return call
 
     pair = (adaln_mlp, adaln_mlp_reference) if mlp else (adaln_linear, adaln_linear_reference)
-    return [flat(function) for function in pair]
+    return [flat(pair[0], **options), flat(pair[1])]
 
 
 @mlps
@@ -119,6 +119,33 @@ def test_what_is_saved(place_fp32, residual, mlp):
     assert all(any(s is w for s in saved) for w in given[5::2])
 
 
+def test_h_kept_or_made_again_is_the_same_bits(place):
+    given = operands(place, SIZES[1], True)
+    b, t, _, f, m = SIZES[1]
+    upstream = place.randn(b, t, m)
+    h_bytes = b * t * f * given[5].element_size()
+
+    def run(needed, **options):
+        leaves = [v.detach().requires_grad_(i in needed) for i, v in enumerate(given)]
+        x, shift, scale, branch, gate, *weights = leaves
+        held: dict[int, int] = {}
+
+        def keep(v):
+            held[v.untyped_storage().data_ptr()] = v.nbytes
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+            out = adaln_mlp(x, shift, scale, weights, residual=(branch, gate), **options)
+        wanted = [leaves[i] for i in needed]
+        grads = torch.autograd.grad(out[1], wanted, upstream, materialize_grads=True)
+        return [*out, *grads], sum(held.values())
+
+    for needed, more in ((range(len(given)), h_bytes), ((0, 5, 6), 0)):  # without w2, h is no use
+        (again, least), (kept, most) = run(needed), run(needed, keep_h=True)
+        assert most - least == more
+        assert all(map(torch.equal, again, kept))
+
+
 @mlps
 @pytest.mark.parametrize("needed", [(0,), (3,), (4,), (1, 2), (5,), (6,), (0, 5, 6)])
 def test_only_the_gradients_asked_for(place_fp32, needed, mlp):
@@ -164,7 +191,7 @@ def test_views_and_empty_input(place_fp32, mlp):
 @residuals
 def test_compiles_to_one_graph(place_fp32, residual, mlp):
     given = [t.requires_grad_() for t in operands(place_fp32, SIZES[1], mlp)]
-    ours = functions(mlp, residual)[0]
+    ours = functions(mlp, residual, **({"keep_h": residual} if mlp else {}))[0]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
 
     def run(function):

@@ -21,7 +21,7 @@ from fastrepa_kernels.attention import (
     order,
     refusal,
 )
-from tests.kernels.accuracy import check
+from tests.kernels.accuracy import assert_as_good_as_eager, check
 
 module = importlib.import_module("fastrepa_kernels.attention")  # the package's name is the function
 CPU = torch.device("cpu")
@@ -132,13 +132,18 @@ def test_gpu_backends_are_as_good_as_the_specification(backend, dim):
 
 
 class Operations(TorchDispatchMode):
-    def __init__(self):
+    """Names of what gives a tensor of `elements` or more."""
+
+    def __init__(self, elements):
         super().__init__()
-        self.names = []
+        self.elements, self.names = elements, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name.removeprefix("aten::"))
-        return func(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        results = out if isinstance(out, tuple | list) else (out,)
+        if any(isinstance(t, torch.Tensor) and t.numel() >= self.elements for t in results):
+            self.names.append(func._schema.name.removeprefix("aten::"))
+        return out
 
 
 COPIES = {"clone", "copy_", "cat", "stack", "contiguous", "_to_copy", "empty_like"}
@@ -146,15 +151,84 @@ COPIES = {"clone", "copy_", "cat", "stack", "contiguous", "_to_copy", "empty_lik
 
 def test_nothing_is_copied_on_the_way_in_or_out():
     (qkv,), (grad,) = problem(64, 72, torch.float32, norm=False)
-    qkv.requires_grad_()
-    with Operations() as forward:
-        y = attention(qkv)
-        y.view(*y.shape[:2], -1)  # [B,T,H d] as it is
+    op, backward_op = module._packed_attention._init_fn, module._packed_attention_backward._init_fn
+    with Operations(grad.numel()) as forward:
+        out, sums = op(qkv, None, "sdpa-flash", False)
+        out.view(*out.shape[:2], -1)  # [B,T,H d] as it is
     assert any("scaled_dot_product" in name for name in forward.names)
     assert not COPIES & set(forward.names), forward.names
-    with Operations() as backward:
-        y.backward(grad)
-    assert sum(name in COPIES for name in backward.names) == 1, backward.names  # dq, dk, dv in one
+    with Operations(grad.numel()) as backward:
+        backward_op(grad, qkv, out, sums, "sdpa-flash", False, False)
+    assert [name for name in backward.names if name in COPIES] == ["stack"]  # dq, dk, dv in one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa-flash", "math-chunked"])
+def test_the_bias_of_qkv_gets_its_gradient_here(backend, dtype):
+    """The one that the Linear would have given it."""
+    (qkv,), upstream = problem(40, 24, dtype, norm=False)
+    bias = torch.randn(qkv.shape[2:].numel()).to(dtype)
+
+    def ours(x, bias):
+        return attention(x + bias.detach().view(x.shape[2:]), backend=backend, bias=bias)
+
+    def eager(x, bias):
+        return attention_reference(x + bias.view(x.shape[2:]))
+
+    check(["qkv", "bias"], ours, eager, [qkv, bias], upstream)
+
+
+def test_a_bias_is_refused_where_its_gradient_is_not_made(stand_in):
+    name, _ = stand_in
+    (qkv, *norm), _ = problem(16, 8, torch.float32, norm=True)
+    with pytest.raises(ValueError, match=r"attention: bias needs q and k without norms .*norms$"):
+        attention(qkv, q_norm=norm[:2], backend="sdpa-flash", bias=torch.zeros(72))
+    if name in module.PACKED:
+        qkv.requires_grad_()
+        bias = torch.zeros(72, requires_grad=True)
+        attention(qkv, backend=name, bias=bias).square().sum().backward()
+        torch.testing.assert_close(bias.grad, qkv.grad.sum((0, 1)).flatten())
+        return
+    with pytest.raises(ValueError, match=f"bias needs .*xformers.*; got {name}$"):
+        attention(qkv, backend=name, bias=torch.zeros(72))
+
+
+@pytest.mark.parametrize("name", module.SDPA)
+def test_torch_takes_the_calls_for_a_gpu(name):
+    """Their arguments and results' shapes, by torch's own shape functions: nothing is computed."""
+    b, t, h, d = 2, 40, 3, 24
+    qkv = torch.empty(b, t, 3, h, d, dtype=torch.bfloat16, device="meta")
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    out, sums = module._aten(name, q, k, v)
+    assert out.transpose(1, 2).is_contiguous()  # as the op hands it on, without a copy
+    assert (sums.shape, sums.dtype) == (module._sums_shape(name, b, t, h), torch.float32)
+    for x in module._aten_backward(name, [torch.empty_like(out), q, k, v, out], sums):
+        assert x.shape == out.shape
+        assert x.transpose(1, 2).is_contiguous()  # read where it lies by the pass that stacks
+
+
+def test_nothing_is_summed_for_a_bias_that_is_frozen(monkeypatch):
+    monkeypatch.setattr(module, "column_sums", None)
+    qkv = problem(16, 8, torch.float32, norm=False)[0][0].requires_grad_()
+    attention(qkv, backend="sdpa-flash", bias=torch.zeros(72)).sum().backward()
+    assert qkv.grad is not None
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 37, 3, 24), (3, 100, 2, 72)])
+def test_one_pass_stacks_and_sums(place, shape, sums):
+    """Also from strides that no backend gives."""
+    b, t, h, d = shape
+    grads = [place.randn(b, h, t, d).transpose(1, 2), place.randn(*shape), place.randn(*shape)]
+    dqkv, dbias = module._stacked(grads, sums)
+    assert torch.equal(dqkv, torch.stack(grads, 2))
+    assert dqkv.is_contiguous()
+    if not sums:
+        assert not dbias.numel()
+        return
+    assert dbias.dtype == torch.float32
+    rows = dqkv.view(b * t, -1)
+    assert_as_good_as_eager("sums", dbias, rows.float().sum(0), rows.double().sum(0))
 
 
 # The choice ---------------------------------------------------------------------------------------
@@ -380,6 +454,10 @@ def test_a_trial_sees_what_is_wrong_or_fails(stand_in, monkeypatch):
     before = torch.get_rng_state()
     assert module._trial(*tried) == ""
     assert torch.equal(torch.get_rng_state(), before)
+    sums = module.column_sums
+    with monkeypatch.context() as patch:  # the gradient of the bias is tried too
+        patch.setattr(module, "column_sums", lambda t: sums(t) * 1.2)
+        assert module._trial(*tried).startswith("is wrong on" if name in module.PACKED else "")
     forward = as_flash_attn
     monkeypatch.setitem(globals(), "as_flash_attn", lambda q, k, v: forward(q, k, v.flip(1)))
     assert module._trial(*tried).startswith("is wrong on this device by")
@@ -427,17 +505,19 @@ def assert_compiles(backend, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["flash-attn-4", "xformers", "math-chunked"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "xformers", "sdpa-flash", "math-chunked"])
 def test_registration(name, monkeypatch):
     monkeypatch.setitem(module._loaded, name, Package())
     (qkv,), (grad,) = problem(16, 8, torch.float32, norm=False)
-    qkv.requires_grad_()
+    leaf, bias = qkv.clone().requires_grad_(), torch.randn(72, requires_grad=True)
     ops = torch.ops.fastrepa
-    torch.library.opcheck(ops.packed_attention, (qkv, name, False))
-    out, sums = ops.packed_attention(qkv.detach(), name, False)
-    torch.library.opcheck(
-        ops.packed_attention_backward, (grad, qkv.detach(), out, sums, name, True)
-    )
+    for given in (None, bias):
+        torch.library.opcheck(ops.packed_attention, (leaf, given, name, False))
+    out, sums = ops.packed_attention(qkv, None, name, False)
+    for need_bias in (False, True):
+        torch.library.opcheck(
+            ops.packed_attention_backward, (grad, qkv, out, sums, name, True, need_bias)
+        )
 
 
 def test_the_stand_ins_have_the_packages_names():
@@ -506,6 +586,7 @@ def test_packages_see_autocasts_dtype_also_after_a_norm(monkeypatch):
         ({"qkv": torch.zeros(2, 4, 3, 1, 8, dtype=torch.int64)}, "attention: qkv must be"),
         ({"q_norm": (torch.ones(0), torch.zeros(0))}, r"q_norm must be two \[8\] on cpu; got \(0,"),
         ({"k_norm": (torch.ones(8, device="meta"),) * 2}, "k_norm must be two .* on meta"),
+        ({"bias": torch.zeros(8)}, r"attention: bias must be \[24\]; got \(8,\)"),
         ({"backend": "flash"}, "backend: 'flash' is not one of auto, flash-attn-2"),
         ({"backend": "sdpa-cudnn"}, "backend: 'sdpa-cudnn' cannot run here: needs a GPU"),
     ],

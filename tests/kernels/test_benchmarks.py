@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cases, gpu_suite, predict, report, run, tune
+from fastrepa_kernels import launch
 from fastrepa_kernels.cost import Ceilings, Cost
 
 CPU = torch.device("cpu")
@@ -105,6 +106,39 @@ def test_without_a_gpu_suite_and_sweep_say_so(capsys, monkeypatch):
     assert gpu_suite.main([]) == 2
     assert tune.main([]) == 2
     assert capsys.readouterr().out.count("no CUDA device") == 2
+
+
+@pytest.mark.parametrize("family", sorted(launch.ROWS))
+def test_a_sweep_tries_what_the_tables_hold(family):
+    for width, row in launch.ROWS[family][90].items():
+        candidates = tune.row_candidates(family, width)
+        assert row in candidates
+        assert all(c.width >= width for c in candidates)
+        assert len(set(candidates)) == len(candidates) <= 24
+    two = {(c.block_d, c.tail) for c in tune.row_candidates("norm_backward", 1152)}
+    assert two == {(2048, 0), (1024, 128)}
+    assert {c.tail for c in tune.row_candidates("norm_forward", 1024)} == {0}
+
+
+def test_a_sweep_runs_an_operation_with_each_candidate(monkeypatch):
+    monkeypatch.setattr(tune, "IMAGES", 1)
+    monkeypatch.setattr(tune, "TOKENS", 3)
+    monkeypatch.setattr(tune, "BF16", torch.float16)  # what the interpreter knows
+    monkeypatch.setattr(
+        tune, "_cuda", lambda *s, dtype=None: torch.randn(s, dtype=dtype or torch.float16)
+    )
+    families = ("norm_forward 384", "norm_backward 384", "columns residual", "columns sums")
+    seen = []
+    with launch.backend("triton"):
+        for sweep in tune.sweeps(90, families):
+            seen.append(sweep.label)
+            before = sweep.table[sweep.key]
+            for candidate in (sweep.candidates[0], sweep.candidates[-1]):
+                with tune.using(sweep.table, sweep.key, candidate):
+                    assert sweep.table[sweep.key] is candidate
+                    sweep.work()
+            assert sweep.table[sweep.key] is before
+    assert tuple(seen) == families
 
 
 def test_the_suite_starts_with_the_main_shape_and_resumes(tmp_path):

@@ -32,16 +32,21 @@ def test_backend_is_restored_after_an_error():
 def test_every_width_has_a_row(family):
     for width in (1, 72, 512, 513, 1152, launch.WIDEST_ROW):
         row = launch.rows(family, width, torch.device("cpu"))
-        assert width <= row.block_d
-        assert row.block_d & (row.block_d - 1) == 0
+        assert width <= row.width
+        assert all(piece & (piece - 1) == 0 for piece in (row.block_d, row.tail))
     for table in launch.ROWS[family].values():
         assert max(table) == launch.WIDEST_ROW
-        assert all(width == row.block_d for width, row in table.items())
+        assert all(width == row.width for width, row in table.items())
+
+
+def test_a_width_takes_the_narrowest_row_that_holds_it():
+    for width, held in ((72, 384), (385, 512), (768, 768), (1152, 1152), (1153, 2048)):
+        assert launch.rows("norm_backward", width, torch.device("cpu")).width == held
 
 
 def test_every_generation_has_every_table():
-    tables = [*launch.ROWS.values(), *launch.FLAT.values(), *launch.GEMM.values()]
-    for table in (*tables, launch.COLUMNS, launch.GELU_EPILOGUE):
+    families = (launch.ROWS, launch.FLAT, launch.GEMM, launch.COLUMNS)
+    for table in (table for family in families for table in family.values()):
         assert tuple(table) == launch.GENERATIONS
 
 
@@ -67,6 +72,7 @@ def test_splits_of_a_reduction_fill_the_device_without_writing_much():
     assert launch.rows_per_split(256, 256) == 64
     assert launch.rows_per_split(32, 256) == 16
     assert launch.rows_per_split(1, 16) == 8
+    assert launch.rows_per_split(256, 256, 32) == 32
 
 
 def test_chunk_rows():

@@ -1,8 +1,7 @@
-"""linear_gelu: T0 gradcheck, T1 in the interpreter (both forwards), T3 on a GPU (T2: test_aot.py).
+"""linear_gelu: T0 gradcheck, T1 in the interpreter, T3 on a GPU (T2: test_aot.py).
 
-Mutations tried, each caught by the tests below: the bias dropped in the epilogue kernel; its K mask
-one element late; its F mask one column late; the activation stored as the pre-activation; columns
-wrapped one too early; the recomputed pre-activation without bias; dw from dy instead of da.
+Mutations tried, each caught by the tests below: the activation stored as the pre-activation; dw
+from dy instead of da.
 """
 
 import pytest
@@ -17,12 +16,6 @@ sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "-".join(map(str, s
 NAMES = ("x", "weight", "bias")
 
 
-@pytest.fixture(params=["cuBLAS and a pass", "epilogue"])
-def forward(request, monkeypatch):
-    chosen = request.param == "epilogue"
-    monkeypatch.setattr(launch, "GELU_EPILOGUE", dict.fromkeys(launch.GENERATIONS, chosen))
-
-
 def operands(place, size):
     n, d, f = size
     return place.randn(n, d), place.randn(f, d) * d**-0.5, place.randn(f)
@@ -31,21 +24,16 @@ def operands(place, size):
 def test_formula_gradcheck():
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), 5))
     assert torch.autograd.gradcheck(linear_gelu, (x, w, b))
-    assert torch.autograd.gradcheck(lambda *a: linear_gelu(*a, recompute=True), (x, w, b))
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @sizes
-def test_as_good_as_eager(place, forward, size, recompute):
-    def ours(*inputs):
-        return linear_gelu(*inputs, recompute=recompute)
-
+def test_as_good_as_eager(place, size):
     upstream = (place.randn(size[0], size[2]),)
-    check(NAMES, ours, linear_gelu_reference, operands(place, size), upstream)
+    check(NAMES, linear_gelu, linear_gelu_reference, operands(place, size), upstream)
 
 
 @sizes
-def test_without_gradients(place, forward, size):
+def test_without_gradients(place, size):
     given = operands(place, size)
     exact = linear_gelu_reference(*(t.double() for t in given))
     eager = linear_gelu_reference(*given)
@@ -53,20 +41,18 @@ def test_without_gradients(place, forward, size):
     assert distance(linear_gelu(*given), exact) <= 2 * distance(eager, exact) + unit
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_what_is_saved(place_fp32, recompute):
-    """x, weight and the pre-activation; with recompute, x, weight and bias: by identity."""
+def test_what_is_saved(place_fp32):
+    """x, weight and the pre-activation: by identity."""
     x, weight, bias = operands(place_fp32, SIZES[1])
     weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        linear_gelu(x, weight, bias, recompute=recompute)
+        linear_gelu(x, weight, bias)
     filled = [t for t in saved if t.numel()]
     assert len(filled) == 3
     # As nn.Linear: the Parameter itself, which ZeRO-3 can gather again.
     assert any(t is weight for t in filled)
-    assert any(t is bias for t in filled) == recompute
-    assert any(t.shape == (x.shape[0], weight.shape[0]) for t in filled) != recompute
+    assert any(t.shape == (x.shape[0], weight.shape[0]) for t in filled)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
@@ -92,7 +78,7 @@ def test_leading_dimensions_and_transposed_views(place_fp32):
     assert linear_gelu(x[0], weight, bias).shape == (56,)
 
 
-def test_empty_input(place, forward):
+def test_empty_input(place):
     x, weight, bias = (t.requires_grad_() for t in operands(place, (0, 40, 56)))
     y = linear_gelu(x, weight, bias)
     assert y.shape == (0, 56)
@@ -101,7 +87,7 @@ def test_empty_input(place, forward):
     assert torch.equal(bias.grad, torch.zeros_like(bias))
 
 
-def test_two_runs_agree_bitwise(place, forward):
+def test_two_runs_agree_bitwise(place):
     given = operands(place, SIZES[1])
     upstream = place.randn(37, 112)
 
@@ -142,12 +128,12 @@ def test_errors_name_the_argument(change, words):
 def test_registration():
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
     ops = torch.ops.fastrepa
-    for keep, recompute in ((True, False), (False, True)):
-        torch.library.opcheck(ops.linear_gelu, (x, w, b, keep, recompute))
+    torch.library.opcheck(ops.linear_gelu, (x, w, b, True))
+    torch.library.opcheck(ops.linear_gelu, (x.detach(), w.detach(), b.detach(), False))
     dy, a = torch.randn(3, 5), torch.randn(3, 5)
-    x, w, b = x.detach(), w.detach(), b.detach()
-    torch.library.opcheck(ops.linear_gelu_backward, (dy, x, w, None, a, [True, True, True]))
-    torch.library.opcheck(ops.linear_gelu_backward, (dy, x, w, b, a[:0], [False, True, False]))
+    x, w = x.detach(), w.detach()
+    for needs in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(ops.linear_gelu_backward, (dy, x, w, a, needs))
 
 
 def test_compiled_graph_is_whole_and_agrees(place_fp32):

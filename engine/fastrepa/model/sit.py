@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import Config
-from fastrepa.model.operations import OPERATIONS, Operations
+from fastrepa.model.operations import FUSED, OPERATIONS, Operations
 from fastrepa.model.projector import Projector, alignment_loss
 from fastrepa.paths import velocity_from_data
 from fastrepa_kernels import attention
+from fastrepa_kernels.attention import PACKED
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
 
@@ -89,10 +90,11 @@ def _next_linear(
     pending: Pending | None,
     shift: Tensor,
     scale: Tensor,
-    linear: nn.Linear,
+    weight: Tensor,
+    bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Add what is pending, then norm, modulate and multiply: (x, linear's output)."""
-    given = (x, shift, scale, linear.weight, linear.bias)
+    """Add what is pending, then norm, modulate and multiply: (x, the Linear's output)."""
+    given = (x, shift, scale, weight, bias)
     if pending is None:
         return x, operations.adaln_linear(*given)
     return operations.adaln_linear(*given, residual=pending)
@@ -120,14 +122,19 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x with the pending branch added, attention over its modulated norm)."""
         b, t, d = x.shape
-        x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv)
-        qkv = qkv.view(b, t, 3, self.heads, d // self.heads)
         q_norm, k_norm = (
             (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
             for norm in (self.q_norm, self.k_norm)
         )
-        out = attention(qkv, q_norm=q_norm, k_norm=k_norm, backend=self.backend)  # [B,T,H,d]
-        return x, self.proj(out.reshape(b, t, d))
+        # Attention's backward writes qkv's gradient, and sums it for the bias in the same pass.
+        summed = self.operations is FUSED and self.backend in PACKED and q_norm is k_norm is None
+        bias = self.qkv.bias.detach() if summed else self.qkv.bias
+        x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv.weight, bias)
+        out = attention(
+            qkv.view(b, t, 3, self.heads, d // self.heads), q_norm=q_norm, k_norm=k_norm,
+            backend=self.backend, bias=self.qkv.bias if summed else None,
+        )  # fmt: skip
+        return x, self.proj(out.reshape(b, t, d))  # from [B,T,H,d]
 
 
 class Mlp(nn.Module):
@@ -184,7 +191,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
         """(x with the pending branch added, patches)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return _next_linear(self.operations, x, pending, shift, scale, self.linear)
+        linear = self.linear
+        return _next_linear(self.operations, x, pending, shift, scale, linear.weight, linear.bias)
 
 
 def recomputed_blocks(depth: int, every: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.config import EmaConfig, OptimizerConfig
@@ -21,6 +22,7 @@ from fastrepa_kernels.adamw_ema import power_decay
 
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NORM_PIECE = 1 << 16  # elements
 
 
 def ema_keys(emas: Sequence[EmaConfig]) -> tuple[str, ...]:
@@ -46,9 +48,9 @@ class AdamWEMA(torch.optim.AdamW):
     An EMA starts as a copy of the weights. Its decay is fixed, or (1 - 1/t)^(gamma + 1) at the
     t-th update really taken. Parameters are float32 masters or flat partitions.
     kernels "fused" does it all in one pass (fastrepa_kernels.adamw_ema_); "eager" is torch's fused
-    AdamW and another pass for each average. With a max_norm the gradients' norm is taken here, and
-    clipped where it is > 0: only for the unsharded float32 engine, which keeps the norm to itself;
-    every other engine does both before it calls, and `engine_norm` asks it.
+    AdamW and another pass for each average. With a max_norm the gradients' norm is taken here, of
+    all ranks where parameters are `sharded` over them, and clipped to it where it is > 0. Without,
+    the engine does both before it calls, and `engine_norm` asks it.
 
     A step whose gradients' norm is not finite, or whose `bad_loss` (bool scalar, alike on all
     ranks) is set, changes nothing. On a GPU the kernels read the flag and the host does not.
@@ -61,6 +63,7 @@ class AdamWEMA(torch.optim.AdamW):
         *,
         emas: Sequence[EmaConfig],
         max_norm: float | None = None,
+        sharded: bool = False,
         kernels: str = "fused",
     ) -> None:
         super().__init__(
@@ -73,7 +76,7 @@ class AdamWEMA(torch.optim.AdamW):
         )
         self.emas, self.ema_keys = tuple(emas), ema_keys(emas)
         self.ema_since: dict[str, int] = {}  # of those that began after so many updates
-        self.max_norm, self.kernels = max_norm, kernels
+        self.max_norm, self.sharded, self.kernels = max_norm, sharded, kernels
         self._gammas = [None if e.sigma_rel is None else power_gamma(e.sigma_rel) for e in emas]
         self._global_grad_norm: Tensor | None = None  # DeepSpeed reads this name
         self.engine_norm: Callable[[], Tensor | float | None] = lambda: None
@@ -93,49 +96,52 @@ class AdamWEMA(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = lr
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if not params:
-            return
+        if params:
+            self.update(params, [p.grad for p in params])
+
+    @torch.no_grad()
+    def update(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], low: Sequence[Tensor] | None = None
+    ) -> None:
+        """Update `params`, of one parameter group, by `grads` of any floating dtype.
+
+        low: tensors of another dtype that receive the new weights in the same pass.
+        """
         for p in params:
             self.prepare(p)
-        bad: Tensor | None = self._bad(params)
+        norm, scale = self._norm(grads)
+        bad: Tensor | None = bad_norm(0.0 if norm is None else norm)
         assert bad is not None
-        if params[0].device.type == "cpu":  # offloaded: the gradients' norm has been waited for
-            bad = bad.cpu()
-        if bad.device.type == "cpu":  # in host memory already: reading it waits for nothing
+        if self.bad_loss is not None:
+            bad = bad.to(self.bad_loss.device) | self.bad_loss
+        if self._on_host(params[0]):  # offloaded: the gradients' norm has been waited for
             if bad:
                 return
-            bad = None
+            bad, scale = None, None if scale is None else float(scale)
         if self.kernels == "fused":
-            for group in self.param_groups:
-                self._fused_step(group, bad)
-            return
-        self.found_inf = None if bad is None else bad.float()  # torch's name for it
-        super().step(closure)
-        self._average(params, bad)
+            self._fused_update(params, grads, low, bad, scale)
+        else:
+            self._eager_update(params, grads, low, bad, scale)
 
-    def _average(self, params: list[Tensor], bad: Tensor | None) -> None:
-        """Move every EMA towards the weights, each in a pass of its own."""
-        decays = self._decays(self.state[params[0]]["step"])
-        for key, decay in zip(self.ema_keys, decays, strict=True):
-            rest: Any = 1.0 - decay
-            if bad is not None:
-                rest = ((~bad) * torch.as_tensor(rest, device=bad.device)).float()
-                rest = [rest.to(p.device) for p in params]
-            torch._foreach_lerp_([self.state[p][key] for p in params], params, rest)
+    @staticmethod
+    def _on_host(param: Tensor) -> bool:
+        """Flags and step counts of `param` are host memory: reading them waits for nothing."""
+        return param.device.type == "cpu"
 
-    def _bad(self, params: list[Tensor]) -> Tensor:
-        """Whether this step must change nothing: a bool scalar, alike on all ranks."""
-        norm = self.engine_norm()
-        if self.max_norm is not None:
-            grads = [p.grad for p in params if p.grad is not None]
-            norm = self._global_grad_norm = torch.nn.utils.get_total_norm(grads)
-            if self.max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
-        bad = bad_norm(0.0 if norm is None else norm)
-        return bad if self.bad_loss is None else bad.to(self.bad_loss.device) | self.bad_loss
+    def _norm(self, grads: Sequence[Tensor]) -> tuple[Any, Any]:
+        """(the gradients' global norm, the factor that clips them or None)."""
+        if self.max_norm is None:
+            return self.engine_norm(), None
+        norm = _norm_of(grads)
+        if self.sharded and dist.get_world_size() > 1:
+            square = norm.square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        self._global_grad_norm = norm
+        return norm, (self.max_norm / (norm + 1e-6)).clamp(max=1) if self.max_norm > 0 else None
 
     def _decays(self, step: Tensor | int) -> list[Any]:
         """Of every EMA at update number `step`; does not wait for a GPU.
@@ -144,8 +150,8 @@ class AdamWEMA(torch.optim.AdamW):
         """
         t: Any = None
         if any(self._gammas):
-            if isinstance(step, int) or step.device.type == "cpu":
-                t = max(1, int(step))
+            if isinstance(step, int):
+                t = max(1, step)
             else:
                 t = step.double().clamp(min=1)  # a decay near 1 needs more than float32
         return [
@@ -153,21 +159,15 @@ class AdamWEMA(torch.optim.AdamW):
             for ema, gamma in zip(self.emas, self._gammas, strict=True)
         ]
 
-    def _fused_step(self, group: dict[str, Any], bad: Tensor | None) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
+    def _fused_update(self, params, grads, low, bad, scale) -> None:
         steps = [self.state[p]["step"] for p in params]
-        if bad is None and steps[0].device.type == "cpu":
-            torch._foreach_add_(steps, 1.0)
-            step: Any = int(steps[0])
-        else:
-            keep = 1.0 if bad is None else (~bad).to(steps[0].device, torch.float32)
-            torch._foreach_add_(steps, keep)
-            step = steps[0]
+        taken: Any = 1.0 if bad is None else (~bad).to(steps[0].device, torch.float32)
+        torch._foreach_add_(steps, taken)
+        step: Any = int(steps[0]) if bad is None else steps[0]
+        group = self.param_groups[0]
         adamw_ema_(
             params,
-            [p.grad for p in params],
+            grads,
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [[self.state[p][key] for p in params] for key in self.ema_keys],
@@ -177,8 +177,39 @@ class AdamWEMA(torch.optim.AdamW):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             ema_decay=self._decays(step),
+            grad_scale=scale,
             skip=bad,
+            low_precision=low,
         )
+
+    def _eager_update(self, params, grads, low, bad, scale) -> None:
+        """As torch does it, pass by pass."""
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.to(p.dtype)
+        if scale is not None:
+            torch._foreach_mul_([p.grad for p in params], scale)
+        self.found_inf = None if bad is None else bad.float()  # torch's name for it
+        super().step()
+        step = self.state[params[0]]["step"]
+        decays = self._decays(int(step) if bad is None else step)
+        for key, decay in zip(self.ema_keys, decays, strict=True):
+            rest: Any = 1.0 - decay
+            if bad is not None:
+                rest = ((~bad) * torch.as_tensor(rest, device=bad.device)).float()
+                rest = [rest.to(p.device) for p in params]
+            torch._foreach_lerp_([self.state[p][key] for p in params], list(params), rest)
+        if low is not None:
+            torch._foreach_copy_(list(low), list(params))
+        for p in params:
+            p.grad = None
+
+
+def _norm_of(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of all together, float32."""
+    if grads[0].device.type == "cpu":  # ATen adds up in few lanes there: pieces keep the digits
+        grads = [piece for g in grads for piece in g.reshape(-1).split(NORM_PIECE)]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def bad_norm(norm: Tensor | float) -> Tensor:
@@ -186,4 +217,4 @@ def bad_norm(norm: Tensor | float) -> Tensor:
     its device.
     """
     value = torch.as_tensor(norm).reshape(())
-    return ~value.isfinite() | (value < 0)
+    return ~((value >= 0) & (value < float("inf")))  # a NaN compares as false

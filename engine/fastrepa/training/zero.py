@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -51,6 +52,7 @@ from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.training.buckets import resolve_zero, trained_elements
 from fastrepa.training.ema import EMA, MOMENTS, AdamWEMA
 from fastrepa.training.offload import SwappedStates, offload_settings
+from fastrepa.training.zero_step import FlatWeights, sharded_step, unsharded_step
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, *MOMENTS, EMA)  # of every run; WholeTensors.kinds has those of one
@@ -178,23 +180,36 @@ def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
     micro, forwards = micro_batch(config, world_size)
-    bf16, stage = config.training.precision == "bf16", config.zero.stage
     out: dict[str, Any] = {
         "train_batch_size": config.training.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": forwards,
-        "bf16": {"enabled": bf16},
+        # Stage 0's weights are cast by us: DeepSpeed would keep masters of its own for each tensor.
+        "bf16": {"enabled": config.training.precision == "bf16" and config.zero.stage > 0},
         "zero_optimization": _zero_optimization(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
-        # The unsharded float32 engine clips inside AdamWEMA, which reports the norm.
-        "gradient_clipping": 0.0 if _clips_itself(config) else config.training.clip,
+        "gradient_clipping": 0.0 if _steps_itself(config, forwards) else config.training.clip,
+        # It waits for the device at every forward and step.
+        "timers": {"throughput": {"enabled": False}},
     }
-    if bf16 and stage > 0 and forwards > 1:
-        # Sums of many bf16 gradients lose what each adds.
+    if _sums_in_fp32(config, forwards):
         out["data_types"] = {"grad_accum_dtype": "fp32"}
     return out
+
+
+def _sums_in_fp32(config: Config, forwards: int) -> bool:
+    """Sums of many bf16 gradients lose what each adds."""
+    return config.training.precision == "bf16" and config.zero.stage > 0 and forwards > 1
+
+
+def _steps_itself(config: Config, forwards: int) -> bool:
+    """The optimiser's phase is zero_step.py's, with norm and clipping in AdamWEMA."""
+    z = config.zero
+    if z.stage == 1 and _sums_in_fp32(config, forwards):
+        return False
+    return z.stage < 3 and z.offload == "none"
 
 
 def _zero_optimization(config: Config) -> dict[str, Any]:
@@ -218,15 +233,24 @@ def _zero_optimization(config: Config) -> dict[str, Any]:
 def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
     """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
     config = resolve_zero(config, trained_elements(model.parameters()), world.size)
-    # Broadcast by DeepSpeed from rank 0, so that every rank starts from the same weights.
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    stage, ours = config.zero.stage, _steps_itself(config, micro_batch(config, world.size)[1])
+    trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    flat = None
+    if stage == 0:
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        for p in model.parameters():
+            p.data = p.data.to(world.device, dtype)
+        flat = FlatWeights(trainable, dtype, world.device)
+        trainable = [flat.master]
     optimizer = AdamWEMA(
         trainable,
         config.training.optimizer,
         emas=config.training.ema,
-        max_norm=config.training.clip if _clips_itself(config) else None,
+        max_norm=config.training.clip if ours else None,
+        sharded=stage > 0,
         kernels=config.kernels,
     )
+    # Broadcast by DeepSpeed from rank 0, so that every rank starts from the same weights.
     with _without_chatter():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -234,10 +258,17 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
             config=deepspeed_config(config, world.size),
             dist_init_required=False,
         )
-    if engine.optimizer is not optimizer:
+    if flat is not None:
+        flat.master.data.copy_(flat.weights)
+        engine.enable_backward_allreduce = False  # unsharded_step does it, of the flat gradient
+        optimizer.step = partial(unsharded_step, flat, optimizer)
+    elif ours:
+        engine.optimizer.step = partial(sharded_step, engine.optimizer, optimizer)
+    else:
         optimizer.engine_norm = lambda: getattr(engine.optimizer, "_global_grad_norm", None)
+    engine.flat = flat
     optimizer.state.clear()  # what a wrapper's own dry step may have left
-    if config.zero.stage == 3:
+    if stage == 3:
         engine.module.forward = _parameters_saved()(engine.module.forward)
         engine.backward = _parameters_saved()(engine.backward)  # where blocks may run again
     return engine, optimizer
@@ -278,7 +309,7 @@ class WholeTensors:
         self.zero = engine.optimizer
         self.stage = engine.zero_optimization_stage()
         self.params = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-        self._masters = self._unsharded_masters()
+        self._flat: FlatWeights | None = engine.flat
         self._swapped = None
         if getattr(self.zero, "swap_optimizer", False):
             self._swapped = SwappedStates(self.zero, optimizer)
@@ -286,7 +317,7 @@ class WholeTensors:
         else:
             for master in self._all_masters():
                 optimizer.prepare(master)
-        if self._masters is None and self.stage < 3:
+        if self._flat is None and self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -294,40 +325,30 @@ class WholeTensors:
         """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
         return (WEIGHT, *MOMENTS, *self.optimizer.ema_keys)
 
-    def _unsharded_masters(self) -> dict[int, Tensor] | None:
-        """id of a parameter -> its float32 master, where DeepSpeed does not shard."""
-        if self.stage > 0:
-            return None
-        if hasattr(self.zero, "fp32_groups"):
-            pairs = zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
-            return {
-                id(low): master
-                for lows, masters in pairs
-                for low, master in zip(lows, masters, strict=True)
-            }
-        return {id(p): p for p in self.params.values()}
-
     def _all_masters(self) -> Iterator[Tensor]:
-        if self._masters is not None:
-            yield from self._masters.values()
-        else:
-            for name in (
-                "fp32_partitioned_groups_flat",  # stage 3
-                "fp32_groups_flat_partition",  # stage 1, bf16 with float32 accumulation
-                "single_partition_of_fp32_groups",  # stages 1 and 2
-            ):
-                if hasattr(self.zero, name):
-                    yield from getattr(self.zero, name)
-                    return
-            raise RuntimeError(f"unknown ZeRO optimiser {type(self.zero).__name__}")
+        if self._flat is not None:
+            yield self._flat.master
+            return
+        for name in (
+            "fp32_partitioned_groups_flat",  # stage 3
+            "fp32_groups_flat_partition",  # stage 1, bf16 with float32 accumulation
+            "single_partition_of_fp32_groups",  # stages 1 and 2
+        ):
+            if hasattr(self.zero, name):
+                yield from getattr(self.zero, name)
+                return
+        raise RuntimeError(f"unknown ZeRO optimiser {type(self.zero).__name__}")
+
+    def _unsharded(self, flat: FlatWeights, p: Tensor, kind: str) -> Tensor:
+        """A view of the parameter's part of stage 0's weights or of one of their states."""
+        whole = flat.master if kind == WEIGHT else self.optimizer.state[flat.master][kind]
+        return flat.view(whole.detach(), p)
 
     def get(self, name: str, kind: str) -> Tensor:
         """The whole tensor of `kind`, one of `kinds`, on the engine's device."""
         p = self.params[name]
-        if self._masters is not None:
-            master = self._masters[id(p)]
-            value = master if kind == WEIGHT else self.optimizer.state[master][kind]
-            return value.detach()
+        if self._flat is not None:
+            return self._unsharded(self._flat, p, kind)
         if self._swapped is not None:
             return self._swapped.get(p, None if kind == WEIGHT else kind)
         if kind == WEIGHT:
@@ -339,7 +360,7 @@ class WholeTensors:
         values [n], n = 0 where it has none. Asks no other rank.
         """
         p = self.params[name]
-        if self._masters is not None:
+        if self._flat is not None:
             return 0, self.get(name, kind).flatten()
         if self.stage < 3:
             part = p._hp_mapping
@@ -360,10 +381,8 @@ class WholeTensors:
     def set(self, name: str, kind: str, value: Tensor) -> None:
         """Overwrite the whole tensor of `kind` from `value`, float32, the parameter's shape."""
         p = self.params[name]
-        if self._masters is not None:
-            master = self._masters[id(p)]
-            target = master if kind == WEIGHT else self.optimizer.state[master][kind]
-            target.copy_(value)
+        if self._flat is not None:
+            self._unsharded(self._flat, p, kind).copy_(value)
             return
         if self._swapped is not None:
             self._swapped.set(p, None if kind == WEIGHT else kind, value.to(torch.float32))
@@ -467,10 +486,6 @@ class _TimedWork:
 def _without_chatter() -> contextlib.AbstractContextManager[Any]:
     """DeepSpeed prints its progress as it starts; the run's first line says what came of it."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _clips_itself(config: Config) -> bool:
-    return config.zero.stage == 0 and config.training.precision == "fp32"
 
 
 def _free_port() -> int:
