@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,13 +15,13 @@ from benchmarks import gpu_suite
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import DALI, STAGES, Stage
 from benchmarks.gpu_suite.summary import table
-from benchmarks.gpu_suite.supervise import Child, Run, run_stage
+from benchmarks.gpu_suite.supervise import Child, Run, run_stage, start_compilers
 
 FEWEST = 5.0
 """Seconds for which no stage is started."""
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_suite",
@@ -42,48 +43,58 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "fastrepa-gpu-suite",
         help="compiled kernels, for this and later calls",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        records.take_in(options.resume, options.out)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return options
+    return parser
 
 
-def _due(options: argparse.Namespace) -> list[Stage]:
-    if options.only:
-        return [stage for stage in STAGES if stage.name in options.only]
-    return [DALI] if options.dali else list(STAGES)
+def _due(given: argparse.Namespace) -> list[Stage]:
+    if given.only:
+        return [stage for stage in STAGES if stage.name in given.only]
+    return [DALI] if given.dali else list(STAGES)
 
 
 def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
-    options = _options(arguments)
+    given = options().parse_args(arguments)
+    try:
+        records.take_in(given.resume, given.out)
+    except (OSError, ValueError) as error:
+        options().error(str(error))
     signal.signal(signal.SIGTERM, _stop)
     run = Run(
-        out=options.out.resolve(), size="toy" if options.rehearse else "full",
-        ends=started + 60 * options.minutes, cache=options.cache.resolve(),
-        again=frozenset(options.again),
+        out=given.out.resolve(), size="toy" if given.rehearse else "full",
+        ends=started + 60 * given.minutes, cache=given.cache.resolve(),
+        again=frozenset(given.again),
     )  # fmt: skip
-    due = _due(options)
-    waiting = Child(due[0], run)
+    due, compilers = _due(given), []
+    waiting: Child | None = Child(due[0], run)
     try:
         for number, stage in enumerate(due):
             if run.ends - time.monotonic() < FEWEST:
                 names = ", ".join(s.name for s in due[number:])
                 print(f"left for a later call: {names}", flush=True)
                 break
-            child, waiting = waiting, None
+            child, waiting = waiting or Child(stage, run), None
             if number + 1 < len(due):
                 waiting = Child(due[number + 1], run)
+            if stage.compiles:
+                compilers = start_compilers(run)
             ended = run_stage(child, run)
             print(f"{stage.name}: {ended['took']:.0f} s", flush=True)
             _write_table(run)
+            if stage.name == "rows":
+                end(compilers)
     finally:
+        end(compilers)
         if waiting is not None:
             waiting.kill()
     print(_write_table(run))
     return 0
+
+
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def _write_table(run: Run) -> str:

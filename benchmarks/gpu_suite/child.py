@@ -27,9 +27,13 @@ from benchmarks.gpu_suite.supervise import POISONED
 PR_SET_PDEATHSIG = 1
 
 
-def main(stage: str, pipe: int) -> int:
-    # Killed with the process that started it: an orphan would measure beside its successor.
+def die_with_parent() -> None:
+    """An orphan would measure beside its successor."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(stage: str, pipe: int) -> int:
+    die_with_parent()
 
     def tell(**message: Any) -> None:
         os.write(pipe, (json.dumps(message) + "\n").encode())
@@ -56,7 +60,7 @@ def main(stage: str, pipe: int) -> int:
         if task["ends"] - time.monotonic() < item.estimate:
             tell(left=item.key)
             continue
-        tell(begin=item.key, limit=item.limit)
+        tell(begin=item.key, limit=item.limit, logged=os.fstat(2).st_size)
         went_well = run_item(item, out, {"stage": stage, "item": item.key}, context)
         tell(end=item.key)
         if size.device == "cuda" and not clean_device(went_well):

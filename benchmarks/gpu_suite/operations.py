@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks import tune
 from benchmarks.cases import CASES, Case, Shape
@@ -36,7 +35,7 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
             yield Item(f"{case.name} {shape}", run, limit=60, estimate=10)
     if stage == "rows":
         for family in size.families:
-            yield Item(f"launch rows, {family}", partial(_swept, family, device, size), limit=60)
+            yield Item(f"launch rows, {family}", partial(_swept, family, size), limit=80)
 
 
 def _correct(
@@ -59,20 +58,28 @@ def _measured(
     yield from measure(case, shape, size.dtype, device, top, list(names), size.repeats)
 
 
-def _swept(family: str, device: torch.device, size: Size) -> Iterator[Record]:
+def _swept(family: str, size: Size) -> Iterator[Record]:
     """Every candidate for the rows of launch tables that `family` begins, by the operation."""
-    found = False
-    for label, table, key, candidates, work in tune.sweeps(launch.generation(device), [family]):
-        now, found = table[key], True
-        for candidate in (now, *(c for c in candidates if c != now)):
-            record: Record = {"row": label, "launched_with": str(candidate)}
+    device = torch.device(size.device)
+    for sweep in sweeps(family, size):
+        now = sweep.table[sweep.key]
+        for candidate in (now, *(c for c in sweep.candidates if c != now)):
+            record: Record = {"row": sweep.label, "launched_with": str(candidate)}
             record["now"] = candidate == now
-            table[key] = candidate
             try:
-                yield record | spread(milliseconds(work, device, size.repeats))
-            except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-                yield record | {"refused": f"{type(error).__name__}: {error}"}
-            finally:
-                table[key] = now
+                with tune.using(sweep.table, sweep.key, candidate):
+                    record |= spread(milliseconds(sweep.work, device, size.repeats))
+            except tune.DO_NOT_LAUNCH as error:
+                record["refused"] = f"{type(error).__name__}: {error}"
+            yield record
+
+
+def sweeps(family: str, size: Size) -> Iterator[tune.Sweep]:
+    """The sweeps of `family`. Raises ValueError where no row of a launch table begins so."""
+    of = tune.LARGE if size.device == "cuda" else tune.Size("cpu", 1, size.tokens, 1024)
+    found = False
+    for sweep in tune.sweeps(launch.generation(torch.device(size.device)), [family], of):
+        found = True
+        yield sweep
     if not found:
         raise ValueError(f"benchmarks.tune: no row of a launch table begins with {family!r}")

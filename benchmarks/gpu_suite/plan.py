@@ -13,18 +13,21 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: its budget; module: what makes its items."""
+    """seconds: its budget; module: what makes its items; compiles: whether what the rows need is
+    compiled beside it (precompile.py).
+    """
 
     name: str
     seconds: float
     module: str
+    compiles: bool = False
 
 
 DALI = Stage("dali", 150, "decoding")
 """Apart from the others: it needs wheels that are many transfers large."""
 STAGES = (
     Stage("ceilings", 60, "ceilings"),
-    Stage("correct", 100, "operations"),
+    Stage("correct", 100, "operations", compiles=True),
     Stage("rows", 110, "operations"),
     Stage("step", 180, "steps"),
     Stage("rivals", 560, "steps"),
@@ -82,6 +85,8 @@ class Size:
     recipes: tuple[str, ...]
     families: tuple[str, ...]
     """Of launch tables, most valuable first: what the label of a row in tune.py begins with."""
+    compilers: int
+    """Processes that compile for them."""
     rivals: tuple[str, ...]
     """Providers of row kernels, ours first."""
     repeats: int
@@ -116,9 +121,11 @@ FULL = Size(
     rows=65536, width=1152,
     recipes=("bf16", "fp8 tensorwise", "fp8 rowwise"),
     families=(
-        "norm_backward 2048", "norm_forward 2048", "activation", "columns", "optimiser", "cosine",
-        "norm_backward 1024", "norm_forward 1024",
+        "norm_backward 1152", "norm_forward 1152", "norm_sums", "activation", "columns stack",
+        "columns activation", "cosine", "optimiser", "columns residual", "columns sums",
+        "norm_backward 768", "norm_forward 768",
     ),
+    compilers=8,
     rivals=("ours", "compile"), repeats=20, warmup=3, steps=10,
     turns={
         "step": (_xl("ours", 75, profile=True),),
@@ -152,7 +159,7 @@ def _tiny(contender: str, *more: str, **given: Any) -> Turn:
 
 TOY = Size(
     name="toy", device="cpu", dtype="fp32", model="SiT-S/2", tokens=16, batches=(1, 2), rows=16,
-    width=16, recipes=("bf16", "fp8 tensorwise"), families=("activation",),
+    width=16, recipes=("bf16", "fp8 tensorwise"), families=("activation",), compilers=1,
     rivals=("ours", "eager"), repeats=2, warmup=1, steps=2,
     turns={
         "step": (_tiny("ours", profile=True),),

@@ -40,8 +40,8 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
 
     ends = time.monotonic() + limit
     config = load_config(ROOT / turn.config, turn.overrides)
-    found: Record = {}
-    for batch in _batches(turn, out):
+    batches = _batches(turn, out)
+    for batch in batches:
         case = bench.Case(turn.contender, size.dtype, batch)
         found = bench.run_turn(
             config, case, steps=size.steps, warmup=size.warmup, memory=True,
@@ -52,13 +52,13 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
             text = json.dumps({"name": turn.name, "batch": batch, **profile}, indent=1)
             (out / records.PROFILE).write_text(text)
         (result,) = bench.gather([vars(case) | found])
-        record = {"name": turn.name} | bench.record(result) | {"run": result.line}
-        if result.problem != bench.DOES_NOT_FIT:
-            break
-        yield record | {"fits": False, "did_not_fit": record.pop("problem")}
-    if result.failed and (missing := engine_missing()):
-        record |= {"problem": missing.splitlines()[-1], "stderr": missing}
-    yield record
+        record = {"name": turn.name, **bench.record(result), "run": result.line}
+        if result.problem != bench.DOES_NOT_FIT or batch == batches[-1]:
+            if result.failed and (missing := engine_missing()):
+                record |= {"problem": missing.splitlines()[-1], "stderr": missing}
+            yield record
+            return
+        yield record | {"did_not_fit": record.pop("problem")}
 
 
 def _batches(turn: Turn, out: Path) -> tuple[int, ...]:

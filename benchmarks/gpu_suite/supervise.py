@@ -2,8 +2,9 @@
 
 The process (child.py) is started while the stage before still runs, so that what it imports costs
 no device time, and begins when it is given its task. It tells through a pipe, a JSON object a line:
-`context` (commit, device and versions, for records), `due` (keys of its items), `begin` and `limit`
-(an item and its seconds), `end`, `left` (an item for which the time does not reach).
+`context` (commit, device and versions, for records), `due` (keys of its items), `begin`, `limit`
+and `logged` (an item, its seconds, and how long the log is), `end`, `left` (an item for which the
+time does not reach).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 
 from benchmarks import SOURCES
 from benchmarks.gpu_suite import records
-from benchmarks.gpu_suite.plan import Record, Stage
+from benchmarks.gpu_suite.plan import SIZES, Record, Stage
 from benchmarks.provenance import ROOT
 
+PROGRAM = [sys.executable, "-m", "benchmarks.gpu_suite.child"]
 MOST = 200_000
 """Characters of what a process said that a record keeps, from the end."""
 POISONED = 3
@@ -73,15 +75,12 @@ class Child:
         self._unread = b""
         with run.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_suite.child", stage.name, str(writing)],
+                [*PROGRAM, stage.name, str(writing)],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writing],
                 start_new_session=True, env=run.environment(),
             )  # fmt: skip
         os.close(writing)
-        self._began()
-
-    def _began(self) -> None:
-        self.began, self.logged = time.monotonic(), self.run.log.stat().st_size
+        self.began, self.logged = time.monotonic(), run.log.stat().st_size
 
     def go(self, ends: float) -> None:
         """Give it its task; time.monotonic() is the same clock in all processes."""
@@ -90,7 +89,7 @@ class Child:
             "context": self.run.context,
             "since": self.run.started if self.stage.name in self.run.again else "",
         }  # fmt: skip
-        self._began()
+        self.began = time.monotonic()
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead, which is seen below
             self.process.stdin.write(json.dumps(task).encode() + b"\n")
@@ -128,7 +127,7 @@ class Child:
             self.left += [message["left"]] if "left" in message else []
             if "begin" in message:
                 self.item, self.limit = message["begin"], message["limit"]
-                self._began()
+                self.began, self.logged = time.monotonic(), message["logged"]
             if "end" in message:
                 self.item = ""
         return bool(data)
@@ -177,6 +176,20 @@ def run_stage(child: Child, run: Run) -> Record:
         child = Child(stage, run)
     took = round(time.monotonic() - began, 1)
     return _record(run, stage, due=due or [], left=child.left, took=took)
+
+
+def start_compilers(run: Run) -> list[subprocess.Popen[bytes]]:
+    """Start the processes that compile what the rows will launch (precompile.py)."""
+    count = SIZES[run.size].compilers
+    command = [sys.executable, "-m", "benchmarks.gpu_suite.precompile", run.size]
+    with run.log.open("ab") as log:
+        return [
+            subprocess.Popen(
+                [*command, str(n), str(count)], cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, env=run.environment(),
+            )
+            for n in range(count)
+        ]  # fmt: skip
 
 
 def _record(run: Run, stage: Stage, **values: Any) -> Record:

@@ -162,7 +162,7 @@ def _bytes_of_tree() -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def main(arguments: list[str] | None = None) -> int:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_suite.wheels",
         description=__doc__,
@@ -176,15 +176,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--parts", type=Path, default=Path(tempfile.gettempdir()) / "fastrepa-dali",
         help="keeps the parts between calls",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    if options.command == "join":
-        missing = join(DALI, options.parts, options.site)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = options().parse_args(arguments)
+    if given.command == "join":
+        missing = join(DALI, given.parts, given.site)
         print(f"DALI: {', '.join(missing)} still to come" if missing else "DALI: installed")
         return 0
     fetch()
-    if options.dali:
+    if given.dali:
         fetch_dali()
-    for path in sorted([*FOLDER.iterdir(), *(DALI.iterdir() if options.dali else ())]):
+    for path in sorted([*FOLDER.iterdir(), *(DALI.iterdir() if given.dali else ())]):
         print(f"{path.stat().st_size:>10,}  {path.relative_to(ROOT)}")
     return 0
 
