@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +41,7 @@ def ceilings(out: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _device(device: torch.device) -> Iterator[Record]:
-    record: Record = {"cudnn": torch.backends.cudnn.version(), "cpus": torch.get_num_threads()}
+    record: Record = {"cudnn": torch.backends.cudnn.version(), "cpus": os.cpu_count()}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         properties = torch.cuda.get_device_properties(device)

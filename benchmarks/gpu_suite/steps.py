@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import Item, Record, Size, Turn
 from benchmarks.provenance import ROOT
 
-PROGRAM = "fastrepa.insight.bench_turn"
+with suppress(ImportError):  # now, while another stage runs; where it fails, each turn says so
+    import_module("fastrepa.insight.bench")
+
 SHARE = 2.5
 """A turn may take so many times its estimate."""
 STATES = 16e9
@@ -45,7 +46,7 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
         case = bench.Case(turn.contender, size.dtype, batch)
         found = bench.run_turn(
             config, case, steps=size.steps, warmup=size.warmup, memory=True,
-            profile=turn.profile, timeout=ends - time.monotonic(),
+            profile=turn.profile, timeout=max(ends - time.monotonic(), 1),
         )  # fmt: skip
         profile = found.pop("profile", None)
         if profile is not None:
@@ -54,8 +55,6 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
         (result,) = bench.gather([vars(case) | found])
         record = {"name": turn.name, **bench.record(result), "run": result.line}
         if result.problem != bench.DOES_NOT_FIT or batch == batches[-1]:
-            if result.failed and (missing := engine_missing()):
-                record |= {"problem": missing.splitlines()[-1], "stderr": missing}
             yield record
             return
         yield record | {"did_not_fit": record.pop("problem")}
@@ -69,12 +68,3 @@ def _batches(turn: Turn, out: Path) -> tuple[int, ...]:
     image = PER_IMAGE.get(turn.contender, OTHERS_PER_IMAGE)
     fitting = [b for b in turn.batches if STATES + b * image < free[-1]]
     return tuple(fitting) or turn.batches[-1:]
-
-
-@functools.cache
-def engine_missing() -> str:
-    """Return what Python says when a turn's program cannot be imported, '' where it can."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {PROGRAM}"], capture_output=True, text=True, check=False
-    )
-    return (done.stderr.strip() or f"exit {done.returncode}") if done.returncode else ""

@@ -42,7 +42,8 @@ PLATFORMS = (
 )  # fmt: skip
 TRANSFER = 60 << 20
 """Bytes of one transfer."""
-INSTALL = ("install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target")
+# Compiled when imported: most of it never is.
+INSTALL = ("install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
 
 
 def pinned(names: tuple[str, ...]) -> list[str]:

@@ -53,6 +53,33 @@ def test_records_hold_times_floors_and_errors():
         assert r["error"] < 1e-6
 
 
+def test_only_row_kernels_are_replayed():
+    replayed = {name for name, case in cases.CASES.items() if case.row_kernels}
+    assert replayed == {
+        "layernorm_modulate", "gated_residual_layernorm_modulate", "gated_residual", "adamw_ema",
+    }  # fmt: skip
+    calls = []
+    works = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert run.replayed(works, CPU) == works  # a CPU has no graphs
+    assert len(run.milliseconds(works[0], CPU, 3)) == calls.count("a") == 3
+
+
+@pytest.mark.gpu
+def test_a_replay_does_the_work_again():
+    device = torch.device("cuda")
+    x, y, z = (torch.ones(1 << 20, device=device) for _ in range(3))
+    first, second = run.replayed([lambda: y.copy_(2 * x), lambda: z.copy_(y + 1)], device)
+    x.fill_(3)
+    first()
+    second()
+    assert y.eq(6).all() and z.eq(7).all()
+    case = cases.CASES["layernorm_modulate"]
+    shape = cases.Shape("SiT-S/2", 2, 256)
+    found = run.measure(case, shape, "bf16", device, Ceilings(1e12, 1e14), ["ours", "eager"], 3)
+    assert {r["launched"] for r in found} == {"by a graph"}
+    assert all(r["p50_ms"] > 0 for r in found) and len(found) == 6
+
+
 def test_memory_is_counted_exactly_on_the_cpu():
     def two_at_a_time(leaves, fixed):
         a = leaves[0].exp()
@@ -93,6 +120,8 @@ def test_records_make_a_report(tmp_path):
     assert len(lines) == 12
     needed = {"git", "dirty", "utc", "device", "driver", "cuda", "torch", "triton", "p50_ms"}
     assert needed <= set(json.loads(lines[0]))
+    with (tmp_path / "suite.jsonl").open("w") as file:
+        file.write('{"stage": "ceilings", "item": "device"}\n')
     loaded = report.load(tmp_path)
     assert len(loaded) == 6
     text = report.markdown(loaded)
