@@ -152,9 +152,9 @@ TINY = (
 )  # fmt: skip
 
 
-def _tiny(contender: str, *more: str, **given: Any) -> Turn:
-    name = " ".join(("tiny", *more))
-    return Turn(name, "configs/quickstart.yaml", (*TINY, *more), contender, (4, 2), 1, **given)
+def _tiny(contender: str, *more: str, limit: float = 240, profile: bool = False) -> Turn:
+    name, config = " ".join(("tiny", *more)), "configs/quickstart.yaml"
+    return Turn(name, config, (*TINY, *more), contender, (4, 2), 1, profile, limit)
 
 
 TOY = Size(

@@ -155,7 +155,7 @@ def check(out: Path, stages: Sequence[str], *, also_failed: Sequence[str] = ()) 
     for (stage, item), end in ends.items():
         assert end["git"] == provenance()["git"], f"{stage}: {item}: commit {end['git']}"
         if end["failed"] and "SIGKILL" not in end["problem"]:
-            told = [r for r in found if r["stage"] == stage and r["item"] == item]
+            told = [r for r in found if r["stage"] == stage and r.get("item") == item]
             assert any(len(r.get("stderr", "")) > 20 for r in told), f"{item}: said nothing"
     files = [p for p in out.rglob("*") if p.is_file()]
     assert len(files) <= 8, files
@@ -216,7 +216,7 @@ def one_process_killed(rehearsal: Rehearsal, chance: random.Random) -> None:
         for pid in rehearsal.stage_processes():
             kill(pid)
         time.sleep(0.5)
-        died = [r for r in records.load(out) if r["item"] and "SIGKILL" in r.get("problem", "")]
+        died = [r for r in records.load(out) if r.get("item") and "SIGKILL" in r.get("problem", "")]
     rehearsal.finish(process)
     died = [r for r in records.load(out) if "SIGKILL" in r.get("problem", "")]
     check(out, rehearsal.stages, also_failed=[r["item"] for r in died if r["item"]])
