@@ -29,7 +29,7 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
         return
     shape = Shape(size.model, size.batches[-1], size.tokens)
     for case in CASES.values():
-        if case.row_kernels == (stage == "rows"):
+        if case.row_kernels or stage == "operations":
             names = PROVIDERS if stage == "operations" and size.device == "cuda" else size.rivals
             run = partial(_measured, case, shape, size, out, names)
             yield Item(f"{case.name} {shape}", run, limit=60, estimate=10)

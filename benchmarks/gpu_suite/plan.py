@@ -126,7 +126,7 @@ FULL = Size(
         "norm_backward 768", "norm_forward 768",
     ),
     compilers=8,
-    rivals=("ours", "compile"), repeats=20, warmup=3, steps=10,
+    rivals=("ours", "eager"), repeats=20, warmup=3, steps=10,
     turns={
         "step": (_xl("ours", 75, profile=True),),
         "rivals": (

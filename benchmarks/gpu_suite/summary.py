@@ -1,4 +1,6 @@
-"""The compact table that a call prints last: failures first, then what was measured."""
+"""The compact table that a call prints last: failures, then what was measured, and where it is long
+the end is cut off.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ ALIKE = 2e-2
 def table(records: list[Record]) -> str:
     """Return the table of the latest record of everything, cut to what a caller sees."""
     sections = (
-        _failures(records), _device(records), _products(records), _correct(records),
-        _operations(records), _launch_rows(records), _steps(records), _tests(records),
-        _decoding(records), _stages(records),
+        _failures(records), _device(records), _steps(records), _stages(records), _tests(records),
+        _correct(records), _decoding(records), _products(records), _launch_rows(records),
+        _operations(records),
     )  # fmt: skip
     text = "\n".join(line for section in sections for line in section)
     return text if len(text) <= MOST else text[: MOST - 4] + "\n..."
