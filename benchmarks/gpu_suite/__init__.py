@@ -22,7 +22,7 @@ A stage runs in a process of its own, which is killed alone when it, or one of i
 longer than it may, and started again for the items that are left. Each item's records are on the
 disk as soon as they are known; what fails is a record with all that it said. Files in FOLDER:
 suite.jsonl (records), table.txt, log.txt (what everything said), profile.json, tests.xml and
-peak-memory.xml (JUnit).
+tests-alone.xml (JUnit).
 `--resume` takes in what was recorded for this commit and device, and does not repeat it. An item
 that would not end in the time left is left out for a later call.
 """

@@ -139,8 +139,8 @@ FULL = Size(
         ),
     },
     tests=(
-        ("tests", ("-n", "8", "-m", "gpu", "tests/kernels", "-k", "not peak_memory")),
-        ("peak-memory", ("-n", "1", "-m", "gpu", "tests/kernels", "-k", "peak_memory")),
+        ("tests", ("-n", "8", "-m", "gpu", "tests/kernels", "-k", "not peak_memory and not ceilings")),
+        ("tests-alone", ("-n", "1", "-m", "gpu", "tests/kernels", "-k", "peak_memory or ceilings")),
     ),
     images=512, decode=("cpu", "mixed"),
 )  # fmt: skip
