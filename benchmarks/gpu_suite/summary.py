@@ -15,7 +15,11 @@ ALIKE = 2e-2
 
 
 def table(records: list[Record]) -> str:
-    """Return the table of the latest record of everything, cut to what a caller sees."""
+    """Return the table of the latest record of everything of the last record's commit and device,
+    cut to what a caller sees.
+    """
+    last = records[-1] if records else {}
+    records = [r for r in records if all(r.get(k) == last.get(k) for k in ("git", "device"))]
     sections = (
         _failures(records), _device(records), _steps(records), _stages(records), _tests(records),
         _correct(records), _decoding(records), _products(records), _launch_rows(records),
@@ -25,11 +29,11 @@ def table(records: list[Record]) -> str:
     return text if len(text) <= MOST else text[: MOST - 4] + "\n..."
 
 
-def _latest(records: Iterable[Record], *keys: str) -> list[Record]:
-    """The last record of each value of `keys`, of those that have them all."""
-    found = {}
+def _latest(records: Iterable[Record], has: str, *keys: str) -> list[Record]:
+    """The last record of each value of `keys`, of those that have them all and `has`."""
+    found: dict[tuple[str, ...], Record] = {}
     for record in records:
-        if all(key in record for key in keys):
+        if all(key in record for key in (has, *keys)):
             values = tuple(str(record[key]) for key in keys)
             found.pop(values, None)
             found[values] = record
@@ -37,14 +41,14 @@ def _latest(records: Iterable[Record], *keys: str) -> list[Record]:
 
 
 def _failures(records: list[Record]) -> Iterator[str]:
-    failed = [r for r in _latest(records, "stage", "item", "seconds") if r.get("failed")]
+    failed = [r for r in _latest(records, "seconds", "stage", "item") if r["failed"]]
     for record in failed:
         name = f"{record['stage']}: {record['item'] or 'its start'}"
         yield f"FAILED {name}: {record['problem'][:160]}"
 
 
 def _device(records: list[Record]) -> Iterator[str]:
-    for record in _latest(records, "device", "bytes_per_second"):
+    for record in _latest(records, "bytes_per_second", "device"):
         yield (
             f"{record['device']}, torch {record['torch']}, triton {record['triton']}, commit "
             f"{record['git'][:12]}{' (modified)' if record['dirty'] else ''}: copy "
@@ -55,7 +59,7 @@ def _device(records: list[Record]) -> Iterator[str]:
 
 def _products(records: list[Record]) -> Iterator[str]:
     by_layer: dict[str, dict[str, float]] = {}
-    for r in _latest(records, "recipe", "layer", "way", "tflops"):
+    for r in _latest(records, "tflops", "recipe", "layer", "way"):
         by_layer.setdefault(f"{r['layer']} {r['way']}", {})[r["recipe"]] = r["tflops"]
     if by_layer:
         recipes = list(dict.fromkeys(recipe for row in by_layer.values() for recipe in row))
@@ -68,7 +72,7 @@ def _products(records: list[Record]) -> Iterator[str]:
 
 def _correct(records: list[Record]) -> Iterator[str]:
     found = [r for r in records if r["stage"] == "correct"]
-    checked = _latest(found, "item", "error")
+    checked = _latest(found, "error", "item")
     if checked:
         wrong = [r for r in checked if "problem" in r]
         worst = max(checked, key=lambda r: r["error"] / max(r["eager_error"], 1e-30))
@@ -79,7 +83,7 @@ def _correct(records: list[Record]) -> Iterator[str]:
 
 
 def _operations(records: list[Record]) -> Iterator[str]:
-    found = _latest(records, "case", "provider", "direction", "shape", "dtype", "p50_ms")
+    found = _latest(records, "p50_ms", "case", "provider", "direction", "shape", "dtype")
     for r in found:
         share = f"{r['share_of_floor']:5.0%}" if "share_of_floor" in r else "    -"
         yield (
@@ -90,7 +94,7 @@ def _operations(records: list[Record]) -> Iterator[str]:
 
 def _launch_rows(records: list[Record]) -> Iterator[str]:
     by_row: dict[str, list[Record]] = {}
-    for r in _latest(records, "row", "launched_with"):
+    for r in _latest(records, "now", "row", "launched_with"):
         by_row.setdefault(r["row"], []).append(r)
     for row, tried in by_row.items():
         timed = [r for r in tried if "p50_ms" in r]
@@ -104,7 +108,7 @@ def _launch_rows(records: list[Record]) -> Iterator[str]:
 
 
 def _steps(records: list[Record]) -> Iterator[str]:
-    found = _latest(records, "name", "contender", "batch")
+    found = _latest(records, "item", "name", "contender", "batch")
     losses = {(r["name"], r["batch"]): r["last_loss"] for r in reversed(found) if "last_loss" in r}
     for r in found:
         name = f"{r['name']:26} {r['contender']:14} b{r['batch']:<4}"
@@ -121,15 +125,15 @@ def _steps(records: list[Record]) -> Iterator[str]:
 
 
 def _tests(records: list[Record]) -> Iterator[str]:
-    for r in _latest([r for r in records if "passed" in r], "item"):
+    for r in _latest(records, "passed", "item"):
         counts = ", ".join(f"{r[how]} {how}" for how in ("passed", "failed", "skipped"))
         yield f"{r['item']}: {counts}"
 
 
 def _decoding(records: list[Record]) -> Iterator[str]:
-    for r in _latest(records, "case", "decode", "p50_images_per_s"):
+    for r in _latest(records, "p50_images_per_s", "decode"):
         yield f"decoding, {r['decode']}: {r['p50_images_per_s']:.0f} images/s"
-    for r in _latest(records, "case", "seconds_a_step"):
+    for r in _latest(records, "seconds_a_step", "case"):
         times = ", ".join(f"{k} {1000 * s:.1f} ms" for k, s in r["seconds_a_step"].items())
         yield f"a step at batch {r['batch']} fed by: {times}"
 

@@ -232,16 +232,19 @@ def test_outcomes_of_tests(tmp_path):
 
 def test_the_table_says_what_failed_and_whose_loss_is_another():
     step = {"name": "XL", "batch": 256, "p50_ms": 400.0, "images_per_s": 640.0, "peak_bytes": 9e10}
-    text = summary.table([
+    found = [
         end("correct", "a", failed=True, problem="wrong: tensor 0"),
+        end("correct", "b", failed=True, problem="mended"), end("correct", "b"),
+        end("correct", "c", failed=True, problem="old", git="another"),
         {"stage": "step", "item": "x", "contender": "ours", "last_loss": 1.0, **step},
         {"stage": "rivals", "item": "y", "contender": "eager", "last_loss": 1.5, **step},
         {"stage": "rivals", "item": "z", "contender": "plain", "last_loss": 1.01, **step},
         *({"stage": "rows", "item": "r", "row": "norm 1152", "launched_with": str(n), "now": n == 1,
            "p50_ms": 1.0 / n} for n in (1, 2)),
         {"stage": "rows", "item": "", "due": ["r"], "left": ["r"], "took": 3.0},
-    ])  # fmt: skip
-    assert "FAILED correct: a: wrong: tensor 0" in text
+    ]  # fmt: skip
+    text = summary.table([HERE | r for r in found])
+    assert text.count("FAILED") == 1 and "FAILED correct: a: wrong: tensor 0" in text
     (eager,) = (line for line in text.splitlines() if "eager" in line)
     assert "loss 1.5 is not 1" in eager
     assert text.count("is not") == 1 and "640.0 images/s" in text
