@@ -171,7 +171,7 @@ TOY = Size(
             _tiny("eager"), _tiny("ours", "attention.backend=sdpa-cudnn"),
             _tiny("ours", "seed=1", limit=0.5), _tiny("reference"),
         ),
-        "others": (_tiny("plain+compile"),),
+        "others": (_tiny("plain+compile", limit=450),),
     },
     tests=(("tests", ("-n", "2", "tests/kernels/test_launch.py")),),
     images=64, decode=("cpu",),
