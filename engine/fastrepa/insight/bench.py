@@ -326,12 +326,14 @@ def run_turn(
         err.seek(0)
         said, stderr = (file.read().decode(errors="replace") for file in (out, err))
     results = [line for line in said.splitlines() if line.startswith(MARK)]
-    if results and not turn.returncode and not late:
-        result: dict[str, Any] = json.loads(results[-1].removeprefix(MARK))
-        return result | {"stderr": stderr} if "problem" in result else result
+    result: dict[str, Any] = json.loads(results[-1].removeprefix(MARK)) if results else {}
+    if result and not turn.returncode and not late:
+        return result
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    killed = f"killed by signal {-turn.returncode}" if turn.returncode < 0 else ""
-    return {"problem": late or killed or (lines[-1] if lines else "no output"), "stderr": stderr}
+    problem = late or result.get("problem") or (lines[-1] if lines else "no output")
+    if turn.returncode < 0 and not late:
+        problem = f"killed by signal {-turn.returncode}"
+    return {"problem": problem, "stderr": stderr}
 
 
 def _turn_config(config: Config, case: Case) -> dict[str, Any]:
@@ -352,6 +354,8 @@ def _end(turn: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(turn.pid, signal.SIGKILL)
     turn.wait()
+    assert turn.stdin is not None
+    turn.stdin.close()
 
 
 def label(case: Case) -> str:

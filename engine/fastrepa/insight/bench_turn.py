@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +26,15 @@ from fastrepa.insight.peak_memory import highest, storages
 from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.collectives import time_collectives
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World, join_world, leave_world, time_collectives
+from fastrepa.training.zero import World, join_world, leave_world
 
 MARK = "BENCH "
 DOES_NOT_FIT = "does not fit"
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # the driver's, cuBLAS's and cuDNN's words
 
 
 def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Config:
@@ -165,13 +166,22 @@ def main(text: str) -> int:
     turn = sampling_turn if task["sampler"] else training_turn
     try:
         result = turn(task, config, world)
-    except torch.cuda.OutOfMemoryError:
-        traceback.print_exc()
-        result = {"problem": DOES_NOT_FIT}
+    except Exception as e:
+        if world.is_first:  # its traceback goes to stderr, among what libraries say when they end
+            print(MARK + json.dumps({"problem": problem_of(e)}), flush=True)
+        raise
     if world.is_first:
         print(MARK + json.dumps(result), flush=True)
     leave_world()
     return 0
+
+
+def problem_of(e: Exception) -> str:
+    """One line on an exception; torch's and libraries' words for too little memory are one."""
+    if any(words in str(e) for words in NO_MEMORY):
+        return DOES_NOT_FIT
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[0]}" if lines else type(e).__name__
 
 
 def _end_with_stdin() -> None:

@@ -33,7 +33,7 @@ from fastrepa.insight.sharding import (
 from fastrepa.insight.workload import Workload, measure_workload
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.training.buckets import block_elements, resolve_zero
-from fastrepa.training.zero import deepspeed_config, micro_batch
+from fastrepa.training.zero import as_run, deepspeed_config, micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
 STEP_PARTS = (
@@ -223,7 +223,7 @@ def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
     resolved = resolve_zero(config, parameters.numel, world)
     return Sharding(
         world,
-        config.zero.stage,
+        as_run(config, world).zero.stage,
         micro,
         forwards,
         every if isinstance(every, int) else 0,

@@ -28,12 +28,13 @@ from fastrepa.insight.host_syncs import HostSync, HostSyncs
 from fastrepa.insight.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.insight.recompute import resolve_recompute
 from fastrepa.insight.trace import PART, STEP, Operation, Trace, read_trace
+from fastrepa.training.collectives import time_collectives
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.meters import image_flops
 from fastrepa.training.regions import NAMES, REGIONS
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World, micro_batch, time_collectives
+from fastrepa.training.zero import World, micro_batch
 from fastrepa.vision.registry import find_recipe
 from fastrepa.vision.weights import find_package_weights
 from fastrepa_kernels.cost import Ceilings, Cost, measure_ceilings

@@ -33,7 +33,6 @@ ZERO_DEFAULTS: dict[str, Any] = {
     "stage3_max_reuse_distance": 1_000_000_000,
     "sub_group_size": 1_000_000_000,
 }
-STAGE0_BUCKET = 500_000_000  # a constant of DeepSpeed's engine
 
 PARTS = (
     "weights", "gradients", "master weights", "Adam moments", "EMA", "activations", "encoders",
@@ -249,12 +248,7 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
     """
     w, n = s.itemsize, p.numel
     if s.stage == 0:
-        # all_reduce sends a flattened copy; after it the masters want float32.
-        sent = w * min(n, STAGE0_BUCKET) if s.world > 1 else 0
-        copies = 4 * n if s.bf16 else 0
-        if sent > copies:
-            return {"gradients": w * n, "communication buffers": sent}
-        return {"gradients": w * n + copies}
+        return {"gradients": 2 * w * n}  # as they were made, and flat
     if s.stage == 3 and s.offload == "none":
         part = min(n / s.world, s.number("sub_group_size"))
         return {"gradients": (4 + (2 if s.bf16 else 0)) * part}
@@ -262,9 +256,8 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
         return {"gradients": w * n}
     if s.offload != "none":  # they have left already, but stage 1 may start only now
         return {"gradients": w * n} if s.stage == 1 and not s.leaves_early else {}
-    # The shard's gradients, then flattened, then in float32.
-    copies = 4 if s._sums_in_fp32 or not s.bf16 else 6
-    update = ((4 if s._sums_in_fp32 else w) + copies) * n / s.world
+    # The shard's gradients, and flat; float32 sums of bf16 ones are flat from the first.
+    update = (4 if s._sums_in_fp32 else 2 * w) * n / s.world
     if s.stage == 1 and not s.leaves_early:
         # Before that they leave the whole ones by way of the bucket, whose flattened copy takes
         # the place of those in it until the sending is over.
@@ -301,7 +294,7 @@ def messages(s: Sharding, p: Parameters, recomputed: int = 0) -> list[Message]:
         return []
     w, n = s.itemsize, p.numel
     if s.stage == 0:
-        return [Message("all_reduce", w * n, w * n, math.ceil(n / STAGE0_BUCKET), s.overlaps)]
+        return [Message("all_reduce", w * n, w * n, 1, False)]
     if s.stage < 3:
         times = s.forwards if s.stage == 2 else 1
         calls = times * math.ceil(n / s.number("reduce_bucket_size"))

@@ -23,7 +23,7 @@ from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.training.targets import Targets
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import World
+from fastrepa.training.zero import World, as_run
 from fastrepa_kernels.attention import SDPA
 
 BATCH = 2  # images of the one step
@@ -64,7 +64,8 @@ class RandomBatches:
         r, codec = self.config.data.resolution, self.trainer.codec
         moments = None
         if self.trainer.cached_latents:
-            moments = torch.rand(self.size, 2 * codec.channels, codec.side, codec.side)
+            shape = (self.size, 2 * codec.channels, codec.side, codec.side)
+            moments = torch.rand(shape, generator=self.generator)
         return Batch(
             image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
             moments=None if moments is None else moments.to(self.device),
@@ -154,7 +155,8 @@ def _memory(
     config: Config, world: World, trained: int, trainer: Trainer, activations: int
 ) -> dict[str, int]:
     """Bytes per rank: ZeRO divides optimiser (1), gradients (2) and weights (3) by the ranks."""
-    stage, low = config.zero.stage, config.training.precision == "bf16"
+    stage = as_run(config, world.size).zero.stage
+    low = config.training.precision == "bf16"
     width = 2 if low else 4
 
     def share(since: int) -> int:

@@ -162,7 +162,8 @@ class AdamWEMA(torch.optim.AdamW):
     def _fused_update(self, params, grads, low, bad, scale) -> None:
         steps = [self.state[p]["step"] for p in params]
         taken: Any = 1.0 if bad is None else (~bad).to(steps[0].device, torch.float32)
-        torch._foreach_add_(steps, taken)
+        for count in steps:  # torch._foreach_add_ would read a scalar tensor on the host
+            count.add_(taken)
         step: Any = int(steps[0]) if bad is None else steps[0]
         group = self.param_groups[0]
         adamw_ema_(
@@ -186,8 +187,8 @@ class AdamWEMA(torch.optim.AdamW):
         """As torch does it, pass by pass."""
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(p.dtype)
-        if scale is not None:
-            torch._foreach_mul_([p.grad for p in params], scale)
+            if scale is not None:
+                p.grad.mul_(scale)
         self.found_inf = None if bad is None else bad.float()  # torch's name for it
         super().step()
         step = self.state[params[0]]["step"]

@@ -42,6 +42,7 @@ from fastrepa.training.checkpoint import (
     read_state,
 )
 from fastrepa.training.checkpoint_writer import CheckpointWriter
+from fastrepa.training.collectives import time_collectives
 from fastrepa.training.compilation import (
     COMPILED,
     check_compile,
@@ -66,7 +67,6 @@ from fastrepa.training.zero import (
     micro_batch,
     of_first_rank,
     start_engine,
-    time_collectives,
 )
 from fastrepa_kernels import launch
 

@@ -1,5 +1,5 @@
-"""DeepSpeed, in this file only: the world, the engine's dictionary, and whole tensors in and out.
-Its files are zero_format.py's.
+"""DeepSpeed: the world, the engine's dictionary, and whole tensors in and out. The step of stages 0
+to 2 is zero_step.py's, its collectives are collectives.py's, its files zero_format.py's.
 
 A parameter's whole float32 weight and optimiser states can be read and written under every ZeRO
 stage through `WholeTensors`; checkpoints are made of nothing else.
@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import time
-import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +27,6 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
-import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import (
@@ -52,7 +50,7 @@ from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.training.buckets import resolve_zero, trained_elements
 from fastrepa.training.ema import EMA, MOMENTS, AdamWEMA
 from fastrepa.training.offload import SwappedStates, offload_settings
-from fastrepa.training.zero_step import FlatWeights, sharded_step, unsharded_step
+from fastrepa.training.zero_step import FlatWeights, order_streams, sharded_step, unsharded_step
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, *MOMENTS, EMA)  # of every run; WholeTensors.kinds has those of one
@@ -177,8 +175,21 @@ def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
+def as_run(config: Config, world_size: int) -> Config:
+    """The configuration with the ZeRO stage that runs.
+
+    Stages 1 and 2 divide nothing on one rank, where stage 0's step is the shorter. Float32 sums of
+    several forwards' bf16 gradients are theirs alone.
+    """
+    z, (_, forwards) = config.zero, micro_batch(config, world_size)
+    if world_size > 1 or z.stage == 3 or z.offload != "none" or _sums_in_fp32(config, forwards):
+        return config
+    return config.model_copy(update={"zero": z.model_copy(update={"stage": 0})})
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
+    config = as_run(config, world_size)
     micro, forwards = micro_batch(config, world_size)
     out: dict[str, Any] = {
         "train_batch_size": config.training.global_batch,
@@ -232,7 +243,9 @@ def _zero_optimization(config: Config) -> dict[str, Any]:
 
 def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
     """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
-    config = resolve_zero(config, trained_elements(model.parameters()), world.size)
+    config = as_run(
+        resolve_zero(config, trained_elements(model.parameters()), world.size), world.size
+    )
     stage, ours = config.zero.stage, _steps_itself(config, micro_batch(config, world.size)[1])
     trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
     flat = None
@@ -261,9 +274,10 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
     if flat is not None:
         flat.master.data.copy_(flat.weights)
         engine.enable_backward_allreduce = False  # unsharded_step does it, of the flat gradient
-        optimizer.step = partial(unsharded_step, flat, optimizer)
+        optimizer.step = partial(unsharded_step, flat, optimizer)  # type: ignore[method-assign]
     elif ours:
         engine.optimizer.step = partial(sharded_step, engine.optimizer, optimizer)
+        order_streams(engine.optimizer)
     else:
         optimizer.engine_norm = lambda: getattr(engine.optimizer, "_global_grad_norm", None)
     engine.flat = flat
@@ -425,62 +439,6 @@ class WholeTensors:
     def _steps(self) -> Iterator[Tensor]:
         for master in self._all_masters():
             yield self.optimizer.state[master]["step"]
-
-
-Region = Callable[[str], contextlib.AbstractContextManager[None]]
-COLLECTIVES = (
-    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-    "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
-    "all_to_all_single", "all_to_all", "gather", "scatter", "barrier",
-)  # fmt: skip
-
-
-def time_collectives(region: Region) -> None:
-    """From now on DeepSpeed's collectives of this process, and its waiting for them, happen inside
-    `region("communication")`: a bound method, whose object is not kept alive.
-    """
-    backend = deepspeed_comm.cdb
-    if not isinstance(backend, _TimedBackend):
-        backend = deepspeed_comm.cdb = _TimedBackend(backend)
-    backend.region = weakref.WeakMethod(region)
-
-
-class _TimedBackend:
-    """Stands before DeepSpeed's communication backend, the one object that it calls."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.region: Callable[[], Region | None] = lambda: None
-
-    def communication(self) -> contextlib.AbstractContextManager[None]:
-        region = self.region()
-        return contextlib.nullcontext() if region is None else region("communication")
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.backend, name)
-        if name not in COLLECTIVES:
-            return found
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.communication():
-                work = found(*args, **kwargs)
-            return _TimedWork(self, work) if hasattr(work, "wait") else work
-
-        return timed
-
-
-class _TimedWork:
-    """A collective that was started: waiting for it is communication too."""
-
-    def __init__(self, backend: _TimedBackend, work: Any) -> None:
-        self.backend, self.work = backend, work
-
-    def wait(self, *args: Any, **kwargs: Any) -> Any:
-        with self.backend.communication():
-            return self.work.wait(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.work, name)
 
 
 def _without_chatter() -> contextlib.AbstractContextManager[Any]:

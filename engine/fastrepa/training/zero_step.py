@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
@@ -71,6 +72,27 @@ class FlatWeights:
         return flat
 
 
+def order_streams(zero: Any) -> None:
+    """Let the end of backward in stages 1 and 2 order streams where DeepSpeed stops the host.
+
+    With overlap_comm gradients are reduced on a stream of its own, and it waits for the device
+    before it frees what that stream reads. The compute stream, whose memory it is, can wait.
+    """
+    epilogue = zero.independent_gradient_partition_epilogue
+
+    def ordered() -> None:
+        accelerator: Any = get_accelerator()
+        compute = accelerator.current_stream()
+        accelerator.synchronize = lambda: compute.wait_stream(zero.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize  # the class's own is back
+
+    if zero.overlap_comm and zero.reduction_stream is not None:
+        zero.independent_gradient_partition_epilogue = ordered
+
+
 def unsharded_step(flat: FlatWeights, optimizer: AdamWEMA) -> None:
     """Stage 0: the whole update on every rank."""
     optimizer.update([flat.master], [flat.gradients()], flat.low)
@@ -92,12 +114,15 @@ def sharded_step(zero: Any, optimizer: AdamWEMA) -> None:
             flat = zero.flatten_dense_tensors_aligned(
                 zero.averaged_gradients[i], int(zero.partition_size[i])
             )
+            zero.averaged_gradients[i] = None
         zero.free_grad_in_param_list(zero.params_in_partition[i])
-        zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
+        zero.all_grad_tensors[i] = None
         grads.append(flat)
         low.append(whole[rank])
     optimizer.update(zero.single_partition_of_fp32_groups, grads, low)
+    del flat, grads  # before weights are gathered
     zero._release_preflattened_grad_buffers()
+    zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
     zero._global_grad_norm = optimizer._global_grad_norm
     all_gather_dp_groups(
         groups_flat=zero.bit16_groups_flat,

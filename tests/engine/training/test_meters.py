@@ -209,9 +209,7 @@ LISTS = {("deepspeed/runtime/zero/utils.py", function)
          for function in ("assert_lst_len_same_as_other_ranks", "get_lst_from_rank0",
                           "<listcomp>")}  # fmt: skip
 DEEPSPEED = {
-    (0, "fp32"): set(),
-    (1, "fp32"): {NORM},
-    (1, "bf16"): {NORM, ("deepspeed/runtime/zero/stage_1_and_2.py", "has_overflow")},
+    **{(stage, precision): set() for stage in (0, 1, 2) for precision in ("fp32", "bf16")},
     (3, "bf16"): {NORM, *LISTS},  # it compares lists between ranks while its trace is young
 }
 
