@@ -21,8 +21,10 @@ SHARE = 2.5
 """A turn may take so many times its estimate."""
 STATES = 16e9
 """Bytes of SiT-XL/2's weights, gradients and optimiser; of SiT-B/2's it is too many."""
-PER_IMAGE = {"ours": 0.22e9, "ours+graphs": 0.22e9}
-OTHERS_PER_IMAGE = 0.32e9
+PER_IMAGE = dict.fromkeys(("ours", "ours+graphs"), 0.22e9) | dict.fromkeys(
+    ("plain+compile", "eager+compile"), 0.32e9
+)
+EAGER_PER_IMAGE = 0.55e9
 """Estimated bytes that backward needs of an image, to begin with a batch that may fit."""
 
 
@@ -65,6 +67,6 @@ def _batches(turn: Turn, out: Path) -> tuple[int, ...]:
     free = [r["free_bytes"] for r in records.load(out) if "free_bytes" in r]
     if not free:
         return turn.batches
-    image = PER_IMAGE.get(turn.contender, OTHERS_PER_IMAGE)
+    image = PER_IMAGE.get(turn.contender, EAGER_PER_IMAGE)
     fitting = [b for b in turn.batches if STATES + b * image < free[-1]]
     return tuple(fitting) or turn.batches[-1:]
