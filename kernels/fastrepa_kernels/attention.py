@@ -20,7 +20,8 @@ which are the gradient of the bias that qkv's Linear added.
 
 Never run, because no GPU was at hand: all that is not for the CPU. The calls follow the sources of
 flash-attn 2.8.3.post2 (its hopper/ folder is flash-attn 3), flash-attn-4 4.0.0b36 and xformers
-0.0.35, and are tested against stand-ins with those signatures.
+0.0.35, and are tested against stand-ins with those signatures; torch's own are tested against its
+shape functions (2.11 and 2.15).
 """
 
 from __future__ import annotations
