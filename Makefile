@@ -61,4 +61,4 @@ gpu-rehearsal: $(IMAGE_READY) gpu-wheels
 	@$(GPU_IMAGE)/bin/python -m benchmarks.gpu_suite.rehearsal --wheels .gpu-wheels
 
 clean:
-	rm -rf $(VENV) .gpu-* build dist *.egg-info
+	rm -rf $(VENV) $(GPU_IMAGE) .gpu-wheels .gpu-dali build dist *.egg-info

@@ -15,9 +15,10 @@ SEVERAL_RANKS = (
     "tests/end_to_end/test_cached.py",
 )  # fmt: skip
 LONG = (
-    "test_plan.py", "test_wrong_inputs.py", "test_commands.py", "test_documentation.py",
-    "test_data_commands.py", "test_prepare_restart.py", "test_evaluate.py", "test_encode.py",
-    "test_effect_benchmark.py", "test_quantise.py", "test_aot.py", "test_benchmarks.py",
+    "test_gpu_suite.py", "test_plan.py", "test_wrong_inputs.py", "test_commands.py",
+    "test_documentation.py", "test_data_commands.py", "test_prepare_restart.py",
+    "test_evaluate.py", "test_encode.py", "test_effect_benchmark.py", "test_quantise.py",
+    "test_aot.py", "test_benchmarks.py",
 )  # fmt: skip
 
 

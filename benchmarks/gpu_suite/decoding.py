@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import data_sets
-from benchmarks.gpu_suite.plan import B2, ONLINE, Item, Record, Size
+from benchmarks.gpu_suite.plan import B2, ONLINE, TINY, Item, Record, Size
+from benchmarks.provenance import ROOT
 from benchmarks.run import quantile
 from fastrepa.config import Config, DataConfig, load_config
 from fastrepa.data.pipeline import Batch, DataPipeline
@@ -116,13 +117,13 @@ def _steps(trainer, batches: Iterator[Batch], size: Size) -> float:
 
 
 def _config(size: Size) -> Config:
-    from benchmarks.gpu_suite.plan import TINY
-    from benchmarks.provenance import ROOT
-
     if size.device == "cuda":
         return load_config(ROOT / B2, (*ONLINE, "training.global_batch=128"))
-    tiny = (*TINY, "data.resolution=256", "data.codec.side=128", "model.patch=16")
-    return load_config(ROOT / "configs/quickstart.yaml", (*tiny, "training.global_batch=4"))
+    larger = (
+        "data.resolution=256", "data.codec.side=128", "model.patch=16",
+        "vision.encoders.0.input=128", "training.global_batch=4",
+    )  # fmt: skip
+    return load_config(ROOT / "configs/quickstart.yaml", (*TINY, *larger))
 
 
 def _image(batch: Batch) -> torch.Tensor:
