@@ -6,12 +6,19 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint types bench clean help
+# What a borrowed GPU machine has, in a folder of its own: made once, by a Python 3.12.
+PYTHON312 ?= python3.12
+GPU_IMAGE ?= .gpu-image
+IMAGE_READY := $(GPU_IMAGE)/.ready
+
+.PHONY: quickstart test lint types gpu-wheels gpu-image gpu-rehearsal clean help
 
 help:
 	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
 	@echo "make lint types   ruff and mypy"
+	@echo "make gpu-wheels   .gpu-wheels: what a borrowed GPU machine lacks (DALI=1: .gpu-dali too)"
+	@echo "make gpu-rehearsal  what is measured there, at toy shapes on this CPU, with what can go wrong"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,5 +41,24 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy engine kernels
 
+gpu-wheels:
+	@$(PYTHON) -m benchmarks.gpu_suite.wheels fetch $(if $(DALI),--dali)
+
+gpu-image: $(IMAGE_READY)
+
+$(IMAGE_READY): benchmarks/gpu_image.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "a borrowed GPU machine has Python 3.12; set PYTHON312=python3.12"; exit 1; }
+	@echo "setting up $(GPU_IMAGE): about 5 GB of packages, once"
+	@test -x $(GPU_IMAGE)/bin/python || $(PYTHON312) -m venv $(GPU_IMAGE)
+	@$(GPU_IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@# typer brings pydantic along, which that machine does not have
+	@$(GPU_IMAGE)/bin/python -m pip uninstall --quiet --yes \
+		pydantic pydantic_core annotated-types typing-inspection
+	@touch $@
+
+gpu-rehearsal: $(IMAGE_READY) gpu-wheels
+	@$(GPU_IMAGE)/bin/python -m benchmarks.gpu_suite.rehearsal --wheels .gpu-wheels
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .gpu-* build dist *.egg-info

@@ -91,6 +91,8 @@ class Case:
     providers: dict[str, Provider]
     cost: Callable[[Shape, int], dict[str, cost.Cost]]
     backward: bool = True
+    row_kernels: bool = False
+    """Kernels that take less time than autograd takes to launch them: on CUDA graphs are timed."""
     refusal: Callable[[str, Shape, torch.dtype, torch.device], str] = _nothing_against
     """Why a provider cannot be measured at a shape, '' where it can."""
     cpu_shapes: list[Shape] = field(default_factory=lambda: [Shape("SiT-S/2", 24, 256)])
@@ -332,6 +334,7 @@ CASES = {
                 adaln.gated_residual_layernorm_modulate_reference,
             ),
             _both(adaln.gated_residual_layernorm_modulate_cost),
+            row_kernels=True,
         ),
         Case(
             "attention",
@@ -352,6 +355,7 @@ CASES = {
             },
             _optimiser_cost,
             backward=False,
+            row_kernels=True,
         ),
         Case(
             "linear_gelu",
@@ -364,12 +368,14 @@ CASES = {
             _modulated(2, False, "y"),
             _rivals(adaln.layernorm_modulate, adaln.layernorm_modulate_reference),
             _both(adaln.layernorm_modulate_cost),
+            row_kernels=True,
         ),
         Case(
             "gated_residual",
             _modulated(1, True, "x"),
             _rivals(adaln.gated_residual, adaln.gated_residual_reference),
             _both(adaln.gated_residual_cost),
+            row_kernels=True,
         ),
     )
 }

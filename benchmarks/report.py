@@ -23,12 +23,17 @@ _CONTENDED = ("device", "case", "run", "precision", "batch", "ranks", "sampler",
 
 
 def load(folder: Path) -> list[Record]:
-    """The latest record of each thing measured, which _MEASURED or _CONTENDED tell apart."""
+    """The latest record of each thing measured, which _MEASURED or _CONTENDED tell apart; what
+    else benchmarks/gpu_suite records has no table here.
+    """
     latest: dict[tuple, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            key = tuple(record[k] for k in (_CONTENDED if "contender" in record else _MEASURED))
+            named = _CONTENDED if "contender" in record else _MEASURED
+            if not record.keys() >= set(named):
+                continue
+            key = tuple(record[k] for k in named)
             if key not in latest or record["utc"] >= latest[key]["utc"]:
                 latest[key] = record
     return list(latest.values())

@@ -7,9 +7,10 @@ Before anything is timed, every provider's outputs and gradients are compared wi
 same widths at a batch of two: ours may be at most twice as wrong as eager plus one rounding unit,
 a rival four times that; a wrong provider is reported and not timed. Providers take turns, iteration
 by iteration, on the same inputs, so that a disturbance of the machine meets them all. On CUDA
-inputs rotate through enough copies to be cold in L2. Peak memory: the allocator's counters on CUDA;
-on CPU the sum of the profiler's allocation events, which is exact for torch's allocator. Bytes
-saved for backward: the distinct storages that autograd packs, inputs left out.
+inputs rotate through enough copies to be cold in L2, and row kernels, which take less time than
+autograd takes to launch them, are replayed as CUDA graphs. Peak memory: the allocator's counters on
+CUDA; on CPU the sum of the profiler's allocation events, which is exact for torch's allocator.
+Bytes saved for backward: the distinct storages that autograd packs, inputs left out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from benchmarks.provenance import provenance
 from fastrepa.insight.peak_memory import highest
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
@@ -41,16 +45,9 @@ SEED = 11
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=RECORDS.parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
     on_gpu = device.type == "cuda"
     return {
-        "git": git("rev-parse", "HEAD") or "none",
-        "dirty": bool(git("status", "--porcelain")),
+        **provenance(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "driver": _driver() if on_gpu else None,
@@ -71,7 +68,10 @@ def _cpu_name() -> str:
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.split("\n")[0].strip()
 
 
@@ -109,19 +109,25 @@ def _errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def gate(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, float], list[str]]:
-    """The largest error of every provider at a batch of two, and the providers that are wrong."""
-    small = Shape(shape.model, 2, shape.tokens)
-    wide = _wide(_problem(case, small, dtype, device))
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Collection[str] = PROVIDERS,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The largest error of eager and of `names` at this shape, and what is wrong with those that
+    are: the output or gradient, counted from 0, its error and what was allowed.
+    """
+    wide = _wide(_problem(case, shape, dtype, device))
     exact = _once(case.providers["eager"], wide)
-    eager_values = _once(case.providers["eager"], _problem(case, small, dtype, device))
+    eager_values = _once(case.providers["eager"], _problem(case, shape, dtype, device))
     eager = _errors(eager_values, exact)
-    errors, wrong = {"eager": max(eager)}, []
+    del wide, eager_values
+    errors, wrong = {"eager": max(eager)}, {}
     for name, provider in case.providers.items():
-        if name == "eager" or case.refusal(name, small, dtype, device):
+        if name == "eager" or name not in names or case.refusal(name, shape, dtype, device):
             continue
-        values = _once(provider, _problem(case, small, dtype, device))
+        values = _once(provider, _problem(case, shape, dtype, device))
         mine = _errors(values, exact)
         errors[name] = max(mine)
         # A scalar may be right to many digits by luck: there a unit of the operands' dtype counts.
@@ -129,8 +135,13 @@ def gate(
         # Ours keeps the rule; a rival is only refused when it computes something else.
         factor = 2 if name == "ours" else 8
         limits = [factor * (e + unit / 2) for e, unit in zip(eager, units, strict=True)]
-        if not all(m <= limit for m, limit in zip(mine, limits, strict=True)):
-            wrong.append(name)
+        off = [
+            f"tensor {i}: error {m:.2e}, allowed {limit:.2e}"
+            for i, (m, limit) in enumerate(zip(mine, limits, strict=True))
+            if not m <= limit
+        ]
+        if off:
+            wrong[name] = "; ".join(off)
     return errors, wrong
 
 
@@ -194,23 +205,75 @@ class _Clock:
         return 1000 * (self.marks[b] - self.marks[a])
 
 
+def replayed(works: list[Callable[[], object]], device: torch.device) -> list[Callable[[], object]]:
+    """`works`, each captured as a CUDA graph: to be called in this order, they cost the host one
+    launch each. On a CPU as they are. A work is called three times first, so that it is compiled;
+    what one leaves for the next must be alive when it returns.
+    """
+    if device.type == "cpu":
+        return works
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for work in works:
+                work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    pool, graphs = torch.cuda.graph_pool_handle(), []
+    for work in works:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool, stream=stream):
+            work()
+    return [graph.replay for graph in graphs]
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Times of `work`, replayed without a wait between: on CUDA those of its kernels alone."""
+    (replay,) = replayed([work], device)
+    clock = _Clock(device)
+    clock.mark()
+    for _ in range(repeats):
+        replay()
+        clock.mark()
+    return [clock.milliseconds(i, i + 1) for i in range(repeats)]
+
+
+def _halves(provider: Provider, given: Problem) -> list[Callable[[], object]]:
+    """The forward pass, and where there is one the backward pass of what it left."""
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        outputs.clear()
+        outputs.extend(provider(given.leaves, given.fixed))
+
+    def backward() -> None:
+        upstream = [g.to(y.dtype) for g, y in zip(given.upstream, outputs, strict=True)]
+        torch.autograd.grad(outputs, given.leaves, upstream)
+        outputs.clear()
+
+    return [forward, backward] if given.upstream else [forward]
+
+
 def times(
     case: Case, names: list[str], problem: Problem, device: torch.device, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
     """provider -> direction -> milliseconds, the providers taking turns."""
     copies = _copies(problem, device)
+    works = {
+        name: [
+            replayed(halves, device) if case.row_kernels else halves
+            for halves in (_halves(case.providers[name], given) for given in copies)
+        ]
+        for name in names
+    }
     clocks: dict[str, list[_Clock]] = {name: [] for name in names}
     for i in range(repeats + 1):  # the first round warms up and compiles
         for name in names:
-            given, clock = copies[i % len(copies)], _Clock(device)
+            clock = _Clock(device)
             clock.mark()
-            outputs = case.providers[name](given.leaves, given.fixed)
-            clock.mark()
-            if given.upstream:
-                upstream = [g.to(y.dtype) for g, y in zip(given.upstream, outputs, strict=True)]
-                torch.autograd.grad(outputs, given.leaves, upstream)
-            clock.mark()
-            del outputs
+            for work in works[name][i % len(copies)]:
+                work()
+                clock.mark()
             if i:
                 clocks[name].append(clock)
     spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
@@ -227,6 +290,11 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median of milliseconds, with the quantiles around it, as records have them."""
+    return {f"p{q}_ms": quantile(values, q / 100) for q in (20, 50, 80)} | {"n": len(values)}
+
+
 def measure(
     case: Case,
     shape: Shape,
@@ -237,14 +305,14 @@ def measure(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """Gate, then memory, then time: the records of one case at one shape."""
-    dtype = DTYPES[dtype_name]
-    errors, wrong = gate(case, shape, dtype, device)
+    dtype, on_gpu = DTYPES[dtype_name], device.type == "cuda"
+    errors, wrong = gate(case, Shape(shape.model, 2, shape.tokens), dtype, device, names)
     refused = {n: case.refusal(n, shape, dtype, device) for n in names if n in case.providers}
     for name, why in refused.items():
         if why:
             print(f"{case.name} {shape}: {name} left out: {why}")
-    for name in wrong:
-        print(f"{case.name} {shape}: {name} is WRONG (error {errors[name]:.2e}); not timed")
+    for name, why in wrong.items():
+        print(f"{case.name} {shape}: {name} is WRONG ({why}); not timed")
     names = [n for n, why in refused.items() if not why and n not in wrong]
     problem = _problem(case, shape, dtype, device)
     timed = times(case, names, problem, device, repeats)  # first, so that compile has compiled
@@ -258,9 +326,9 @@ def measure(
         for direction, values in timed[name].items():
             record: dict[str, Any] = {
                 "case": case.name, "provider": name, "direction": direction, "shape": str(shape),
-                "dtype": dtype_name, "p20_ms": quantile(values, 0.2),
-                "p50_ms": quantile(values, 0.5), "p80_ms": quantile(values, 0.8),
-                "n": len(values), "cache": "cold" if device.type == "cuda" else "as it falls",
+                "dtype": dtype_name, **spread(values),
+                "cache": "cold" if on_gpu else "as it falls",
+                "launched": "by a graph" if case.row_kernels and on_gpu else "by autograd",
                 "peak_bytes": peak, "saved_bytes": saved, "error": errors[name],
                 "eager_error": errors["eager"],
             }  # fmt: skip
@@ -292,10 +360,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def append(path: Path, records: list[dict[str, Any]], context: dict[str, Any]) -> None:
+    """Append a line a record, on the disk when this returns: what follows may be killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for record in records:
             file.write(json.dumps(record | context) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,9 +26,28 @@ from fastrepa_kernels.attention import _stacked
 from fastrepa_kernels.cost import median_seconds
 from fastrepa_kernels.projector_alignment import projector_alignment
 
-IMAGES, TOKENS = 256, 256
-BF16 = torch.bfloat16
 Work = Callable[[], object]
+DO_NOT_LAUNCH = (triton.runtime.errors.OutOfResources, triton.CompilationError)
+
+
+class Size(NamedTuple):
+    """Of the tensors that operations are tried on; flat: elements of the optimiser's."""
+
+    device: str = "cuda"
+    images: int = 256
+    tokens: int = 256
+    flat: int = 1 << 26
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.tokens
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+
+
+LARGE = Size()
 
 
 class Sweep(NamedTuple):
@@ -41,40 +60,36 @@ class Sweep(NamedTuple):
     work: Work
 
 
-def _cuda(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
-
-
-def _norm(width: int, backward: bool) -> Work:
+def _norm(size: Size, width: int, backward: bool) -> Work:
     """The gated norm around an fp32 stream; backward makes y again, as a training step does."""
-    x = _cuda(IMAGES, TOKENS, width, dtype=torch.float32)
-    branch = _cuda(IMAGES, TOKENS, width)
-    gate, shift, scale = _cuda(IMAGES, 3 * width).chunk(3, dim=1)
+    x = size.randn(size.images, size.tokens, width, dtype=torch.float32)
+    branch = size.randn(size.images, size.tokens, width)
+    gate, shift, scale = size.randn(size.images, 3 * width).chunk(3, dim=1)
     given = (x, branch, gate, shift, scale)
     if not backward:
-        return lambda: adaln._norm_modulate(*given, adaln.EPS, BF16)
-    _, y, mean, rstd = adaln._norm_modulate(*given, adaln.EPS, BF16)
+        return lambda: adaln._norm_modulate(*given, adaln.EPS, size.dtype)
+    _, y, mean, rstd = adaln._norm_modulate(*given, adaln.EPS, size.dtype)
     dy, dx_new = torch.randn_like(y), torch.randn_like(x)
-    return lambda: adaln._norm_gradients(dy, dx_new, *given, mean, rstd, True, BF16)
+    return lambda: adaln._norm_gradients(dy, dx_new, *given, mean, rstd, True, size.dtype)
 
 
-def _residual() -> Work:
-    dx, branch = _cuda(IMAGES, TOKENS, 1152, dtype=torch.float32), _cuda(IMAGES, TOKENS, 1152)
-    gate = _cuda(IMAGES, 1152)
+def _residual(size: Size) -> Work:
+    dx = size.randn(size.images, size.tokens, 1152, dtype=torch.float32)
+    branch, gate = size.randn(size.images, size.tokens, 1152), size.randn(size.images, 1152)
     return lambda: adaln._gated_residual_backward(dx, branch, gate, True)
 
 
-def _cosine(width: int) -> Work:
+def _cosine(size: Size, width: int) -> Work:
     """The whole alignment with a narrow projector: what changes with the row is the cosine."""
-    rows, p = IMAGES * TOKENS // 4, 64
+    rows, p = size.rows // 4, 64
     shapes = ((p, p), (p,), (p, p), (p,), (width, p), (width,))
-    x, weights = _cuda(rows, p), [_cuda(*s).requires_grad_() for s in shapes]
-    target = _cuda(rows, width)
+    x, weights = size.randn(rows, p), [size.randn(*s).requires_grad_() for s in shapes]
+    target = size.randn(rows, width)
     return lambda: projector_alignment(x, weights, target, chunk_rows=rows)
 
 
-def _activation(backward: bool) -> Work:
-    a = _cuda(IMAGES * TOKENS, 4608)
+def _activation(size: Size, backward: bool) -> Work:
+    a = size.randn(size.rows, 4608)
     out = torch.empty_like(a)
     if not backward:
         return lambda: activate(a, out, gelu=True)
@@ -82,25 +97,26 @@ def _activation(backward: bool) -> Work:
     return lambda: activate_backward(dh, a, out, gelu=True, sums=True)
 
 
-def _stack() -> Work:
-    grads = [_cuda(IMAGES, TOKENS, 16, 72) for _ in range(3)]
+def _stack(size: Size) -> Work:
+    grads = [size.randn(size.images, size.tokens, 16, 72) for _ in range(3)]
     return lambda: _stacked(grads, True)
 
 
-def _sums() -> Work:
-    t = _cuda(IMAGES * TOKENS, 1152)
+def _sums(size: Size) -> Work:
+    t = size.randn(size.rows, 1152)
     return lambda: column_sums(t)
 
 
-def _optimiser() -> Work:
-    p, m, v, e = (_cuda(1 << 26, dtype=torch.float32).abs_() for _ in range(4))
-    g = _cuda(1 << 26)
+def _optimiser(size: Size) -> Work:
+    p, m, v, e = (size.randn(size.flat, dtype=torch.float32).abs_() for _ in range(4))
+    g = size.randn(size.flat)
     return lambda: adamw_ema.adamw_ema_(p, g, m, v, e, step=10, lr=1e-4)
 
 
-def _alignment_forward() -> Work:
+def _alignment_forward(size: Size) -> Work:
     shapes = ((2048, 1152), (2048,), (2048, 2048), (2048,), (768, 2048), (768,))
-    x, weights, target = _cuda(16384, 1152), [_cuda(*s) for s in shapes], _cuda(16384, 768)
+    rows, weights = size.rows // 4, [size.randn(*s) for s in shapes]
+    x, target = size.randn(rows, 1152), size.randn(rows, 768)
     return lambda: projector_alignment(x, weights, target)
 
 
@@ -145,7 +161,7 @@ def row_candidates(family: str, width: int) -> list[launch.Rows]:
     return found
 
 
-def sweeps(generation: int, families: Sequence[str] = ()) -> Iterator[Sweep]:
+def sweeps(generation: int, families: Sequence[str] = (), size: Size = LARGE) -> Iterator[Sweep]:
     """Every row of every table of `generation`; with `families`, where the label starts with one.
 
     An operation's tensors are made when its turn comes.
@@ -159,7 +175,7 @@ def sweeps(generation: int, families: Sequence[str] = ()) -> Iterator[Sweep]:
             if wanted(label := f"{family} {width}"):
                 candidates = row_candidates(family, width)
                 cosine, backward = family == "cosine", family == "norm_backward"
-                work = _cosine(width) if cosine else _norm(width, backward)
+                work = _cosine(size, width) if cosine else _norm(size, width, backward)
                 yield Sweep(label, tables[generation], width, candidates, work)
     flats = [launch.Flat(b, w) for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)]
     few = [launch.Flat(b, w) for b in (128, 256, 512) for w in (1, 2, 4)]
@@ -169,14 +185,19 @@ def sweeps(generation: int, families: Sequence[str] = ()) -> Iterator[Sweep]:
     ]  # fmt: skip
     gemms = launch.GEMM["cosine_sums"]
     others: list[tuple[str, dict, list, Callable[[], Work]]] = [
-        ("activation", launch.FLAT["activation"], flats, lambda: _activation(False)),
-        ("optimiser", launch.FLAT["optimiser"], flats, _optimiser),
-        ("norm_sums", launch.FLAT["norm_sums"], few, lambda: _norm(1152, True)),
-        ("columns activation", launch.COLUMNS["activation"], columns, lambda: _activation(True)),
-        ("columns residual", launch.COLUMNS["residual"], columns, _residual),
-        ("columns stack", launch.COLUMNS["stack"], columns, _stack),
-        ("columns sums", launch.COLUMNS["sums"], columns, _sums),
-        ("cosine_sums", gemms, list(_gemms(gemms[generation])), _alignment_forward),
+        ("activation", launch.FLAT["activation"], flats, lambda: _activation(size, False)),
+        ("optimiser", launch.FLAT["optimiser"], flats, lambda: _optimiser(size)),
+        ("norm_sums", launch.FLAT["norm_sums"], few, lambda: _norm(size, 1152, True)),
+        (
+            "columns activation",
+            launch.COLUMNS["activation"],
+            columns,
+            lambda: _activation(size, True),
+        ),
+        ("columns residual", launch.COLUMNS["residual"], columns, lambda: _residual(size)),
+        ("columns stack", launch.COLUMNS["stack"], columns, lambda: _stack(size)),
+        ("columns sums", launch.COLUMNS["sums"], columns, lambda: _sums(size)),
+        ("cosine_sums", gemms, list(_gemms(gemms[generation])), lambda: _alignment_forward(size)),
     ]
     for label, table, candidates, build in others:
         if wanted(label):
@@ -198,7 +219,7 @@ def _time(table: dict, key: Any, candidate: Any, work: Work) -> float | None:
     try:
         with using(table, key, candidate):
             return median_seconds(work, torch.device("cuda"), 20)
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
+    except DO_NOT_LAUNCH as error:
         print(f"    {candidate}: {type(error).__name__}")
         return None
 

@@ -18,10 +18,17 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
+import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+# For a test that forces Triton on CPU tensors: with a GPU at hand nothing is interpreted.
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled for the GPU in this process"
+)
 
 SYNC = "aten._local_scalar_dense.default"
 

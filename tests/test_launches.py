@@ -3,7 +3,7 @@
 import torch
 
 from fastrepa_kernels import adamw_ema_, launch, layernorm_modulate
-from tests.launches import SYNC, counted
+from tests.launches import SYNC, counted, interpreted
 
 
 def test_torch_is_counted_where_it_computes_or_copies():
@@ -20,6 +20,7 @@ def test_torch_is_counted_where_it_computes_or_copies():
     ]  # fmt: skip
 
 
+@interpreted
 def test_our_operations_are_looked_into():
     p, g, m, v, e = (torch.rand(100) for _ in range(5))
     with counted() as launches, launch.backend("triton"):
@@ -30,6 +31,7 @@ def test_our_operations_are_looked_into():
     assert "aten._fused_adamw_.default" in launches
 
 
+@interpreted
 def test_a_backward_is_counted_and_the_numbers_stay():
     x, shift, scale = (torch.rand(s, requires_grad=True) for s in ((2, 4, 16), (2, 16), (2, 16)))
     with launch.backend("triton"):

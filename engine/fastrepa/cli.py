@@ -238,8 +238,8 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="ours+recompute, ours+compile, ours+graphs, eager, eager+compile or reference; "
-            "repeat for several. Default: the last three."
+            help="ours+recompute, ours+compile, ours+graphs, eager, eager+compile, plain+compile "
+            "or reference; repeat for several. Default: the last four."
         ),
     ] = None,
     precision: Annotated[
@@ -263,6 +263,7 @@ def bench(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
+    from fastrepa.insight.bench import DEFAULT_RIVALS
     from fastrepa.insight.bench import bench as measure
     from fastrepa.insight.bench_report import print_bench
 
@@ -270,7 +271,7 @@ def bench(
     with _progress("bench", shown=True) as progress:
         results = measure(
             resolved,
-            against=against if against is not None else ["eager", "eager+compile", "reference"],
+            against=against if against is not None else list(DEFAULT_RIVALS),
             precisions=precision or [resolved.training.precision],
             batches=batch or [resolved.training.global_batch],
             ranks=ranks or [1],
@@ -282,6 +283,8 @@ def bench(
             progress=progress,
         )
     print_bench(results, folder, as_json=json)
+    if any(result.failed for result in results if result.case.contender == "ours"):
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from fastrepa_kernels.adaln_linear import adaln_linear, adaln_mlp
 from fastrepa_kernels.adamw_ema import adamw_ema_
 from fastrepa_kernels.attention import attention
 from fastrepa_kernels.drop_in import patch_reference
+from fastrepa_kernels.keyed_random import keyed_random
 from fastrepa_kernels.mlp import linear_gelu
 from fastrepa_kernels.projector_alignment import projector_alignment
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "gated_residual",
     "gated_residual_layernorm_modulate",
+    "keyed_random",
     "layernorm_modulate",
     "linear_gelu",
     "patch_reference",

@@ -36,6 +36,7 @@ from torch import Tensor
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.sass import Traffic
 
 # Elements. ATen's fused AdamW gives each thread whole cache lines; its lerp gives one thread all of
 # 32 Ki elements, or each of two a half of 64 Ki. So pieces of at most CPU_PIECE, whole in CPU_LINE,
@@ -439,6 +440,7 @@ def _aot_cases() -> list[AotCase]:
                 _adamw_ema_kernel, f"{label} block {flat.block}", generation, types,
                 {"BLOCK": flat.block, **absent, **dict.fromkeys(emas[count:])}, flat.num_warps,
                 registers=80, shared=8192, wide_loads=3 + count, long_offsets=given,
+                traffic=Traffic((14 + 4 * count) * flat.block, (14 + 4 * count) * flat.block),
             ))  # fmt: skip
     return cases
 

@@ -28,7 +28,14 @@ from typing import Any
 
 from fastrepa_kernels import sass
 
-MODULES = ("adaln_kernels", "activation", "attention", "projector_alignment", "adamw_ema")
+MODULES = (
+    "adaln_kernels",
+    "activation",
+    "attention",
+    "projector_alignment",
+    "adamw_ema",
+    "keyed_random",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class AotCase:
     wgmma: bool = False  # expected on generation 90
     traffic: sass.Traffic | None = None  # of one pass, at the width that the label names
     share: float = 0.0  # of an H200's copy bandwidth, estimated, at least
+    fp_fusion: bool = True  # whether a*b+c may become one operation, which changes its last place
 
     @property
     def name(self) -> str:
@@ -68,6 +76,7 @@ class Report:
     in_flight: float | None = None  # bytes
     issue: float | None = None  # cycles a row
     share: float | None = None
+    fused: int = 0  # multiply-adds
     faults: list[str] = field(default_factory=list)
 
 
@@ -87,11 +96,15 @@ def compile_case(case: AotCase) -> Report:
     }
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, hints)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+    }
     target = GPUTarget("cuda", case.generation, 32)
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills = assemble(ptx, case.generation)
+    registers, spills = assemble(ptx, case.generation, fp_fusion=case.fp_fusion)
     shared = compiled.metadata.shared
     counted = sass.hot_pass(sass.disassemble(compiled.asm["cubin"]))
     programs = sass.programs(case.generation, registers, shared, case.num_warps)
@@ -105,6 +118,7 @@ def compile_case(case: AotCase) -> Report:
         programs=programs,
         late_loads=counted.late_loads,
         **_speed(case, counted, programs),
+        fused=len(re.findall(r"\bfma\.", ptx)),
     )
     report.faults.extend(_faults(case, report, compiled.asm["ttir"]))
     return report
@@ -121,16 +135,17 @@ def _speed(case: AotCase, counted: sass.Pass, programs: int) -> dict[str, Any]:
     }
 
 
-def assemble(ptx: str, generation: int) -> tuple[int, int]:
+def assemble(ptx: str, generation: int, *, fp_fusion: bool = True) -> tuple[int, int]:
     """(registers per thread, bytes spilled) as ptxas reports them."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     tool, arch = get_ptxas(generation).path, sm_arch_from_capability(generation)
+    options = [] if fp_fusion else ["--fmad=false"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         done = subprocess.run(
-            [tool, "-v", f"--gpu-name={arch}", file, "-o", Path(folder) / "kernel.cubin"],
+            [tool, "-v", *options, f"--gpu-name={arch}", file, "-o", Path(folder) / "kernel.cubin"],
             capture_output=True,
             text=True,
             check=True,
@@ -176,6 +191,8 @@ def _faults(case: AotCase, report: Report, ttir: str) -> Iterable[str]:
         yield "no wgmma"
     if report.share is not None and report.share < case.share:
         yield f"estimated at {report.share:.0%} of copy bandwidth, budget {case.share:.0%}"
+    if report.fused and not case.fp_fusion:
+        yield f"{report.fused} fused multiply-adds"
     widths = offset_widths(ttir)
     for pointer in case.long_offsets:
         if widths.get(pointer) != {64}:

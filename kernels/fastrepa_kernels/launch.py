@@ -190,6 +190,7 @@ FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
     "optimiser": dict.fromkeys(GENERATIONS, Flat(1024, 4)),
     "norm_sums": dict.fromkeys(GENERATIONS, Flat(256, 2)),
+    "keyed_random": dict.fromkeys(GENERATIONS, Flat(128, 4)),  # four values each
 }
 # Within 99 KB of shared memory on sm_80, so that 8.6 and 8.9 devices launch the same rows.
 GEMM: dict[str, dict[int, Gemm]] = {

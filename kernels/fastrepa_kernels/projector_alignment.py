@@ -37,6 +37,7 @@ from fastrepa_kernels.activation import activate, activate_backward, partial_row
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
+from fastrepa_kernels.sass import Traffic
 
 EPS = 1e-12
 NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
@@ -562,6 +563,7 @@ def _aot_cases() -> list[AotCase]:
                     },
                     row.num_warps, registers=96, shared=32768,
                     wide_loads=1 if target == "int8" else 2, long_offsets=("z_ptr", "y_ptr"),
+                    traffic=Traffic((3 if target == "int8" else 4) * width, 2 * width),
                 ))  # fmt: skip
         table = launch.GEMM["cosine_sums"][generation]
         cases.append(AotCase(
@@ -581,6 +583,7 @@ def _aot_cases() -> list[AotCase]:
             _scale_kernel, f"block {flat.block}", generation,
             {"x_ptr": bf, "factor_ptr": fp, "y_ptr": bf}, {"BLOCK": flat.block}, flat.num_warps,
             registers=64, shared=0, wide_loads=2, long_offsets=("x_ptr", "y_ptr"),
+            traffic=Traffic(2 * flat.block, 2 * flat.block),
         ))  # fmt: skip
     return cases
 

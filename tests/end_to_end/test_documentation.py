@@ -29,6 +29,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
+from benchmarks.gpu_suite import __main__ as gpu_suite
+from benchmarks.gpu_suite.wheels import INSTALL
+from benchmarks.gpu_suite.wheels import options as wheels_options
+from benchmarks.provenance import WHEELS
 from fastrepa.cli import app, data_app
 from fastrepa.config import Config, load_config
 from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
@@ -93,6 +97,25 @@ def module(words: list[str]) -> str:
         except SystemExit as end:
             code = end.code
     assert not code
+    return ""
+
+
+def carried(words: list[str]) -> str:
+    """What is installed is what `make gpu-wheels` makes, as the rehearsal installs it."""
+    assert words[:3] == ["python", "-m", "pip"]
+    assert words[-1] == f"{WHEELS}/*.whl"
+    assert set(words[3:-2]) <= set(INSTALL)
+    return ""
+
+
+def kit(words: list[str]) -> str:
+    """Its options are read; the rehearsal runs it."""
+    gpu_suite.options().parse_args(words[3:])
+    return ""
+
+
+def joined(words: list[str]) -> str:
+    wheels_options().parse_args(words[3:])
     return ""
 
 
@@ -176,6 +199,9 @@ RULES = [
     Rule("python -m benchmarks.run", module, "one provider, one repetition, the smallest batch",
          ["--providers", "ours", "--repeats", "1", "--batch", "8"]),
     Rule("python -m benchmarks.report", module, "as written"),
+    Rule("python -m pip install", carried, "no network: what it names must be what is made"),
+    Rule("python -m benchmarks.gpu_suite", kit, "no GPU: its options; rehearsed by a test"),
+    Rule("python -m benchmarks.gpu_suite.wheels", joined, "no parts: its options; a test joins"),
 ]  # fmt: skip
 
 

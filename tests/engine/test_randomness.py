@@ -1,67 +1,18 @@
-"""The keyed generator against Random123's known answers, a scalar Philox, and statistics."""
+"""Keyed randomness: every part of the key, and statistics.
+
+`tests/kernels/test_keyed_random.py` has Random123's known answers and the bits.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 
 from fastrepa.errors import ConfigError
-from fastrepa.randomness import KeyedRandom, Stream, philox4x32
-
-# Random123, tests/kat_vectors, "philox4x32 10": counter, key, answer.
-KNOWN_ANSWERS = [
-    (
-        (0x00000000, 0x00000000, 0x00000000, 0x00000000),
-        (0x00000000, 0x00000000),
-        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-    ),
-    (
-        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
-        (0xFFFFFFFF, 0xFFFFFFFF),
-        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-    ),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
-
-
-def scalar_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
-    """Philox4x32-10 as the paper writes it, on Python's unbounded integers."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
-
-
-def run_philox(counters: list[tuple[int, ...]], key: tuple[int, int]) -> list[tuple[int, ...]]:
-    c0, c1, c2, c3 = (torch.tensor(column) for column in zip(*counters, strict=True))
-    words = philox4x32((c0, c1, c2, c3), key)
-    return list(zip(*(w.tolist() for w in words), strict=True))
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_known_answers(counter, key, answer):
-    assert scalar_philox(counter, key) == answer  # the oracle below is right, too
-    assert run_philox([counter], key) == [answer]
-
-
-def test_philox_equals_the_scalar_form_on_random_and_extreme_counters():
-    rng = random.Random(1)
-    words = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-    counters = [tuple(rng.choice(words) for _ in range(4)) for _ in range(200)]
-    counters += [tuple(rng.getrandbits(32) for _ in range(4)) for _ in range(800)]
-    for key in ((0, 0), (2**32 - 1, 1), (rng.getrandbits(32), rng.getrandbits(32))):
-        assert run_philox(counters, key) == [scalar_philox(c, key) for c in counters]
+from fastrepa.randomness import KeyedRandom, Stream
+from tests.kernels.scalar import scalar_box_muller, scalar_philox
 
 
 def test_the_layout_of_key_and_counter():
@@ -173,35 +124,6 @@ def test_normals_are_box_muller_of_the_words():
     assert torch.equal(single, ours.float())
 
 
-def scalar_box_muller(word0: int, word1: int) -> tuple[float, float]:
-    """The documented polynomials on Python's floats: one IEEE 754 rounding per operation."""
-
-    def horner(x: float, coefficients: list[float]) -> float:
-        value = coefficients[-1]
-        for coefficient in coefficients[-2::-1]:
-            value = value * x + coefficient
-        return value
-
-    mantissa, exponent = math.frexp((word0 + 0.5) * 2.0**-32)
-    if mantissa < math.sqrt(0.5):
-        mantissa, exponent = mantissa * 2, exponent - 1
-    s = (mantissa - 1) / (mantissa + 1)
-    log = exponent * math.log(2) + s * horner(s * s, [2 / (2 * k + 1) for k in range(11)])
-    mantissa, exponent = math.frexp(log * -2)
-    mantissa *= 1 + exponent % 2
-    root = mantissa * 0.485 + 0.485
-    for _ in range(4):
-        root = (root + mantissa / root) * 0.5
-    r = root * 2.0 ** (exponent // 2)
-    a = (word1 % 2**30 - (2.0**29 - 0.5)) * (math.pi * 2.0**-31)
-    cosine = horner(a * a, [(-1) ** k / math.factorial(2 * k) for k in range(10)])
-    sine = a * horner(a * a, [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)])
-    if (word1 >> 30) % 2:
-        cosine, sine = sine, cosine
-    sign = -1 if word1 >> 31 else 1
-    return sign * r * cosine, sign * r * sine
-
-
 def test_normals_have_the_bits_of_plain_ieee_arithmetic():
     """What makes them equal on every device: no operation but sums, products and quotients."""
     generator, samples = KeyedRandom(40), torch.arange(16)
@@ -211,25 +133,6 @@ def test_normals_have_the_bits_of_plain_ieee_arithmetic():
     ]
     ours = generator.normal(Stream.NOISE, 1, samples, (256,), dtype=torch.float64)
     assert ours.flatten().tolist() == expected
-
-
-def test_extreme_words_give_finite_normals_and_open_uniforms(monkeypatch):
-    generator, samples = KeyedRandom(0), torch.arange(1)
-    for word in (0, 1, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**32 - 1):
-        blocks = (torch.full((1, 1), word),) * 4
-        monkeypatch.setattr(KeyedRandom, "_blocks", lambda *_, blocks=blocks: blocks)
-        normal = generator.normal(0, 0, samples, (4,), dtype=torch.float64)
-        assert torch.isfinite(normal).all()
-        assert (normal.abs() <= math.sqrt(2 * 33 * math.log(2)) + 1e-12).all()
-        for dtype in (torch.float32, torch.float64):
-            uniform = generator.uniform(0, 0, samples, (2,), dtype=dtype)
-            assert ((uniform > 0) & (uniform < 1)).all()
-            torch.testing.assert_close(
-                uniform.double(),
-                torch.full((1, 2), (word + 0.5) / 2**32, dtype=torch.float64),
-                rtol=0,
-                atol=2.0**-23,
-            )
 
 
 def kolmogorov_smirnov(values: torch.Tensor, cdf: torch.Tensor) -> float:

@@ -4,8 +4,8 @@
 Mutations tried, each caught by the tests below: the sign of the mean(g h) term in dx; both mean
 terms dropped; the sign of the residual's gradient; the `t < T` mask left out (writes past the end:
 the process aborts); the width mask left out of the variance; dshift and dscale swapped; the last
-row of a split skipped; rstd left out of the torch path's dscale; a row's second piece left out
-of the variance or of sum g h; y without its shift; the last split left out of a sum.
+row of a split skipped; rstd left out of the torch path's dscale; a row's second piece left out of
+the variance or of sum g h; y without its shift; the last split left out of a sum.
 """
 
 import pytest

@@ -69,6 +69,9 @@ def test_the_checks_can_fail():
         replace(good, wide_loads=1), replace(good, wgmma=False), replace(good, share=0.79),
     ):  # fmt: skip
         assert len(list(aot._faults(case, bad, ttir))) == 1
+    fused, exact = replace(good, fused=1), replace(case, fp_fusion=False)
+    assert list(aot._faults(case, fused, ttir)) == list(aot._faults(exact, good, ttir)) == []
+    assert len(list(aot._faults(exact, fused, ttir))) == 1
     assert list(aot._faults(case, good, ttir.replace("i64", "i32")))
     assert list(aot._faults(case, good, ""))
 

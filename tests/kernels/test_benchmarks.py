@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cases, gpu_suite, predict, report, run, tune
+from benchmarks import cases, report, run, tune
 from fastrepa_kernels import launch
 from fastrepa_kernels.cost import Ceilings, Cost
 
@@ -53,6 +53,33 @@ def test_records_hold_times_floors_and_errors():
         assert r["error"] < 1e-6
 
 
+def test_only_row_kernels_are_replayed():
+    replayed = {name for name, case in cases.CASES.items() if case.row_kernels}
+    assert replayed == {
+        "layernorm_modulate", "gated_residual_layernorm_modulate", "gated_residual", "adamw_ema",
+    }  # fmt: skip
+    calls = []
+    works = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert run.replayed(works, CPU) == works  # a CPU has no graphs
+    assert len(run.milliseconds(works[0], CPU, 3)) == calls.count("a") == 3
+
+
+@pytest.mark.gpu
+def test_a_replay_does_the_work_again():
+    device = torch.device("cuda")
+    x, y, z = (torch.ones(1 << 20, device=device) for _ in range(3))
+    first, second = run.replayed([lambda: y.copy_(2 * x), lambda: z.copy_(y + 1)], device)
+    x.fill_(3)
+    first()
+    second()
+    assert y.eq(6).all() and z.eq(7).all()
+    case = cases.CASES["layernorm_modulate"]
+    shape = cases.Shape("SiT-S/2", 2, 256)
+    found = run.measure(case, shape, "bf16", device, Ceilings(1e12, 1e14), ["ours", "eager"], 3)
+    assert {r["launched"] for r in found} == {"by a graph"}
+    assert all(r["p50_ms"] > 0 for r in found) and len(found) == 6
+
+
 def test_memory_is_counted_exactly_on_the_cpu():
     def two_at_a_time(leaves, fixed):
         a = leaves[0].exp()
@@ -93,6 +120,8 @@ def test_records_make_a_report(tmp_path):
     assert len(lines) == 12
     needed = {"git", "dirty", "utc", "device", "driver", "cuda", "torch", "triton", "p50_ms"}
     assert needed <= set(json.loads(lines[0]))
+    with (tmp_path / "suite.jsonl").open("w") as file:
+        file.write('{"stage": "ceilings", "item": "device"}\n')
     loaded = report.load(tmp_path)
     assert len(loaded) == 6
     text = report.markdown(loaded)
@@ -101,11 +130,10 @@ def test_records_make_a_report(tmp_path):
     assert run.table(records).count("tiny") == 6
 
 
-def test_without_a_gpu_suite_and_sweep_say_so(capsys, monkeypatch):
+def test_without_a_gpu_a_sweep_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_suite.main([]) == 2
     assert tune.main([]) == 2
-    assert capsys.readouterr().out.count("no CUDA device") == 2
+    assert "no CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", sorted(launch.ROWS))
@@ -120,17 +148,12 @@ def test_a_sweep_tries_what_the_tables_hold(family):
     assert {c.tail for c in tune.row_candidates("norm_forward", 1024)} == {0}
 
 
-def test_a_sweep_runs_an_operation_with_each_candidate(monkeypatch):
-    monkeypatch.setattr(tune, "IMAGES", 1)
-    monkeypatch.setattr(tune, "TOKENS", 3)
-    monkeypatch.setattr(tune, "BF16", torch.float16)  # what the interpreter knows
-    monkeypatch.setattr(
-        tune, "_cuda", lambda *s, dtype=None: torch.randn(s, dtype=dtype or torch.float16)
-    )
+def test_a_sweep_runs_an_operation_with_each_candidate():
+    size = tune.Size("cpu", 1, 3, 64, torch.float16)  # what the interpreter knows
     families = ("norm_forward 384", "norm_backward 384", "columns residual", "columns sums")
     seen = []
     with launch.backend("triton"):
-        for sweep in tune.sweeps(90, families):
+        for sweep in tune.sweeps(90, families, size):
             seen.append(sweep.label)
             before = sweep.table[sweep.key]
             for candidate in (sweep.candidates[0], sweep.candidates[-1]):
@@ -139,57 +162,6 @@ def test_a_sweep_runs_an_operation_with_each_candidate(monkeypatch):
                     sweep.work()
             assert sweep.table[sweep.key] is before
     assert tuple(seen) == families
-
-
-def test_the_suite_starts_with_the_main_shape_and_resumes(tmp_path):
-    planned = list(gpu_suite.plan())
-    assert [c.name for c, _, _ in planned[: len(cases.CASES)]] == list(cases.CASES)
-    assert {str(s) for _, s, _ in planned[: len(cases.CASES)]} == {"SiT-XL/2 b256 t256"}
-    assert len({(c.name, str(s)) for c, s, _ in planned}) == len(planned) == 18 * len(cases.CASES)
-    path = tmp_path / "suite.jsonl"
-    done = {"case": "a", "shape": "b", "dtype": "bf16", "git": "x", "device": "d"}
-    path.write_text(json.dumps(done) + "\n")
-    assert gpu_suite.already_measured(path, "x", "d") == {("a", "b", "bf16")}
-    assert gpu_suite.already_measured(path, "y", "d") == set()
-    assert gpu_suite.already_measured(tmp_path / "none", "x", "d") == set()
-
-
-def test_a_training_step_of_the_suite(tmp_path):
-    tiny = (
-        "model.width=32", "model.depth=2", "model.heads=2", "alignment.projector_width=48",
-        "vision.encoders.0.weights=random", "vision.encoders.0.input=32", "data.codec.side=8",
-        "data.resolution=16",
-    )  # fmt: skip
-    step = gpu_suite.TrainingStep("x", "configs/quickstart.yaml", tiny, 2, ("eager",), "fp32")
-    records = gpu_suite.measure_step(step, rounds=1, steps=2)
-    assert [(r["name"], r["contender"], r["n"]) for r in records] == [
-        ("x", "ours", 2), ("x", "eager", 2),
-    ]  # fmt: skip
-    path = tmp_path / "steps.jsonl"
-    run.append(path, records, run.environment(CPU) | {"git": "abc"})
-    assert gpu_suite.steps_measured(path, "abc", records[0]["device"]) <= {"x"}
-    assert gpu_suite.steps_measured(path, "abc", run.environment(CPU)["device"]) == {"x"}
-    assert gpu_suite.steps_measured(path, "other", "any") == set()
-    assert gpu_suite.steps_measured(tmp_path / "none", "abc", "any") == set()
-    assert all((gpu_suite.ROOT / s.config).is_file() for s in gpu_suite.TRAINING_STEPS)
-    assert gpu_suite.engine_missing() == ""
-
-
-def test_prediction_of_a_step():
-    """The design's own estimate: 385 ms for 256 images at 60% of 789 TFLOP/s."""
-    ceilings = Ceilings(4e12, 789e12)
-    step = predict.step_milliseconds("SiT-XL/2", 256, 256, ceilings, 0.6)
-    assert step == pytest.approx(385, abs=1)
-    lines = {line.name: line for line in predict.step_lines("SiT-XL/2", 256, 256)}
-    optimiser = lines["adamw_ema_"]
-    assert optimiser.milliseconds(ceilings) == pytest.approx(683_242_512 * 36 / 4e12 * 1000)
-    # Products forward and twice backward; norms, GELU and vectors add under 2%.
-    for name, products in (("adaln_linear", 3), ("adaln_mlp", 8)):
-        assert lines[name].calls == 28
-        expected = 28 * 3 * 2 * 65536 * products * 1152**2 / 789e12 * 1000
-        assert lines[name].milliseconds(ceilings) == pytest.approx(expected, rel=0.02)
-    text = predict.markdown("SiT-XL/2", 256, 256, ceilings, 0.6)
-    assert all(f"| {name} |" in text for name in lines)
 
 
 def test_attention_is_measured_on_what_runs_and_says_what_does_not(capsys):

@@ -13,6 +13,8 @@ takes them from Stable Diffusion.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -105,17 +107,25 @@ def build_codec(
 ) -> Codec:
     """The codec of `config` for images of `resolution` px.
 
-    `dtype` is what an autoencoder computes in. `random_weights` builds the real architecture with
-    seeded random weights (dry runs, tests). ConfigError: shapes that do not work, or an extra that
-    is not installed. WeightsError: weights that are missing.
+    `dtype` is what an autoencoder computes in. `random_weights` is the real architecture with
+    seeded random weights (dry runs, tests), built when it is first asked to encode or decode, so
+    that a step on stored moments needs no autoencoder at all. ConfigError: shapes that do not work,
+    or an extra that is not installed. WeightsError: weights that are missing.
     """
     channels, side = codec_shape(config, resolution)
     if config.name == "pixel":
         return PixelCodec(resolution, side)
-    vae = random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
-    identity = encoder_digest(vae)  # of the fp32 weights, before they are cast
-    # nn.Module's own `to`: diffusers' warns about every cast.
-    return SdVaeCodec(nn.Module.to(vae, device, dtype), channels, side, identity)
+
+    def build() -> tuple[nn.Module, str]:
+        vae = random_sd_vae() if random_weights else _pretrained_sd_vae(config.weights)
+        identity = encoder_digest(vae)  # of the fp32 weights, before they are cast
+        # nn.Module's own `to`: diffusers' warns about every cast.
+        return nn.Module.to(vae, device, dtype), identity
+
+    if random_weights:
+        return SdVaeCodec(build, channels, side)
+    built = build()  # now: a run that will sample fails here, not after its last step
+    return SdVaeCodec(lambda: built, channels, side)
 
 
 def encoder_digest(vae: Any) -> str:
@@ -169,6 +179,7 @@ class PixelCodec:
 class SdVaeCodec:
     """Stable Diffusion's autoencoder (diffusers' AutoencoderKL), frozen: 8x down, 4 channels.
 
+    build: gives (autoencoder, digest), when either is first needed; latents of moments need none.
     digest: SHA-256 of its encoding half in fp32, the identity of the moments it makes.
     """
 
@@ -176,9 +187,23 @@ class SdVaeCodec:
     stochastic = True
     scale = SD_VAE_SCALE
 
-    def __init__(self, vae: nn.Module, channels: int, side: int, digest: str = "") -> None:
-        self.channels, self.side, self.digest = channels, side, digest
-        self.vae: Any = vae.requires_grad_(False).eval()
+    def __init__(
+        self, build: Callable[[], tuple[nn.Module, str]], channels: int, side: int
+    ) -> None:
+        self._build, self.channels, self.side = build, channels, side
+
+    @cached_property
+    def _built(self) -> tuple[Any, str]:
+        vae, identity = self._build()
+        return vae.requires_grad_(False).eval(), identity
+
+    @property
+    def vae(self) -> Any:
+        return self._built[0]
+
+    @property
+    def digest(self) -> str:
+        return self._built[1]
 
     @torch.no_grad()
     def encode(self, image_u8: Tensor) -> Tensor:

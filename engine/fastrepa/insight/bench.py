@@ -6,11 +6,16 @@ Contenders, each turn a process of its own, the turns alternating round by round
     ours+compile     with training.compile=blocks
     ours+graphs      with training.compile=graphs and vision.compile=graphs, on a GPU
     eager            the eager twins of our kernels, in the same engine
-    eager+compile    those under torch.compile: what a good engineer would try first
+    eager+compile    those under torch.compile
+    plain+compile    a compiled loop without our engine (plain_step.py): what a good engineer writes
     reference        the published algorithm (reference_step.py), under autocast in fp16 and bf16
 Batches are noise, made once and held in memory, and weights are random: what is read and what is
 drawn does not change what a step costs. No time is reported for a contender whose losses are not
 those of the others. Sampling is measured with the generator alone.
+
+Every turn is a line of TURNS as soon as it ends, so that a kill loses at most the turn in progress;
+`gather` makes results of such lines, which FILE has when all turns are done. A turn that fails is a
+line with its `problem` and its whole `stderr`, and the others go on.
 """
 
 from __future__ import annotations
@@ -19,32 +24,41 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError, FastrepaError, nearest
-from fastrepa.insight.bench_turn import MARK
+from fastrepa.errors import ConfigError, nearest
+from fastrepa.insight.bench_turn import DOES_NOT_FIT, MARK
 from fastrepa.training.launch import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
 
 RIVALS = (
-    "ours+recompute", "ours+compile", "ours+graphs", "eager", "eager+compile", "reference",
+    "ours+recompute", "ours+compile", "ours+graphs", "eager", "eager+compile", "plain+compile",
+    "reference",
 )  # fmt: skip
+DEFAULT_RIVALS = RIVALS[3:]
+ALONE = ("plain+compile", "reference")  # loops of one process
+TRAIN_ONLY = ("ours+recompute", *ALONE)  # they sample as another contender does
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLERS = {"ode": 50, "sde": 250}
 GUIDANCE = 1.8
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Of the losses, relative to the first contender's in float32, or in the lowest precision run."""
-FILE = "bench.jsonl"
-"""Of this process; a turn is a world of its own."""
+FILE, TURNS = "bench.jsonl", "bench.turns.jsonl"
+PROGRAM = "fastrepa.insight.bench_turn"
+GRACE = 10.0
+"""Seconds between the request to end and the kill: torchrun ends its ranks in them."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +79,25 @@ class Case:
 
 @dataclass
 class Result:
-    """What the turns of one case gave; bytes are of the fullest moment of a step."""
+    """What the turns of one case gave; bytes are of the fullest moment of a step.
+
+    seconds: of each step or, where `timing` says so, the mean of each turn. problem, '' where there
+    is none: why it has no time; stderr: all that the turn said which failed.
+    """
 
     case: Case
     seconds: list[float] = field(default_factory=list)
+    timing: str = ""
     losses: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     line: str = ""
     problem: str = ""
+    stderr: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something broke; what does not fit into memory is a measurement."""
+        return bool(self.problem) and self.problem != DOES_NOT_FIT
 
     def milliseconds(self, share: float) -> float:
         ordered = sorted(self.seconds)
@@ -109,9 +134,11 @@ def bench(
     out: Path,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> list[Result]:
-    """Run all cases, `rounds` turns each, and append their records to out/bench.jsonl.
+    """Run all cases, `rounds` turns each; what each turn gave is appended to out/bench.turns.jsonl
+    as it ends, and the cases' records to out/bench.jsonl.
 
-    Raises ConfigError for options that are not allowed, FastrepaError where a turn fails.
+    A case whose turn failed has its `problem` and takes no further turns. Raises ConfigError for
+    options that are not allowed.
     """
     cases = plan_cases(against, precisions, batches, ranks, sampling)
     for option, value in (("--rounds", rounds), ("--steps", steps), ("--warmup", warmup)):
@@ -121,36 +148,63 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
-    results = {case: Result(case) for case in cases}
+    turns: list[dict[str, Any]] = []
+    failed: set[Case] = set()
     for number in range(rounds):
         for place, case in enumerate(cases):
-            progress(_label(case), (number * len(cases) + place) / (rounds * len(cases)))
-            result = results[case]
-            if result.problem:
+            progress(label(case), (number * len(cases) + place) / (rounds * len(cases)))
+            if case in failed:
                 continue
-            timed = {"steps": steps, "warmup": warmup, "memory": number == 0}
-            turn = _turn(config, case, timed)
-            if turn.get("does_not_fit"):
-                result.problem = "does not fit"
-                continue
-            result.seconds += turn["seconds"]
-            result.line = turn["line"] or result.line
-            result.losses = turn.get("losses", [])
-            result.memory |= {k: v for k, v in turn.items() if k.endswith(("bytes", "parameters"))}
+            turn = run_turn(config, case, steps=steps, warmup=warmup, memory=number == 0)
+            if "problem" in turn:
+                failed.add(case)
+            turns.append(asdict(case) | turn)
+            append(out / TURNS, turns[-1])
+    results = gather(turns)
+    described = context() | {"run": results[0].line}
+    for result in results:
+        append(out / FILE, record(result) | described)
+    return results
+
+
+def gather(turns: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Results of turns, each what `run_turn` gave beside its case's fields (a line of TURNS), in
+    the order in which their cases come first; contenders that compute something else are marked.
+    """
+    results: dict[Case, Result] = {}
+    for turn in turns:
+        case = Case(**{f.name: turn[f.name] for f in fields(Case)})
+        result = results.setdefault(case, Result(case))
+        if "problem" in turn:
+            result.problem, result.stderr = turn["problem"], turn["stderr"]
+            continue
+        result.seconds += turn["seconds"]
+        result.timing = turn["timing"]
+        result.line = turn["line"] or result.line
+        result.losses = turn.get("losses", [])
+        result.memory |= {k: v for k, v in turn.items() if k.endswith(("bytes", "parameters"))}
     finished = list(results.values())
     mark_wrong(finished)
-    context = {
+    return finished
+
+
+def context() -> dict[str, Any]:
+    """What every record of a bench says of where and when it was made."""
+    return {
         **versions(),
         **{f"git_{key}": value for key, value in git_state().items()},
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _device(),
         "threads": torch.get_num_threads(),
-        "run": finished[0].line,
     }
-    with (out / FILE).open("a", encoding="utf-8") as file:
-        for result in finished:
-            file.write(json.dumps(record(result) | context) + "\n")
-    return finished
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one line of JSON, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def plan_cases(
@@ -186,13 +240,13 @@ def plan_cases(
         for batch in dict.fromkeys(batches):
             for world in dict.fromkeys(ranks):
                 for name in ("ours", *dict.fromkeys(against)):
-                    if name == "reference" and world > 1:
-                        continue  # it is one process
+                    if name in ALONE and world > 1:
+                        continue
                     if name != "reference" and precision == "fp16":
                         continue  # the engine trains in fp32 or bf16
                     cases.append(Case(name, precision, batch, world))
     if sampling:
-        named = ["ours", *(n for n in against if n not in ("ours+recompute", "reference"))]
+        named = ["ours", *(n for n in against if n not in TRAIN_ONLY)]
         cases += [
             Case(name, precision, batches[0], 1, f"{sampler}-{steps}")
             for precision in precisions
@@ -207,7 +261,7 @@ def mark_wrong(results: Sequence[Result]) -> None:
     """A contender that computes something else gets no time: `problem` says how far off it is."""
     groups: dict[int, float] = {}
     for result in sorted(results, key=lambda r: PRECISIONS.index(r.case.precision)):
-        if not result.losses:
+        if not result.losses or result.problem:
             continue
         last = result.losses[-1]
         truth = groups.setdefault(result.case.batch, last)
@@ -221,7 +275,8 @@ def record(result: Result) -> dict[str, Any]:
     tree: dict[str, Any] = {"case": "sampling" if result.case.sampler else "training_step"}
     tree |= asdict(result.case)
     if result.problem:
-        return tree | {"problem": result.problem}
+        return tree | {"problem": result.problem, "stderr": result.stderr}
+    tree |= {"timing": result.timing}
     tree |= {f"p{q}_ms": result.milliseconds(q / 100) for q in (20, 80)}
     tree |= {"p50_ms": result.median, "n": len(result.seconds)}
     tree |= {"images_per_s": result.images_per_s, **result.memory}
@@ -230,32 +285,80 @@ def record(result: Result) -> dict[str, Any]:
     return tree | ({"last_loss": result.losses[-1]} if result.losses else {})
 
 
-def _turn(config: Config, case: Case, timed: dict[str, Any]) -> dict[str, Any]:
+def run_turn(
+    config: Config,
+    case: Case,
+    *,
+    steps: int,
+    warmup: int,
+    memory: bool = False,
+    profile: bool = False,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """One turn of one contender, in a process (or ranks) of its own; what it measured.
+
+    steps are timed after `warmup` of them. memory: also `peak_bytes`, of one more step; profile:
+    also `profile`, of PROFILED more (insight/activity.py); neither while sampling. A turn that
+    fails, or takes more than `timeout` seconds and is ended with all that it started, is
+    {"problem": one line, "stderr": all of it}.
+    """
+    task = {"config": _turn_config(config, case), **asdict(case), "steps": steps}
+    task |= {"warmup": warmup, "memory": memory, "profile": profile}
+    start = [sys.executable]
+    if case.ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    start += ["-m", PROGRAM, json.dumps(task)]
+    environment = outside_the_world() | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # Files, not pipes: what a turn leaves running cannot keep them from being read.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        turn = subprocess.Popen(
+            start, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        late = ""
+        try:
+            turn.wait(timeout)
+        except subprocess.TimeoutExpired:
+            late = f"ended after {timeout:g} s"
+        finally:
+            _end(turn)
+        out.seek(0)
+        err.seek(0)
+        said, stderr = (file.read().decode(errors="replace") for file in (out, err))
+    results = [line for line in said.splitlines() if line.startswith(MARK)]
+    result: dict[str, Any] = json.loads(results[-1].removeprefix(MARK)) if results else {}
+    if result and not turn.returncode and not late:
+        return result
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    problem = late or result.get("problem") or (lines[-1] if lines else "no output")
+    if turn.returncode < 0 and not late:
+        problem = f"killed by signal {-turn.returncode}"
+    return {"problem": problem, "stderr": stderr}
+
+
+def _turn_config(config: Config, case: Case) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": case.batch, "micro_batch": None}
     if case.sampler:
         sampler, steps = case.sampler.split("-")
         tree["sample"] |= {"sampler": sampler, "steps": int(steps), "cfg": GUIDANCE}
-    task = {"config": tree, **asdict(case), **timed}
-    start = [sys.executable]
-    if case.ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    environment = outside_the_world() | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [*start, "-m", "fastrepa.insight.bench_turn", json.dumps(task)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise FastrepaError(f"{_label(case)}: the turn failed: {said[-1] if said else 'no output'}")
-    return dict(json.loads(lines[-1].removeprefix(MARK)))
+    return tree
 
 
-def _label(case: Case) -> str:
+def _end(turn: subprocess.Popen[bytes]) -> None:
+    """End a turn that still runs, and what its group has left."""
+    if turn.poll() is None:
+        os.killpg(turn.pid, signal.SIGTERM)  # torchrun ends its ranks, which are not of its group
+        with suppress(subprocess.TimeoutExpired):
+            turn.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(turn.pid, signal.SIGKILL)
+    turn.wait()
+    assert turn.stdin is not None
+    turn.stdin.close()
+
+
+def label(case: Case) -> str:
     what = f"{case.contender} {case.precision} b{case.batch}"
     return (
         what

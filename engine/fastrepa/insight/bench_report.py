@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.errors import ConfigError
-from fastrepa.insight.bench import FILE, Result, record
+from fastrepa.insight.bench import FILE, TURNS, Result, label, record
 
 PICTURE = "bench.png"
 COLOURS = {
     "ours": "#2a7f62", "ours+recompute": "#7cc4a4", "ours+compile": "#4f9d80",
     "ours+graphs": "#1d5c47",
-    "eager": "#3f7cac", "eager+compile": "#7fb0d3", "reference": "#e08e45",
+    "eager": "#3f7cac", "eager+compile": "#7fb0d3", "plain+compile": "#8e6bb0",
+    "reference": "#e08e45",
 }  # fmt: skip
 INK, PALE = "#222222", "#666666"
 
@@ -47,7 +48,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
             table.add_section()
             table.add_row(f"[bold]{_title(result)}[/bold]")
         if result.problem:
-            table.add_row(case.contender, result.problem)
+            table.add_row(case.contender, "no time")
             continue
         rival = ours is not None and result is not ours
         above, smaller = result.above_weights, ""
@@ -63,11 +64,15 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
             smaller,
         )
     console.print(table)
+    for result in results:
+        if result.problem:
+            said = f"{label(result.case)}: {result.problem}"
+            console.print(said, soft_wrap=True, markup=False, style="red" if result.failed else "")
     console.print(
         "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
         "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"
     )
-    console.print(f"{out}/: {FILE}, {PICTURE}", soft_wrap=True, markup=False)
+    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True, markup=False)
 
 
 def _title(result: Result) -> str:

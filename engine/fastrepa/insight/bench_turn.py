@@ -2,13 +2,17 @@
 starts it, and reads the line that it prints.
 
     python -m fastrepa.insight.bench_turn '{"config": {...}, "contender": "ours", ...}'
+
+It ends when its stdin does, which is how it learns that who started it was killed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +21,11 @@ import torch
 
 from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
+from fastrepa.insight.activity import Annotating, profile_steps
 from fastrepa.insight.peak_memory import highest, storages
+from fastrepa.insight.plain_step import DeviceRandom, PlainLoop
 from fastrepa.insight.reference_step import use_reference
+from fastrepa.training.collectives import time_collectives
 from fastrepa.training.compilation import compile_forward
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.memory.decision import resolve_memory
@@ -26,6 +33,8 @@ from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, join_world, leave_world
 
 MARK = "BENCH "
+DOES_NOT_FIT = "does not fit"
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # the driver's, cuBLAS's and cuDNN's words
 
 
 def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Config:
@@ -50,32 +59,51 @@ def contender_config(tree: dict[str, Any], contender: str, precision: str) -> Co
 
 def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[str, Any]:
     """Warm up, time, and measure the highest moment of memory of one more step."""
-    trainer = Trainer(config, world, random_weights=True)
-    contender = task["contender"]
-    if contender == "reference":
-        use_reference(trainer, task["precision"])
-    if contender == "eager+compile":
-        compile_forward(trainer.engine.module)
-    batches = RandomBatches(config, trainer, world.device, trainer.micro)
-    # Made once: reading is not measured.
-    source = itertools.cycle([next(batches) for _ in range(trainer.forwards)])
-    losses: list[Any] = []
-    for _ in range(task["warmup"]):
-        losses.append(trainer.train_step(source)["loss"])
-    seconds = _timed(
-        lambda: losses.append(trainer.train_step(source)["loss"]), task["steps"], world
+    contender, steps, warmup = task["contender"], task["steps"], task["warmup"]
+    trainer: Trainer | PlainLoop
+    if contender == "plain+compile":
+        trainer = PlainLoop(config, world.device)
+        model, line = trainer.model, ""
+    else:
+        trainer = Trainer(config, world, random_weights=True)
+        line = trainer.first_line() if contender != "reference" else ""
+        if contender == "reference":
+            use_reference(trainer, task["precision"])
+        model = trainer.engine.module
+        if contender == "eager+compile":
+            compile_forward(model)
+    batches = RandomBatches(
+        config, trainer, world.device, config.training.global_batch // world.size
     )
-    out: dict[str, Any] = {
-        "seconds": seconds,
-        "losses": [float(loss) for loss in losses],
-        "line": trainer.first_line() if contender != "reference" else "",
-        "weights_bytes": sum(p.nbytes for p in trainer.engine.module.parameters()),
-        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+    # Made once: reading is not measured.
+    source = itertools.cycle([next(batches)])
+    losses: list[Any] = []
+
+    def step() -> None:
+        losses.append(trainer.train_step(source)["loss"])
+
+    for _ in range(warmup):
+        step()
+    if isinstance(trainer, PlainLoop):  # its losses are those of the others on these draws alone
+        for _ in range(steps):
+            step()
+        trainer.random = DeviceRandom()
+    timed = _timed(step, steps, world)
+    out: dict[str, Any] = timed | {
+        "losses": [float(loss) for loss in losses[: warmup + steps]],
+        "line": line,
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     if task["memory"]:
         held = sum(s.nbytes() for s in storages(world.device).values())
-        out["peak_bytes"] = held + highest(lambda: trainer.train_step(source), world.device)
+        out["peak_bytes"] = held + highest(step, world.device)
         out["held_bytes"] = held
+    if task["profile"]:
+        if isinstance(trainer, Trainer):
+            trainer.meter = annotating = Annotating(world, config.training.global_batch)
+            time_collectives(annotating.region)
+        out["profile"] = profile_steps(step, world.device)
     return out
 
 
@@ -103,25 +131,34 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
 
     for _ in range(task["warmup"]):
         draw()
-    return {"seconds": _timed(draw, task["steps"], world), "line": trainer.first_line()}
+    return _timed(draw, task["steps"], world) | {"line": trainer.first_line()}
 
 
-def _timed(work: Callable[[], object], times: int, world: World) -> list[float]:
-    def wait() -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-
+def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, Any]:
+    """seconds, and how they were taken: on a GPU one mean, as a sync after each step would show
+    every launch that a run hides behind the step before.
+    """
+    if world.device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(world.device)
+        began.record()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize(world.device)  # streams beside this one are part of a step
+        ended.record()
+        ended.synchronize()
+        mean = began.elapsed_time(ended) / 1e3 / times
+        return {"seconds": [mean], "timing": f"events over {times} steps"}
     seconds = []
     for _ in range(times):
-        wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        wait()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "timing": "clock around each step"}
 
 
 def main(text: str) -> int:
+    threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
     task = json.loads(text)
     world = join_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
@@ -129,12 +166,28 @@ def main(text: str) -> int:
     turn = sampling_turn if task["sampler"] else training_turn
     try:
         result = turn(task, config, world)
-    except torch.cuda.OutOfMemoryError:
-        result = {"does_not_fit": True}
+    except Exception as e:
+        if world.is_first:  # its traceback goes to stderr, among what libraries say when they end
+            print(MARK + json.dumps({"problem": problem_of(e)}), flush=True)
+        raise
     if world.is_first:
         print(MARK + json.dumps(result), flush=True)
     leave_world()
     return 0
+
+
+def problem_of(e: Exception) -> str:
+    """One line on an exception; torch's and libraries' words for too little memory are one."""
+    if any(words in str(e) for words in NO_MEMORY):
+        return DOES_NOT_FIT
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[0]}" if lines else type(e).__name__
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):  # sys.stdin would hold a lock that the interpreter's end waits for
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -14,13 +15,14 @@ def storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
     gc.collect()
     out = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor):
+        # What torch.compile traced with is a tensor without memory.
+        if issubclass(type(item), torch.Tensor) and not issubclass(type(item), FakeTensor):
             for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None and tensor.device.type == device.type:
                     storage = tensor.untyped_storage()
                     try:
                         out[storage.data_ptr()] = storage
-                    except RuntimeError:  # what torch.compile traces with has no memory
+                    except RuntimeError:  # another kind that has none
                         continue
     return out
 

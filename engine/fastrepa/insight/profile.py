@@ -9,30 +9,30 @@ Seconds are per step, of the first rank.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.insight.activity import Annotating, profiler
 from fastrepa.insight.host_syncs import HostSync, HostSyncs
 from fastrepa.insight.operation_costs import NOTHING, OperationCosts, Parts
-from fastrepa.insight.trace import PART, REGION, STEP, Operation, Trace, read_trace
+from fastrepa.insight.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.training.collectives import time_collectives
 from fastrepa.training.dry_run import RandomBatches
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
-from fastrepa.training.meters import Meter, image_flops
-from fastrepa.training.regions import NAMES, OTHER, REGIONS
+from fastrepa.training.meters import image_flops
+from fastrepa.training.regions import NAMES, REGIONS
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, micro_batch
 from fastrepa.vision.registry import find_recipe
@@ -373,24 +373,6 @@ def _on_disk(weights: str, file: str = "config.json") -> bool:
 # Measuring --------------------------------------------------------------------------------------
 
 
-class _Annotating(Meter):
-    """A meter whose regions are named in the profiler's trace too."""
-
-    current = OTHER
-
-    def region(self, name: str) -> AbstractContextManager[None]:
-        return self._both(name)
-
-    @contextmanager
-    def _both(self, name: str) -> Iterator[None]:
-        before, self.current = self.current, name
-        try:
-            with record_function(REGION + name), self._regions[name]:
-                yield
-        finally:
-            self.current = before
-
-
 def _profile(
     trainer: Trainer,
     batches: Batches,
@@ -425,7 +407,7 @@ def _profile(
     line = lines[len(lines) // 2]
     regions = {name: line[name] * line["step_seconds"] for name in NAMES}
 
-    annotating = _Annotating(world, config.training.global_batch)
+    annotating = Annotating(world, config.training.global_batch)
     trainer.meter = annotating
     time_collectives(annotating.region)
     with HostSyncs(world.device, lambda: annotating.current) as syncs:
@@ -437,7 +419,7 @@ def _profile(
             step()
         with ExitStack() as stack:
             stack.callback(_synchronize, world)
-            profiler = stack.enter_context(_profiler(world))
+            traced_by = stack.enter_context(profiler(world.device))
             step()  # the profiler's own first step is slow
             for _ in range(traced):
                 _synchronize(world)
@@ -445,9 +427,9 @@ def _profile(
                     step()
                     _synchronize(world)
     annotating.reset()
-    events = list(profiler.events() or [])
+    events = list(traced_by.events() or [])
     if world.is_first:
-        profiler.export_chrome_trace(str(file))
+        traced_by.export_chrome_trace(str(file))
     return Profile(
         kernels=config.kernels,
         line=line,
@@ -458,14 +440,6 @@ def _profile(
         host_syncs=syncs.waiting,
         file=file,
     )
-
-
-def _profiler(world: World) -> Any:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks on stderr
-    activities = [ProfilerActivity.CPU]
-    if world.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities)
 
 
 def _synchronize(world: World) -> None:

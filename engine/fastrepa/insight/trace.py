@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,15 +73,9 @@ def read_trace(
     on_gpu: bool,
 ) -> Trace:
     """The steps among `events`; counted: what `OperationCosts` saw in one of them."""
-    host = [e for e in events if not _on_device(e)]
-    windows = sorted((e.time_range.start, e.time_range.end) for e in host if e.name == STEP)
-    starts = [start for start, _ in windows]
-
-    def inside(time: float) -> bool:
-        at = bisect_right(starts, time) - 1
-        return at >= 0 and time < windows[at][1]
-
-    region_at = _regions([e for e in host if e.name.startswith(REGION)])
+    host = [e for e in events if not on_device(e)]
+    windows = step_windows(host)
+    region_at = regions(host)
     wanted = {name: name for name, _, _ in counted}
     # torch calls some operations of one tensor so directly that only their autograd shows.
     wanted |= {f"GeneratedBackwardFor_{n.replace('::', '_')}_default": n for n in wanted}
@@ -96,13 +90,10 @@ def read_trace(
     calls: dict[tuple[str, str, str], int] = defaultdict(int)
     kernels: dict[tuple[str, str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     key_of: dict[int, tuple[str, str, str]] = {}
-    tops: list[tuple[float, float, str]] = []
     for e in host:
-        if _annotation(e) or not inside(e.time_range.start):
+        if _annotation(e) or not inside(windows, e):
             continue
         chain = [e, *_ancestors(e)]
-        if not _ancestors(e) or all(_annotation(a) for a in _ancestors(e)):
-            tops.append((e.time_range.start, e.time_range.end, e.name))
         if e.name.startswith(GRAPH) and not on_gpu:  # less the operations that it calls
             graph = f"passes, {COMPILED}", region_at(e.time_range.start), COMPILED
             calls[graph] += 1
@@ -133,16 +124,8 @@ def read_trace(
             seconds[key] += kernel.duration / 1e6
             kernels[key][kernel.name] += kernel.duration / 1e6
 
-    if on_gpu:
-        running = [
-            (e.time_range.start, e.time_range.end, e.name)
-            for e in events
-            if _on_device(e) and not _annotation(e) and inside(e.time_range.start)
-        ]
-    else:
-        running = tops
     steps = len(windows)
-    gaps, busy = _gaps(windows, running, region_at)
+    gaps, busy = idle_gaps(windows, what_ran(events, windows, on_gpu=on_gpu), region_at)
     return Trace(
         operations=[
             Operation(
@@ -160,7 +143,37 @@ def read_trace(
     )
 
 
-def _on_device(e: FunctionEvent) -> bool:
+Span = tuple[float, float, str]  # start and end in microseconds, name
+
+
+def step_windows(events: Iterable[FunctionEvent]) -> list[tuple[float, float]]:
+    """Start and end of every annotated step, in order."""
+    return sorted((e.time_range.start, e.time_range.end) for e in events if e.name == STEP)
+
+
+def inside(windows: Sequence[tuple[float, float]], e: FunctionEvent) -> bool:
+    """Whether an event began in one of the steps."""
+    at = bisect_right(windows, e.time_range.start, key=lambda window: window[0]) - 1
+    return at >= 0 and e.time_range.start < windows[at][1]
+
+
+def what_ran(
+    events: Iterable[FunctionEvent], windows: Sequence[tuple[float, float]], *, on_gpu: bool
+) -> list[Span]:
+    """What kept the device busy in the steps, by start: kernels and copies on a GPU, on the CPU the
+    operations that no other called.
+    """
+
+    def counts(e: FunctionEvent) -> bool:
+        if on_device(e) != on_gpu or _annotation(e) or not inside(windows, e):
+            return False
+        return on_gpu or all(_annotation(a) for a in _ancestors(e))
+
+    return sorted((e.time_range.start, e.time_range.end, e.name) for e in events if counts(e))
+
+
+def on_device(e: FunctionEvent) -> bool:
+    """Whether an event is of the GPU, not of the host."""
     return e.device_type != torch.autograd.DeviceType.CPU
 
 
@@ -186,10 +199,12 @@ def _enclosing(e: FunctionEvent, prefix: str) -> str:
     return ""
 
 
-def _regions(events: Sequence[FunctionEvent]) -> Callable[[float], str]:
+def regions(host: Iterable[FunctionEvent]) -> Callable[[float], str]:
     """The innermost region at a time, whatever thread asks: autograd has one of its own."""
     marks: list[tuple[float, int, str]] = []
-    for e in events:
+    for e in host:
+        if not e.name.startswith(REGION):
+            continue
         name = e.name.removeprefix(REGION)
         marks += [(e.time_range.start, 1, name), (e.time_range.end, 0, name)]
     marks.sort(key=lambda m: (m[0], m[1]))
@@ -209,13 +224,12 @@ def _regions(events: Sequence[FunctionEvent]) -> Callable[[float], str]:
     return at
 
 
-def _gaps(
+def idle_gaps(
     windows: Sequence[tuple[float, float]],
-    running: list[tuple[float, float, str]],
+    running: Sequence[Span],
     region_at: Callable[[float], str],
 ) -> tuple[list[Gap], float]:
-    """(gaps, the longest together first; seconds in which anything ran), per step."""
-    running.sort()
+    """(gaps, the longest together first; seconds in which anything ran), per window."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     idle, at = 0.0, 0
     for start, end in windows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
+from fastrepa.data.codec import SD_VAE_PARAMETERS, Codec
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
+from fastrepa.training.targets import Targets
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import World, as_run
 from fastrepa_kernels.attention import SDPA
@@ -41,11 +43,19 @@ class DryRun:
     """Estimated bytes per rank, by part."""
 
 
+class Reader(Protocol):
+    """What says which parts a batch has: a Trainer, or another loop."""
+
+    codec: Codec
+    targets: Targets
+    cached_latents: bool
+
+
 class RandomBatches:
     """Batches of `size` noise images, with what the trainer would read from a prepared set."""
 
     def __init__(
-        self, config: Config, trainer: Trainer, device: torch.device, size: int = BATCH
+        self, config: Config, trainer: Reader, device: torch.device, size: int = BATCH
     ) -> None:
         self.config, self.trainer, self.device, self.size = config, trainer, device, size
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -54,7 +64,8 @@ class RandomBatches:
         r, codec = self.config.data.resolution, self.trainer.codec
         moments = None
         if self.trainer.cached_latents:
-            moments = torch.rand(self.size, 2 * codec.channels, codec.side, codec.side)
+            shape = (self.size, 2 * codec.channels, codec.side, codec.side)
+            moments = torch.rand(shape, generator=self.generator)
         return Batch(
             image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
             moments=None if moments is None else moments.to(self.device),
@@ -154,7 +165,7 @@ def _memory(
     frozen = sum(
         p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
     )
-    vae = getattr(trainer.codec, "vae", None)
+    vae = SD_VAE_PARAMETERS if config.data.codec.name == "sd-vae" else 0  # a run samples with it
     # zero.offload: not on the GPU.
     where = "" if config.zero.offload == "none" else f" ({config.zero.offload})"
     return {
@@ -165,6 +176,6 @@ def _memory(
         f"Adam moments{where}": 8 * trained // share(1),
         f"EMA{where}": 4 * trained * len(config.training.ema) // share(1),
         "encoders": frozen,
-        "codec": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae else 0,
+        "codec": vae * width,
         "kept for backward": activations,
     }

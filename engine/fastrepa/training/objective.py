@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def lognormal_time(path: str, normal: Tensor) -> Tensor:
     """t whose noise-to-signal ratio sigma/alpha is exp(normal), normal [B] ~ N(mean, std^2)."""
     ratio = normal.exp()
     return ratio / (1 + ratio) if path == "linear" else torch.atan(ratio) * (2 / math.pi)
+
+
+class Draws(NamedTuple):
+    """All that is random in B training samples."""
+
+    latent_noise: Tensor | None  # [B,C,h,w], where the codec's latents are samples
+    time: Tensor  # [B]
+    noise: Tensor  # [B,C,h,w]
+    drop: Tensor  # [B] bool, whose label is dropped
 
 
 @dataclass(frozen=True)

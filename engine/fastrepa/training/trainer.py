@@ -54,7 +54,7 @@ from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.training.evaluation import Evaluations
 from fastrepa.training.look_ahead import Batches, LookAhead
 from fastrepa.training.meters import Meter, image_flops
-from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.objective import Draws, Objective, lognormal_time
 from fastrepa.training.offload import check_offload
 from fastrepa.training.regions import SAMPLING
 from fastrepa.training.survival import Watch, host_group_of
@@ -241,21 +241,15 @@ class Trainer:
         samples [B] int64: the samples' numbers within the step's global batch, which key their
         noise, time and label dropout. targets: made here unless given.
         """
-        draw, step, region = self.random, self.step, self.meter.region
+        region = self.meter.region
         if targets is None:
             with region("encoder"):
                 targets = self.targets(batch)
-        shape = (self.codec.channels, self.codec.side, self.codec.side)
         with torch.no_grad():
-            latent_noise = (
-                draw.normal(Stream.LATENT, step, samples, shape) if self.codec.stochastic else None
-            )
+            latent_noise, t, noise, drop = self.draws(samples)
             with region("codec"):
                 z = self.codec.latents(batch.image_u8, batch.moments, latent_noise)
-            t = self._times(samples)
-            noise = draw.normal(Stream.NOISE, step, samples, shape)
             x_t, velocity_target = self.objective.interpolate(z, noise, t)
-            drop = draw.uniform(Stream.LABEL_DROP, step, samples) < self.config.model.label_dropout
         with region("forward"):
             next_graph(self.config.training.compile)
             if targets:
@@ -273,12 +267,21 @@ class Trainer:
         first = (self.world.rank * self.forwards + forward) * self.micro
         return torch.arange(first, first + self.micro, device=self.world.device)
 
-    def _times(self, samples: Tensor) -> Tensor:
-        o = self.config.objective
+    def draws(self, samples: Tensor) -> Draws:
+        """What is random in these samples [B] of this step: a few launches on a GPU."""
+        draw, step, o = self.random, self.step, self.config.objective
+        shape = (self.codec.channels, self.codec.side, self.codec.side)
         if o.time == "uniform":
-            return self.random.uniform(Stream.TIME, self.step, samples)
-        normal = self.random.normal(Stream.TIME, self.step, samples)
-        return lognormal_time(o.path, o.time_mean + o.time_std * normal)
+            time = draw.uniform(Stream.TIME, step, samples)
+        else:
+            normal = draw.normal(Stream.TIME, step, samples)
+            time = lognormal_time(o.path, o.time_mean + o.time_std * normal)
+        return Draws(
+            draw.normal(Stream.LATENT, step, samples, shape) if self.codec.stochastic else None,
+            time,
+            draw.normal(Stream.NOISE, step, samples, shape),
+            draw.uniform(Stream.LABEL_DROP, step, samples) < self.config.model.label_dropout,
+        )
 
     # The run ----------------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ def sharded_step(zero: Any, optimizer: AdamWEMA) -> None:
     optimizer.update(zero.single_partition_of_fp32_groups, grads, low)
     del flat, grads  # before weights are gathered
     zero._release_preflattened_grad_buffers()
-    zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+    for i in zero.averaged_gradients:  # parameters hold the dictionary too
+        zero.averaged_gradients[i] = None
     zero._global_grad_norm = optimizer._global_grad_norm
     all_gather_dp_groups(
         groups_flat=zero.bit16_groups_flat,

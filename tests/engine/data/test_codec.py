@@ -51,9 +51,13 @@ def small_vae(dtype=torch.float32):
     return nn.Module.to(vae, dtype)
 
 
+def small_codec(dtype=torch.float32):
+    return SdVaeCodec(lambda: (small_vae(dtype), ""), channels=4, side=8)
+
+
 @pytest.fixture
 def small():
-    return SdVaeCodec(small_vae(), channels=4, side=8)
+    return small_codec()
 
 
 # Pixels.
@@ -171,7 +175,7 @@ def test_moments_are_mean_and_standard_deviation(small):
 def test_a_batch_is_encoded_as_one_image_at_a_time(small):
     image = random_images(5, 64)
     single = torch.cat([small.encode(image[i : i + 1]) for i in range(5)])
-    exact = SdVaeCodec(small_vae(torch.float64), 4, 8)
+    exact = small_codec(torch.float64)
     exact_moments = []
     with torch.no_grad():
         for i in range(5):
@@ -214,7 +218,7 @@ def test_it_is_frozen(small):
 
 
 def test_bf16_autoencoder_gives_fp32_moments():
-    codec = SdVaeCodec(small_vae(torch.bfloat16), 4, 8)
+    codec = small_codec(torch.bfloat16)
     moments = codec.encode(random_images(1, 64))
     assert moments.dtype == torch.float32
     assert codec.decode(torch.randn(1, 4, 8, 8)).dtype == torch.uint8
@@ -301,12 +305,27 @@ def test_missing_weights_say_what_to_do(weights, monkeypatch, tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("random_weights", [False, True])
-def test_without_diffusers_the_extra_is_named(random_weights, monkeypatch):
+def test_without_diffusers_the_extra_is_named(monkeypatch):
+    """At once where weights are to be loaded; random ones are missed when they are used."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fastrepa\[vae\]'") as error:
-        build_codec(SD_VAE, resolution=64, random_weights=random_weights)
-    assert "\n" not in str(error.value)
+    codec = build_codec(SD_VAE, resolution=64, random_weights=True)
+    for use in (
+        lambda: build_codec(SD_VAE, resolution=64),
+        lambda: codec.encode(random_images(1, 64)),
+        lambda: codec.decode(torch.zeros(1, 4, 8, 8)),
+    ):
+        with pytest.raises(ConfigError, match=r"pip install 'fastrepa\[vae\]'") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_latents_of_moments_need_no_autoencoder(monkeypatch, small):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    codec = build_codec(SD_VAE, resolution=64, random_weights=True)
+    moments, noise = torch.rand(2, 8, 8, 8), torch.randn(2, 4, 8, 8)
+    assert torch.equal(codec.latents(None, moments, noise), small.latents(None, moments, noise))
+    assert (codec.name, codec.channels, codec.side, codec.stochastic) == ("sd-vae", 4, 8, True)
+    assert codec.scale == small.scale
 
 
 def test_random_weights_are_the_real_architecture():
@@ -315,8 +334,9 @@ def test_random_weights_are_the_real_architecture():
     expected = torch.rand(4)
     torch.manual_seed(1)
     codec = build_codec(SD_VAE, resolution=32, random_weights=True)
+    assert not codec.vae.training
     assert torch.equal(torch.rand(4), expected)
-    assert sum(p.numel() for p in codec.vae.parameters()) == 83_653_863
+    assert sum(p.numel() for p in codec.vae.parameters()) == codec_module.SD_VAE_PARAMETERS
     first = next(codec.vae.parameters())
     torch.manual_seed(codec_module.RANDOM_SEED)
     assert torch.equal(first, nn.Conv2d(3, 128, 3).weight)

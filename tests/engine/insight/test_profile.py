@@ -6,13 +6,11 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.autograd import DeviceType
 
 from fastrepa.config import load_config
 from fastrepa.data.codec import PixelCodec
@@ -26,6 +24,7 @@ from fastrepa.training.memory.workload import measure_workload
 from fastrepa.training.regions import NAMES
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
+from tests.engine.insight.trace_events import Events
 from tests.engine.training.runs import ROOT
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -214,24 +213,6 @@ def test_costs_of_operations():
     update = torch.ops.fastrepa.adamw_ema_.default
     given = (*lists, emas, [], None, [1.0, 0.9, 0.1, 1.1, 0.1, 0.2], [0.9, 0.99], 1e-8)
     assert operation_cost(update, given, {}, None) == adamw_ema_cost(10, emas=2)
-
-
-class Events:
-    """A trace made by hand, in microseconds: what a GPU's looks like."""
-
-    def __init__(self):
-        self.all = []
-
-    def add(self, name, start, end, parent=None, *, kernels=(), on_gpu=False, seq=-1, thread=0):
-        e = SimpleNamespace(
-            id=len(self.all), name=name, cpu_parent=parent, sequence_nr=seq, thread=thread,
-            time_range=SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start),
-            device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
-            is_user_annotation=name.startswith((REGION, PART, STEP)),
-            kernels=[SimpleNamespace(name=k, duration=d) for k, d in kernels],
-        )  # fmt: skip
-        self.all.append(e)
-        return e
 
 
 def test_a_trace_of_a_gpu():
