@@ -27,7 +27,9 @@ from fastrepa_kernels.cost import median_seconds
 from fastrepa_kernels.projector_alignment import projector_alignment
 
 Work = Callable[[], object]
-DO_NOT_LAUNCH = (triton.runtime.errors.OutOfResources, triton.CompilationError)
+DO_NOT_LAUNCH = (
+    triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError,
+)  # fmt: skip
 
 
 class Size(NamedTuple):

@@ -56,6 +56,8 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
             (out / records.PROFILE).write_text(text)
         (result,) = bench.gather([vars(case) | found])
         record = {"name": turn.name, **bench.record(result), "run": result.line}
+        if result.unfinished:  # the item failed, its times count
+            record["problem"] = f"after its times: {result.unfinished}"
         if result.problem != bench.DOES_NOT_FIT or batch == batches[-1]:
             yield record
             return

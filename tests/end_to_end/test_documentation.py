@@ -102,7 +102,7 @@ def module(words: list[str]) -> str:
 
 def carried(words: list[str]) -> str:
     """What is installed is what `make gpu-wheels` makes, as the rehearsal installs it."""
-    assert words[:3] == ["python", "-m", "pip"]
+    assert words[:3] == ["python3", "-m", "pip"]
     assert words[-1] == f"{WHEELS}/*.whl"
     assert set(words[3:-2]) <= set(INSTALL)
     return ""
@@ -199,9 +199,9 @@ RULES = [
     Rule("python -m benchmarks.run", module, "one provider, one repetition, the smallest batch",
          ["--providers", "ours", "--repeats", "1", "--batch", "8"]),
     Rule("python -m benchmarks.report", module, "as written"),
-    Rule("python -m pip install", carried, "no network: what it names must be what is made"),
-    Rule("python -m benchmarks.gpu_suite", kit, "no GPU: its options; rehearsed by a test"),
-    Rule("python -m benchmarks.gpu_suite.wheels", joined, "no parts: its options; a test joins"),
+    Rule("python3 -m pip install", carried, "no network: what it names must be what is made"),
+    Rule("python3 -m benchmarks.gpu_suite", kit, "no GPU: its options; rehearsed by a test"),
+    Rule("python3 -m benchmarks.gpu_suite.wheels", joined, "no parts: its options; a test joins"),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -82,7 +82,8 @@ class Result:
     """What the turns of one case gave; bytes are of the fullest moment of a step.
 
     seconds: of each step or, where `timing` says so, the mean of each turn. problem, '' where there
-    is none: why it has no time; stderr: all that the turn said which failed.
+    is none: why it has no time; unfinished: why it has nothing but that; stderr: all that the turn
+    said which failed.
     """
 
     case: Case
@@ -92,6 +93,7 @@ class Result:
     memory: dict[str, int] = field(default_factory=dict)
     line: str = ""
     problem: str = ""
+    unfinished: str = ""
     stderr: str = ""
 
     @property
@@ -178,6 +180,8 @@ def gather(turns: Iterable[Mapping[str, Any]]) -> list[Result]:
         if "problem" in turn:
             result.problem, result.stderr = turn["problem"], turn["stderr"]
             continue
+        if "unfinished" in turn:
+            result.unfinished, result.stderr = turn["unfinished"], turn["stderr"]
         result.seconds += turn["seconds"]
         result.timing = turn["timing"]
         result.line = turn["line"] or result.line
@@ -276,6 +280,8 @@ def record(result: Result) -> dict[str, Any]:
     tree |= asdict(result.case)
     if result.problem:
         return tree | {"problem": result.problem, "stderr": result.stderr}
+    if result.unfinished:
+        tree |= {"unfinished": result.unfinished, "stderr": result.stderr}
     tree |= {"timing": result.timing}
     tree |= {f"p{q}_ms": result.milliseconds(q / 100) for q in (20, 80)}
     tree |= {"p50_ms": result.median, "n": len(result.seconds)}
@@ -300,7 +306,8 @@ def run_turn(
     steps are timed after `warmup` of them. memory: also `peak_bytes`, of one more step; profile:
     also `profile`, of PROFILED more (insight/activity.py); neither while sampling. A turn that
     fails, or takes more than `timeout` seconds and is ended with all that it started, is
-    {"problem": one line, "stderr": all of it}.
+    {"problem": one line, "stderr": all of it}; where its times were known by then, these, with
+    "unfinished" for "problem".
     """
     task = {"config": _turn_config(config, case), **asdict(case), "steps": steps}
     task |= {"warmup": warmup, "memory": memory, "profile": profile}
@@ -325,15 +332,25 @@ def run_turn(
         out.seek(0)
         err.seek(0)
         said, stderr = (file.read().decode(errors="replace") for file in (out, err))
-    results = [line for line in said.splitlines() if line.startswith(MARK)]
-    result: dict[str, Any] = json.loads(results[-1].removeprefix(MARK)) if results else {}
+    results = list(_results(said))
+    result = results[-1] if results else {}
     if result and not turn.returncode and not late:
         return result
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     problem = late or result.get("problem") or (lines[-1] if lines else "no output")
     if turn.returncode < 0 and not late:
         problem = f"killed by signal {-turn.returncode}"
+    timed = next((r for r in reversed(results) if "seconds" in r), None)
+    if timed is not None:
+        return timed | {"unfinished": problem, "stderr": stderr}
     return {"problem": problem, "stderr": stderr}
+
+
+def _results(said: str) -> Iterator[dict[str, Any]]:
+    for line in said.splitlines():
+        if line.startswith(MARK):
+            with suppress(ValueError):  # a kill cut it in two
+                yield json.loads(line.removeprefix(MARK))
 
 
 def _turn_config(config: Config, case: Case) -> dict[str, Any]:

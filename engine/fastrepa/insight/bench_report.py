@@ -68,6 +68,9 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
         if result.problem:
             said = f"{label(result.case)}: {result.problem}"
             console.print(said, soft_wrap=True, markup=False, style="red" if result.failed else "")
+        elif result.unfinished:
+            said = f"{label(result.case)}, after its times: {result.unfinished}"
+            console.print(said, soft_wrap=True, markup=False, style="red")
     console.print(
         "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
         "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"

@@ -1,5 +1,5 @@
 """One contender's turn, in a process of its own (or several, under torchrun): `fastrepa bench`
-starts it, and reads the line that it prints.
+starts it, and reads the lines that it prints: times as soon as they are known, then all.
 
     python -m fastrepa.insight.bench_turn '{"config": {...}, "contender": "ours", ...}'
 
@@ -95,10 +95,14 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    if world.is_first:
+        _say(out)  # what follows may fail, and takes no time with it
     if task["memory"]:
         held = sum(s.nbytes() for s in storages(world.device).values())
         out["peak_bytes"] = held + highest(step, world.device)
         out["held_bytes"] = held
+        if world.device.type == "cuda":  # with what CUDA graphs hold, which is in no other count
+            out["reserved_bytes"] = torch.cuda.max_memory_reserved(world.device)
     if task["profile"]:
         if isinstance(trainer, Trainer):
             trainer.meter = annotating = Annotating(world, config.training.global_batch)
@@ -168,12 +172,16 @@ def main(text: str) -> int:
         result = turn(task, config, world)
     except Exception as e:
         if world.is_first:  # its traceback goes to stderr, among what libraries say when they end
-            print(MARK + json.dumps({"problem": problem_of(e)}), flush=True)
+            _say({"problem": problem_of(e)})
         raise
     if world.is_first:
-        print(MARK + json.dumps(result), flush=True)
+        _say(result)
     leave_world()
     return 0
+
+
+def _say(result: dict[str, Any]) -> None:
+    print(MARK + json.dumps(result), flush=True)
 
 
 def problem_of(e: Exception) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastrepa.config import Config, EmaConfig
 from fastrepa.data.codec import build_codec, token_grid
 from fastrepa.data.pipeline import Batch
+from fastrepa.model.attention import choose_attention
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.ema import power_gamma
@@ -71,7 +72,7 @@ class PlainLoop:
             side=self.codec.side,
             channels=self.codec.channels,
             encoder_widths=self.targets.widths,
-            attention=config.attention.backend,
+            attention=choose_attention(config, device, dtype).backend,  # tried before the compile
         ).to(device)
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False)
         self.params = [p for p in self.model.parameters() if p.requires_grad]

@@ -100,8 +100,9 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
         for key, value in alone.items():
             env.setdefault(key, value)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Minutes of C++ compilation otherwise, for an all-reduce of inference that nothing calls.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # None of its own operations: to ask which ones could be compiled starts compilers, and one
+        # that could, an all-reduce of inference that nothing calls, costs minutes of C++.
+        deepspeed.ops.__compatible_ops__ = {}
         with _without_chatter():
             deepspeed.init_distributed(
                 dist_backend=backend,

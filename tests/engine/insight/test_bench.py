@@ -151,6 +151,22 @@ def test_why_a_turn_failed_is_one_line(tmp_path, monkeypatch):
         assert turn == {"problem": problem, "stderr": stderr}
 
 
+def test_what_fails_after_the_times_does_not_take_them(tmp_path, monkeypatch):
+    """A profiler that fails, a library that aborts at the end, a kill while the last line goes."""
+    timed = {"seconds": [0.5], "timing": "once", "losses": [1.0], "line": "run"}
+    say = f"print('BENCH ' + json.dumps({timed}), flush=True)\n"
+    fail = """print('BENCH {"problem": "ValueError: x"}'); sys.exit("a library's word")"""
+    cut = "print('BENCH {\"sec', end='', flush=True); os.kill(os.getpid(), 6)"
+    for body, why in ((fail, "ValueError: x"), (cut, "killed by signal 6")):
+        stand_in(monkeypatch, tmp_path, say + body)
+        turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1)
+        assert {k: turn[k] for k in timed} == timed and turn["unfinished"] == why
+        (result,) = gather([vars(Case("ours", "fp32", 4)) | turn])
+        found = record(result)
+        assert not result.problem and found["p50_ms"] == 500
+        assert found["unfinished"] == why and found["stderr"] == turn["stderr"]
+
+
 @pytest.mark.parametrize(
     ("broken", "code"), [(["eager"], 0), (["ours"], 1), (["ours", "eager"], 1)]
 )
