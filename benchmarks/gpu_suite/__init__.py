@@ -8,7 +8,7 @@
 | ceilings | versions, free memory; copy, 8192^3, SiT-XL/2's products in bf16 and FP8 | 20 | 60 |
 | correct | every operation at SiT-XL/2's shapes against float64, by the tests' rule | 50 | 100 |
 | rows | row kernels by graph replay: share of copy; other rows of launch tables | 70 | 110 |
-| step | ours, SiT-XL/2 at batch 256 or what fits: 10 steps, then kernels and gaps | 75 | 180 |
+| step | ours, SiT-XL/2 at batch 256 or what fits: 10 steps, then kernels and gaps | 75 | 220 |
 | rivals | plain+compile, eager+compile, eager, reference | 375 | 560 |
 | others | ours with CUDA graphs; DINOv2 beside the generator; SiT-B/2 | 330 | 480 |
 | tests | the kernel tests on the device, 8 processes | 70 | 150 |

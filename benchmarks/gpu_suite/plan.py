@@ -29,7 +29,7 @@ STAGES = (
     Stage("ceilings", 60, "ceilings"),
     Stage("correct", 100, "operations", compiles=True),
     Stage("rows", 110, "operations"),
-    Stage("step", 180, "steps"),
+    Stage("step", 220, "steps"),
     Stage("rivals", 560, "steps"),
     Stage("others", 480, "steps"),
     Stage("tests", 150, "tests"),

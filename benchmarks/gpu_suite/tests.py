@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -43,6 +44,8 @@ def _tests(
     """Numbers of tests by how they ended; the first lines of what failed."""
     import pytest
 
+    # Inductor starts a process for each core in each process that tests.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     in_time = InTime(seconds)
     options = [*arguments, "-p", "no:cacheprovider", f"--junitxml={report}"]
     status = pytest.main(options, plugins=[in_time])
