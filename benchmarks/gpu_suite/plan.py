@@ -125,7 +125,7 @@ FULL = Size(
     recipes=("bf16", "fp8 tensorwise", "fp8 rowwise"),
     families=(
         "norm_backward 1152", "norm_forward 1152", "norm_sums", "activation", "columns stack",
-        "columns activation", "cosine", "optimiser", "columns residual", "columns sums",
+        "columns activation", "cosine 1024", "optimiser", "columns residual", "columns sums",
         "norm_backward 768", "norm_forward 768",
     ),
     compilers=8,

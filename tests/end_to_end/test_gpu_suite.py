@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import subprocess
 import sys
 import textwrap
 
@@ -228,6 +229,25 @@ def test_outcomes_of_tests(tmp_path):
     counts, failed = tests.outcomes(tmp_path / "tests.xml")
     assert counts == {"passed": 1, "failed": 1, "skipped": 1}
     assert failed == {"a::bad": "off by 1"}
+
+
+@pytest.mark.parametrize("processes", [("-p", "no:xdist"), ("-n", "1")])
+def test_tests_end_in_time_for_their_report(tmp_path, processes):
+    (tmp_path / "test_many.py").write_text(
+        "import pytest, time\n@pytest.mark.parametrize('n', range(40))\n"
+        "def test_one(n):\n    time.sleep(0.1)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    arguments = (str(tmp_path), "-c", str(tmp_path / "pytest.ini"), *processes)
+    program = f"""
+import pathlib
+from benchmarks.gpu_suite.tests import _tests
+(record,) = _tests({arguments}, pathlib.Path({str(tmp_path / "tests.xml")!r}), seconds=0)
+assert 0 < record["passed"] < 40 and record["failed"] == 0, record
+assert "not all had run" in record["problem"]
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=provenance.ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_table_says_what_failed_and_whose_loss_is_another():
