@@ -124,7 +124,7 @@ def training_steps(records: list[Record]) -> str:
         )
         ours = next((r for r in group if r["contender"] == "ours" and "p50_ms" in r), None)
         for r in group:
-            if "problem" in r:
+            if "p50_ms" not in r:
                 parts.append(f"| {r['contender']} | {r['problem']} | | | | |")
                 continue
             above, rival = r.get("peak_above_weights_bytes"), ours is not None and r is not ours
