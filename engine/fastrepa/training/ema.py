@@ -185,6 +185,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _eager_update(self, params, grads, low, bad, scale) -> None:
         """As torch does it, pass by pass."""
+        theirs = [p.grad for p in params]  # where states are offloaded, DeepSpeed's own buffers
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(p.dtype)
             if scale is not None:
@@ -201,8 +202,8 @@ class AdamWEMA(torch.optim.AdamW):
             torch._foreach_lerp_([self.state[p][key] for p in params], list(params), rest)
         if low is not None:
             torch._foreach_copy_(list(low), list(params))
-        for p in params:
-            p.grad = None
+        for p, g in zip(params, theirs, strict=True):
+            p.grad = g
 
 
 def _norm_of(grads: Sequence[Tensor]) -> Tensor:

@@ -63,6 +63,20 @@ def test_a_flag_on_the_device_moves_none_of_them(kernels, monkeypatch):
     assert state["step"] == 2
 
 
+@pytest.mark.parametrize("kernels", ["fused", "eager"])
+def test_a_step_leaves_gradients_where_they_were(kernels):
+    """DeepSpeed keeps the gradients of offloaded states in buffers, and writes into them again."""
+    param = torch.nn.Parameter(torch.randn(50))
+    optimizer = AdamWEMA([param], OptimizerConfig(), emas=(FIXED,), kernels=kernels)
+    param.grad = buffer = torch.randn(50)
+    optimizer.step()
+    assert param.grad is buffer
+    param.grad = None
+    optimizer.update([param], [torch.randn(50)])
+    assert param.grad is None
+    assert optimizer.state[param]["step"] == 2
+
+
 def test_names_of_the_states():
     assert ema_keys((POWER, FIXED, EmaConfig(sigma_rel=0.05))) == (
         "ema", "ema_decay_0.9", "ema_sigma_rel_0.05",

@@ -97,6 +97,7 @@ def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
         deepspeed_config(resolved, world)["zero_optimization"],
         len(config.training.ema),
         block_elements(config),
+        config.kernels == "eager",
     )
 
 

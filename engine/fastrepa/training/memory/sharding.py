@@ -62,7 +62,7 @@ class Sharding:
 
     recompute: every how manieth block runs again in backward, 0: none. keep_h: GELU's output is
     kept for backward. zero: DeepSpeed's own settings, the dictionary `zero_optimization`. emas:
-    averages kept. block: elements of one of the generator's blocks.
+    averages kept. block: elements of one of the generator's blocks. eager: kernels are torch's own.
     """
 
     world: int
@@ -75,6 +75,7 @@ class Sharding:
     zero: Mapping[str, Any] = field(default_factory=dict)
     emas: int = 1
     block: int = 0
+    eager: bool = False
 
     def number(self, name: str) -> int:
         return int(self.zero.get(name, ZERO_DEFAULTS[name]))
@@ -253,8 +254,11 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
     to the optimiser.
     """
     w, n = s.itemsize, p.numel
+    # As they were made, and flat; then flat, and in the masters' dtype where torch's own AdamW
+    # wants it.
+    flattened = max(2 * w, w + 4 if s.eager and s.bf16 else 0)
     if s.stage == 0:
-        return {"gradients": 2 * w * n}  # as they were made, and flat
+        return {"gradients": flattened * n}
     if s.stage == 3 and s.offload == "none":
         part = min(n / s.world, s.number("sub_group_size"))
         return {"gradients": (4 + (2 if s.bf16 else 0)) * part}
@@ -263,7 +267,7 @@ def update_peak(s: Sharding, p: Parameters) -> dict[str, float]:
     if s.offload != "none":  # they have left already, but stage 1 may start only now
         return {"gradients": w * n} if s.stage == 1 and not s.leaves_early else {}
     # The shard's gradients, and flat; float32 sums of bf16 ones are flat from the first.
-    update = (4 if s._sums_in_fp32 else 2 * w) * n / s.world
+    update = (4 if s._sums_in_fp32 else flattened) * n / s.world
     if s.stage == 1 and not s.leaves_early:
         # Before that they leave the whole ones by way of the bucket, whose flattened copy takes
         # the place of those in it until the sending is over.
