@@ -63,6 +63,7 @@ from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero import (
     WholeTensors,
     World,
+    as_run,
     grad_norm,
     micro_batch,
     of_first_rank,
@@ -461,11 +462,13 @@ class Trainer:
             c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
         )
         parameters = sum(math.prod(_shape(p)) for p in self.engine.module.parameters())
+        stage = as_run(c, w.size).zero.stage
         parts = {
             "device": f"{where} x {w.size}",
             "model": f"{model}, {parameters / 1e6:.1f} M parameters",
             "precision": c.training.precision,
             "ZeRO": str(c.zero.stage)
+            + (f", as {stage}" if stage != c.zero.stage else "")
             + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
             "recompute": str(c.training.recompute),
             "keep": c.training.keep if c.kernels == "fused" else "none",

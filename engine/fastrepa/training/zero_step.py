@@ -67,7 +67,7 @@ class FlatWeights:
         flat = torch.cat(pieces)
         del pieces
         if (ranks := dist.get_world_size()) > 1:
-            # Divided first, as DeepSpeed does: sums of many ranks stay small.
+            # Divided first, as in DeepSpeed's stages 1 and 2: sums of many ranks stay small.
             deepspeed.comm.all_reduce(flat.mul_(1 / ranks))
         return flat
 

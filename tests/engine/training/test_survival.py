@@ -26,7 +26,7 @@ def faulty(run, fault, *overrides, ranks=1):
 @pytest.mark.parametrize(
     ("fault", "ranks", "settings"),
     [
-        # Stages of which DeepSpeed skips a bad step itself, and of which it does not.
+        # DeepSpeed skips a bad step of stage 3 itself; stages 0 and 1 are ours.
         ("nan 1 1 3 4", 2, ("zero.stage=1", "training.precision=bf16")),
         ("loss 1 1 3 4", 2, ("zero.stage=3", "kernels=eager")),
         ("nan 0 1 3 4", 1, ("zero.stage=0", "kernels=eager", "training.clip=0")),
