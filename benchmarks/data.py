@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import data_sets
-from benchmarks.predict import DEPTHS, step_milliseconds
+from benchmarks.cases import WIDTHS
+from benchmarks.predict import DEPTHS
 from benchmarks.run import RECORDS, append, environment, quantile
 from fastrepa.config import DataConfig, EncoderConfig
 from fastrepa.data.datasets import DataSet, open_data
@@ -47,7 +48,7 @@ from fastrepa.data.pipeline import DataPipeline
 from fastrepa.data.reader import SampleOrder
 from fastrepa.data.shards import ShardSet
 from fastrepa.vision.features import build_encoder
-from fastrepa_kernels.cost import Ceilings
+from fastrepa_kernels.cost import diffusion_transformer_flops
 
 BATCH = 64
 CPU = torch.device("cpu")
@@ -383,13 +384,10 @@ def needs(tflops: float, utilisation: float) -> str:
         f"One GPU takes in (estimate: 3 x the forward's FLOPs at {utilisation:.0%} of "
         f"{tflops:.0f} bf16 TFLOP/s, 256 tokens, frozen encoder not counted):"
     ]
-    ceilings = Ceilings(1e12, 1e12 * tflops)
-    for model in DEPTHS:
-        seconds = step_milliseconds(model, 256, 256, ceilings, utilisation) / 1000
-        flops = seconds * utilisation * tflops * 1e12 / 256
-        lines.append(
-            f"  {model:9} {flops / 1e9:7.0f} GFLOP an image -> {256 / seconds:6.0f} images/s"
-        )
+    for model, depth in DEPTHS.items():
+        flops = 3 * diffusion_transformer_flops(1, 256, WIDTHS[model], depth)
+        rate = utilisation * tflops * 1e12 / flops
+        lines.append(f"  {model:9} {flops / 1e9:7.0f} GFLOP an image -> {rate:6.0f} images/s")
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ from fastrepa_kernels.adaln_linear import adaln_linear_cost, adaln_mlp_cost
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.attention import attention_cost
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.keyed_random import keyed_random_cost
 from fastrepa_kernels.mlp import linear_gelu_cost
 from fastrepa_kernels.projector_alignment import projector_alignment_cost
 
@@ -255,5 +256,8 @@ OURS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "fastrepa::packed_attention": _attention,
     "fastrepa::packed_attention_backward": lambda a: _attention(a, backward=True),
     "fastrepa::adamw_ema_": _adamw_ema,
+    "fastrepa::keyed_random": lambda a: keyed_random_cost(
+        len(a["samples"]) * a["count"], a["dtype"].itemsize
+    ),
 }
 """fastrepa_kernels' operations by the functions that declare their costs."""

@@ -127,7 +127,8 @@ class Attention(nn.Module):
             for norm in (self.q_norm, self.k_norm)
         )
         # Attention's backward writes qkv's gradient, and sums it for the bias in the same pass.
-        summed = self.operations is FUSED and self.backend in PACKED and q_norm is k_norm is None
+        plain = q_norm is None and k_norm is None
+        summed = plain and self.operations is FUSED and self.backend in PACKED
         bias = self.qkv.bias.detach() if summed else self.qkv.bias
         x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv.weight, bias)
         out = attention(

@@ -210,7 +210,9 @@ def test_a_late_turn_is_ended_with_all_it_started(monkeypatch, tmp_path):
     began = time.monotonic()
     turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1, timeout=1.5)
     assert turn["problem"] == "ended after 1.5 s" and time.monotonic() - began < 10
-    assert not alive(int(turn["stderr"]))
+    while alive(int(turn["stderr"])):  # killed, and on its way
+        assert time.monotonic() - began < 20
+        time.sleep(0.05)
 
 
 def test_a_turn_ends_with_the_process_that_started_it():
