@@ -135,9 +135,7 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
         assert sum(p["region_seconds"].values()) == pytest.approx(p["step_seconds"], rel=1e-3)
         assert p["fastest_seconds"] <= p["step_seconds"] <= p["slowest_seconds"]
         assert sum(o["seconds"] for o in p["operations"]) <= p["busy_seconds"] * 1.02
-        # Where the traced steps had the core to themselves; elsewhere waiting counts as busy.
-        if p["traced_step_seconds"] < 2 * p["fastest_seconds"]:
-            assert sum(o["seconds"] for o in p["operations"]) > 0.8 * p["busy_seconds"]
+        assert sum(o["seconds"] for o in p["operations"]) > 0.8 * p["busy_seconds"]
         idle = sum(g["seconds"] for g in p["gaps"])
         assert idle < p["traced_step_seconds"] - p["busy_seconds"] + 1e-6
         parts = {part["name"] for part in p["parts"]}
