@@ -78,11 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
                 waiting = Child(due[number + 1], run)
             if stage.compiles:
                 compilers = start_compilers(run)
+            else:  # nothing beside what is timed
+                end(compilers)
             ended = run_stage(child, run)
             print(f"{stage.name}: {ended['took']:.0f} s", flush=True)
             _write_table(run)
-            if not stage.compiles:  # nothing beside what is timed
-                end(compilers)
     finally:
         end(compilers)
         if waiting is not None:
