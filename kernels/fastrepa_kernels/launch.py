@@ -154,7 +154,7 @@ _FORWARD = {
     512: Rows(512, 1, 1),
     768: Rows(512, 1, 1, tail=256),
     1024: Rows(1024, 1, 1),
-    1152: Rows(1024, 1, 1, tail=128),
+    1152: Rows(2048, 2, 4),
     2048: Rows(2048, 1, 4),
     4096: Rows(4096, 1, 8),
 }
@@ -162,7 +162,7 @@ _FORWARD = {
 _BACKWARD = {
     384: Rows(256, 1, 1, tail=128),
     512: Rows(512, 1, 2),
-    768: Rows(512, 1, 2, tail=256),
+    768: Rows(1024, 1, 8, stages=2),
     1024: Rows(1024, 1, 4),
     1152: Rows(1024, 1, 4, tail=128),
     2048: Rows(2048, 1, 8),
@@ -181,10 +181,10 @@ ROWS: dict[str, dict[int, dict[int, Rows]]] = {
     "cosine": dict.fromkeys(GENERATIONS, _COSINE),
 }
 COLUMNS: dict[str, dict[int, Columns]] = {
-    "activation": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
-    "residual": dict.fromkeys(GENERATIONS, Columns(16, 128, 64, 4)),
-    "stack": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
-    "sums": dict.fromkeys(GENERATIONS, Columns(16, 128, 128, 4)),
+    "activation": dict.fromkeys(GENERATIONS, Columns(16, 128, 256, 8)),
+    "residual": dict.fromkeys(GENERATIONS, Columns(16, 128, 256, 8)),
+    "stack": dict.fromkeys(GENERATIONS, Columns(32, 64, 64, 4)),
+    "sums": dict.fromkeys(GENERATIONS, Columns(8, 256, 256, 4)),
 }
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
