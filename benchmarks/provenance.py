@@ -1,7 +1,7 @@
-"""Which code is measured, also where there is neither git nor a `.git` folder.
+"""Which code is measured, also where there is no git, or where its commits did not travel.
 
-`make gpu-wheels` writes the commit beside the wheels that travel with the tree. A tree whose code
-is no longer what was written down is called modified.
+`make gpu-wheels` writes the commit beside the wheels that travel with the tree. It counts where git
+cannot name a commit with this very code; a tree whose code neither knows is called modified.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ def provenance(root: Path = ROOT) -> dict[str, Any]:
     Raises ValueError where the file that `make gpu-wheels` wrote cannot be read.
     """
     code = digest(root)
+    known = {"git": "none", "dirty": True, "code": code}
     if (root / ".git").exists() and (commit := _git(root, "rev-parse", "HEAD")):
-        return {"git": commit, "dirty": bool(_git(root, "status", "--porcelain")), "code": code}
+        known |= {"git": commit, "dirty": bool(_git(root, "status", "--porcelain"))}
     written = root / COMMIT
-    if not written.exists():
-        return {"git": "none", "dirty": True, "code": code}
+    if not known["dirty"] or not written.exists():
+        return known
     try:
         then = json.loads(written.read_text())
-        return {
-            "git": then["git"], "dirty": then["dirty"] or then["code"] != code, "code": code,
-        }  # fmt: skip
+        if then["code"] == code or known["git"] == "none":
+            known |= {"git": then["git"], "dirty": then["dirty"] or then["code"] != code}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{written}: {error!r}; `make gpu-wheels` writes it") from None
+    return known
 
 
 def digest(root: Path) -> str:
