@@ -4,7 +4,8 @@
 
     SiLU(a) = a s(a)           SiLU'(a) = s (1 + a (1 - s))
     GELU(a) = a s(2u)          GELU'(a) = s + a s (1 - s) 2u',   u = k (a + 0.044715 a^3)
-with s the logistic function and k = sqrt(2/pi): 0.5 (1 + tanh u) = s(2u).
+with s the logistic function and k = sqrt(2/pi): 0.5 (1 + tanh u) = s(2u). 1 - s is s of the other
+sign: subtracted it would lose all its digits where GELU' multiplies it by a^3.
 
 Shapes: N rows, C columns; a, h, dh, da [N,C] contiguous, sums [C] fp32. Nothing is saved here:
 these are the pointwise halves of projector_alignment and linear_gelu, which own the autograd.
@@ -26,20 +27,24 @@ from fastrepa_kernels.sass import Traffic
 
 
 @triton.jit
-def _gelu_parts(a):
-    """(s(2u), 2u') of the tanh-GELU."""
-    s = tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))  # 2 sqrt(2/pi)
-    return s, 1.5957691216057308 * (1.0 + 0.134145 * a * a)
+def _logistic(z):
+    """(s(z), 1 - s(z)), both to their last digits."""
+    e = tl.exp(-tl.abs(z))
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(z < 0, smaller, larger), tl.where(z < 0, larger, smaller)
+
+
+@triton.jit
+def _twice_u(a):
+    return 1.5957691216057308 * (a + 0.044715 * a * a * a)  # 2 sqrt(2/pi)
 
 
 @triton.jit
 def _activation_fwd_kernel(a_ptr, h_ptr, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
     a = tl.load(a_ptr + at, mask=at < size, other=0.0).to(tl.float32)  # [BLOCK]
-    if GELU:
-        s, _ = _gelu_parts(a)
-    else:
-        s = tl.sigmoid(a)
+    s, _ = _logistic(_twice_u(a) if GELU else a)  # backward makes the same bits again
     tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -58,12 +63,12 @@ def _activation_bwd_kernel(
         inside = (n < N)[:, None] & (c < C)[None, :]
         a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
         dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        s, rest = _logistic(_twice_u(a) if GELU else a)
         if GELU:
-            s, slope = _gelu_parts(a)
-            da = dh * (s + a * s * (1.0 - s) * slope)
+            slope = 1.5957691216057308 * (1.0 + 0.134145 * a * a)
+            da = dh * (s + a * s * rest * slope)
         else:
-            s = tl.sigmoid(a)
-            da = dh * s * (1.0 + a * (1.0 - s))
+            da = dh * s * (1.0 + a * rest)
         if h_ptr is not None:
             tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=inside)
         tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
