@@ -96,6 +96,7 @@ def _column_sums_kernel(
     tl.store(at, tl.sum(total, 0), mask=c < C)
 
 
+MOST_PARTS = 1024
 _GELU = 1.5957691216057308  # 2 sqrt(2/pi)
 _BLOCK = 1 << 17  # elements: 2 MiB of buffers in fp32, which stay in a CPU's cache
 
@@ -146,12 +147,27 @@ def column_sums(t: Tensor) -> Tensor:
             t, parts, n, c, ROWS=table.rows, BLOCK_N=table.block_n, BLOCK_C=table.block_c,
             num_warps=table.num_warps,
         )  # fmt: skip
-        return parts.sum(0)
+        return sum_of_parts(parts)
     if t.is_cuda or t.dtype == wide:
         return t.sum(0, dtype=wide)
     total = t.new_zeros(t.shape[1], dtype=wide)
     for rows in t.split(max(1, _BLOCK // t.shape[1])):  # a CPU casts all it is given, then adds
         total += rows.sum(0, dtype=wide)
+    return total
+
+
+def sum_of_parts(parts: Tensor) -> Tensor:
+    """The column sums of partial sums [S,C] fp32. Where S is in the hundreds aten's kernel, made
+    for more rows, takes longer.
+    """
+    if not 0 < len(parts) <= MOST_PARTS or not launch.use_triton(parts):
+        return parts.sum(0)
+    (s, c), table = parts.shape, launch.COLUMNS["parts"][launch.generation(parts.device)]
+    total = torch.empty(c, dtype=parts.dtype, device=parts.device)
+    _column_sums_kernel[(triton.cdiv(c, table.block_c), 1)](
+        parts, total, s, c, ROWS=triton.cdiv(s, table.rows) * table.rows, BLOCK_N=table.block_n,
+        BLOCK_C=table.block_c, num_warps=table.num_warps,
+    )  # fmt: skip
     return total
 
 
@@ -206,7 +222,7 @@ def activate_backward(
         dh, a, out, again, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
         BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
-    return parts.sum(0) if sums and not given else None
+    return sum_of_parts(parts) if sums and not given else None
 
 
 def activation_cost(n: int, c: int, itemsize: int, *, backward: bool = False) -> Cost:
@@ -251,6 +267,12 @@ def _aot_cases() -> list[AotCase]:
             {"ROWS": sums.rows, "BLOCK_N": sums.block_n, "BLOCK_C": sums.block_c},
             sums.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
             traffic=Traffic(2 * sums.block_n * sums.block_c, 0),
+        ))  # fmt: skip
+        parts = launch.COLUMNS["parts"][generation]
+        cases.append(AotCase(
+            _column_sums_kernel, "parts", generation, {"t_ptr": "*fp32", "sums_ptr": "*fp32"},
+            {"ROWS": 256, "BLOCK_N": parts.block_n, "BLOCK_C": parts.block_c},
+            parts.num_warps, registers=64, shared=8192, wide_loads=1, long_offsets=("t_ptr",),
         ))  # fmt: skip
     return cases
 

@@ -207,7 +207,7 @@ def _norm_gradients_triton(
 ):
     b, t, d = x.shape
     row = launch.rows("norm_backward", d, x.device)
-    per_split = launch.rows_per_split(b, t, row.split)
+    per_split = launch.rows_per_split(b, t, row.split, launch.slots(row, x.device))
     splits = triton.cdiv(t, per_split)
     parts = None
     if sums:
@@ -360,9 +360,9 @@ def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     x_new = torch.empty_like(x)
     if x.numel():
         table = launch.COLUMNS["residual"][launch.generation(x.device)]
-        tiles = triton.cdiv(t, table.block_n)
-        _residual_fwd_kernel[(b * tiles, triton.cdiv(d, table.block_c))](
-            x, branch, gate, x_new, gate.stride(0), t, d, tiles,
+        tiles, strips = triton.cdiv(t, table.block_n), triton.cdiv(d, table.block_c)
+        _residual_fwd_kernel[(b * tiles * strips,)](
+            x, branch, gate, x_new, gate.stride(0), t, d, tiles, strips,
             BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
         )  # fmt: skip
     return x_new

@@ -207,13 +207,13 @@ def _sums_kernel(
 
 @triton.jit
 def _residual_fwd_kernel(
-    x_ptr, branch_ptr, gate_ptr, x_new_ptr, gate_stride, T, D, tiles,
+    x_ptr, branch_ptr, gate_ptr, x_new_ptr, gate_stride, T, D, tiles, strips,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // strips  # neighbours read on in the same rows
     b = (pid // tiles).to(tl.int64)
     t = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = (tl.program_id(0) % strips) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < T)[:, None] & (d < D)[None, :]  # [BLOCK_N, BLOCK_C]
     at = (b * T + t)[:, None] * D + d[None, :]  # [BLOCK_N, BLOCK_C] int64
     gate = _read(gate_ptr + b * gate_stride, d, d < D)

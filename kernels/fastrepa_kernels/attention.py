@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.activation import column_sums
+from fastrepa_kernels.activation import column_sums, sum_of_parts
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
@@ -518,7 +518,7 @@ def _stacked(grads: Sequence[Tensor], sums: bool) -> tuple[Tensor, Tensor]:
             dq, dk, dv, dqkv, parts, n, c, SUMS=sums, ROWS=table.rows, BLOCK_N=table.block_n,
             BLOCK_C=table.block_c, num_warps=table.num_warps,
         )  # fmt: skip
-    return dqkv, parts.sum(0) if sums else parts
+    return dqkv, sum_of_parts(parts) if sums else parts
 
 
 # math-chunked -------------------------------------------------------------------------------------

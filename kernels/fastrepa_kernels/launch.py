@@ -102,7 +102,8 @@ class Rows:
 
     A row is held in one piece, block_d wide, or in two, the second `tail` wide: widths are rarely
     powers of two, and in one piece 1152 would be padded to 2048, 44% of it nothing. Where a program
-    walks down rows it sums at most `split` of them and loads `stages` ahead (1: none).
+    walks down rows it sums at most `split` of them and loads `stages` ahead (1: none). resident:
+    programs that a multiprocessor holds, by the registers they take; 0 where waves are not counted.
     """
 
     block_d: int
@@ -111,6 +112,7 @@ class Rows:
     tail: int = 0
     stages: int = 1
     split: int = 64
+    resident: int = 0
 
     @property
     def width(self) -> int:
@@ -154,7 +156,7 @@ _FORWARD = {
     512: Rows(512, 1, 1),
     768: Rows(512, 1, 1, tail=256),
     1024: Rows(1024, 1, 1),
-    1152: Rows(2048, 2, 4),
+    1152: Rows(1024, 2, 1, tail=128),
     2048: Rows(2048, 1, 4),
     4096: Rows(4096, 1, 8),
 }
@@ -162,9 +164,9 @@ _FORWARD = {
 _BACKWARD = {
     384: Rows(256, 1, 1, tail=128),
     512: Rows(512, 1, 2),
-    768: Rows(1024, 1, 8, stages=2),
+    768: Rows(512, 1, 2, tail=256, split=32),
     1024: Rows(1024, 1, 4),
-    1152: Rows(1024, 1, 4, tail=128),
+    1152: Rows(1024, 1, 4, tail=128, resident=3),
     2048: Rows(2048, 1, 8),
     4096: Rows(4096, 1, 16),
 }
@@ -185,6 +187,7 @@ COLUMNS: dict[str, dict[int, Columns]] = {
     "residual": dict.fromkeys(GENERATIONS, Columns(16, 128, 256, 8)),
     "stack": dict.fromkeys(GENERATIONS, Columns(32, 64, 64, 4)),
     "sums": dict.fromkeys(GENERATIONS, Columns(8, 256, 256, 4)),
+    "parts": dict.fromkeys(GENERATIONS, Columns(64, 32, 64, 4)),  # one program, whatever rows
 }
 FLAT: dict[str, dict[int, Flat]] = {
     "activation": dict.fromkeys(GENERATIONS, Flat(2048, 4)),
@@ -217,15 +220,28 @@ def rows(family: str, width: int, device: torch.device) -> Rows:
     return table[min(held for held in table if held >= width)]
 
 
-def rows_per_split(batch: int, tokens: int, most: int = 64) -> int:
+def rows_per_split(batch: int, tokens: int, most: int = 64, slots: int = 0) -> int:
     """Rows that one program of a two-stage reduction sums: few on small inputs, for parallelism.
 
     The partial sums cost 8/rows bytes per element and sum; 512 programs fill any current device.
+    slots: programs that run at once, where that is known: then at most 1.5 `most`, such that the
+    last wave is nearly full.
     """
+    if slots and batch * tokens >= slots * most:
+        splits = range(-(-2 * tokens // (3 * most)), max(1, tokens // 16) + 1)
+        each = {n: -(-tokens // n) for n in splits}
+        return each[min(splits, key=lambda n: (-(-batch * n // slots) * each[n], n))]
     for size in (64, 32, 16):
         if size <= most and batch * -(-tokens // size) >= 512:
             return size
     return 8
+
+
+def slots(row: Rows, device: torch.device) -> int:
+    """Programs of `row` that run at once, 0 where that is not known."""
+    if device.type != "cuda":
+        return 0
+    return row.resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def chunk_rows(device: torch.device, row_bytes: int) -> int:

@@ -33,7 +33,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.activation import activate, activate_backward, partial_rows
+from fastrepa_kernels.activation import (
+    activate,
+    activate_backward,
+    partial_rows,
+    sum_of_parts,
+)
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
@@ -322,7 +327,7 @@ class _Chunks:
     def gradients(self) -> list[Tensor]:
         """[dw1, db1, dw2, db2, dw3, db3]; what is not needed is empty."""
         sums = [
-            parts.sum(0) if need else parts
+            sum_of_parts(parts) if need else parts
             for parts, need in zip(self.parts, self.needs[2::2], strict=True)
         ]
         return [t for pair in zip(self.totals, sums, strict=True) for t in pair]
@@ -381,19 +386,19 @@ def _(x, w1, b1, w2, b2, w3, b3, target, target_scale, row_weight, eps, chunk, n
 @torch.library.custom_op("fastrepa::scaled", mutates_args=())
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * factor in `dtype`: the product in factor's precision, without a copy of x in it."""
-    # A 0-dim factor would be rounded to a half operand's dtype first, where 1/N may be nothing.
-    if x.dtype == factor.dtype:
-        return x.mul(factor).to(dtype)
-    if dtype == factor.dtype:
-        return x.to(dtype).mul_(factor)
     out = torch.empty_like(x, dtype=dtype)
-    if launch.use_triton(x):
+    if launch.use_triton(x):  # in one vectorised pass, which aten's, by a scalar on the GPU, is not
         if x.numel():
             flat = launch.FLAT["activation"][launch.generation(x.device)]
             _scale_kernel[(triton.cdiv(x.numel(), flat.block),)](
                 x, factor, out, x.numel(), BLOCK=flat.block, num_warps=flat.num_warps
             )
         return out
+    # A 0-dim factor would be rounded to a half operand's dtype first, where 1/N may be nothing.
+    if x.dtype == factor.dtype:
+        return x.mul(factor).to(dtype)
+    if dtype == factor.dtype:
+        return x.to(dtype).mul_(factor)
     for part, result in zip(x.split(1 << 16), out.split(1 << 16), strict=True):
         result.copy_(part.to(factor.dtype).mul_(factor))
     return out

@@ -91,6 +91,15 @@ def test_column_sums(place, shape):
     assert torch.equal(column_sums(t), sums)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (1030, 5), (0, 4)])
+def test_sum_of_parts(place_fp32, shape):
+    """In either way to sum, which MOST_PARTS divides."""
+    parts = place_fp32.randn(*shape)
+    sums = activation.sum_of_parts(parts)
+    assert_as_good_as_eager("sums", sums, parts.sum(0), parts.double().sum(0))
+    assert torch.equal(activation.sum_of_parts(parts), sums)
+
+
 def test_far_from_zero(place_fp32):
     """Neither tail overflows: exp(-x) at -80 is within fp32 and the product goes to zero."""
     a = torch.tensor([[-80.0, -20.0, 20.0, 80.0]], device=place_fp32.device)

@@ -48,6 +48,16 @@ def test_every_row_of_every_table_is_compiled(reports):
             assert f"_cosine_kernel bf16 target width {width} sm_{generation}" in names
 
 
+def test_programs_that_waves_are_counted_by(reports):
+    """What launch.py says is resident is what the registers of the widest variant allow."""
+    programs = {r["name"]: r["programs"] for r in reports}
+    rows = launch.ROWS["norm_backward"][90]
+    counted = {width: row.resident for width, row in rows.items() if row.resident}
+    assert counted
+    for width, resident in counted.items():
+        assert programs[f"_norm_bwd_kernel gated y again width {width} sm_90"] == resident
+
+
 def test_gemm_kernels_use_wgmma_on_hopper(reports):
     gemms = [r for r in reports if "gemm" in r["name"] and r["name"].endswith("sm_90")]
     assert gemms

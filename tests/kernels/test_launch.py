@@ -77,6 +77,15 @@ def test_splits_of_a_reduction_fill_the_device_without_writing_much():
     assert launch.rows_per_split(256, 256, 32) == 32
 
 
+def test_splits_of_a_reduction_fill_the_last_wave():
+    """396 programs at once: 3 splits of 256 samples are 1.94 waves of 86 rows, 4 are 3 of 64."""
+    assert launch.rows_per_split(256, 256, 64, slots=396) == 86
+    assert launch.rows_per_split(192, 256, 64, slots=396) == 64
+    assert launch.rows_per_split(32, 256, 64, slots=396) == 16  # less than a wave: as without
+    row = launch.ROWS["norm_backward"][90][1152]
+    assert launch.slots(row, torch.device("cpu")) == 0
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "width", "rows"),
     [(141, 2048, 32768), (80, 2048, 32768), (40, 2048, 16384), (24, 2048, 8192), (8, 2048, 4096),

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,15 +40,28 @@ def sincos_position_embedding(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
 
 
+class _PatchLinear(nn.Conv2d):
+    """The convolution of patches that do not overlap, as the matrix product that it is: its output
+    is row-major as it stands, a convolution's [B,D,T] would be copied into it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,S,S] -> [B,T,D]."""
+        b, c, side, _ = x.shape
+        p = self.kernel_size[0]
+        patches = x.view(b, c, side // p, p, side // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(b, -1, c * p * p), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens, row-major: [B,C,S,S] -> [B,T,D]."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        self.proj = _PatchLinear(channels, width, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.proj(x.to(self.proj.weight.dtype))
 
 
 class TimestepEmbedder(nn.Module):
