@@ -133,8 +133,8 @@ FULL = Size(
     turns={
         "step": (_xl("ours", 75, profile=True),),
         "rivals": (
-            _xl("plain+compile", 130), _xl("eager+compile", 150), _xl("eager", 45),
-            _xl("reference", 50),
+            _xl("plain+compile", 100), _xl("reference", 50), _xl("eager", 45),
+            _xl("eager+compile", 110),
         ),
         "others": (
             _xl("ours+graphs", 110), _xl("ours", 60, "online"), _b("ours", 30),

@@ -140,7 +140,7 @@ def test_without_a_gpu_a_sweep_says_so(capsys, monkeypatch):
 def test_a_sweep_tries_what_the_tables_hold(family):
     for width, row in launch.ROWS[family][90].items():
         candidates = tune.row_candidates(family, width)
-        assert row in candidates
+        assert dataclasses.replace(row, resident=0) in candidates
         assert all(c.width >= width for c in candidates)
         assert len(set(candidates)) == len(candidates) <= 24
     two = {(c.block_d, c.tail) for c in tune.row_candidates("norm_backward", 1152)}

@@ -30,6 +30,9 @@ def test_backend_is_restored_after_an_error():
         pass
 
 
+PADDED = {"norm_forward": {1152}}  # faster so, as launch.py says
+
+
 @pytest.mark.parametrize("family", sorted(launch.ROWS))
 def test_every_width_has_a_row(family):
     for width in (1, 72, 512, 513, 1152, launch.WIDEST_ROW):
@@ -38,7 +41,9 @@ def test_every_width_has_a_row(family):
         assert all(piece & (piece - 1) == 0 for piece in (row.block_d, row.tail))
     for table in launch.ROWS[family].values():
         assert max(table) == launch.WIDEST_ROW
-        assert all(width == row.width for width, row in table.items())
+        padded = {width for width, row in table.items() if width != row.width}
+        assert padded <= PADDED.get(family, set())
+        assert all(width <= row.width for width, row in table.items())
 
 
 def test_a_width_takes_the_narrowest_row_that_holds_it():
