@@ -43,10 +43,10 @@ from benchmarks.predict import DEPTHS
 from benchmarks.run import RECORDS, append, environment, quantile
 from fastrepa.config import DataConfig, EncoderConfig
 from fastrepa.data.datasets import DataSet, open_data
-from fastrepa.data.index import load_index
+from fastrepa.data.format.index import load_index
+from fastrepa.data.format.shards import ShardSet
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.data.reader import SampleOrder
-from fastrepa.data.shards import ShardSet
 from fastrepa.vision.features import build_encoder
 from fastrepa_kernels.cost import diffusion_transformer_flops
 

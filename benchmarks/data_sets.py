@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fastrepa.data.columns import seal
-from fastrepa.data.prepare import prepare
-from fastrepa.data.shards import (
+from fastrepa.commands.prepare.prepare import prepare
+from fastrepa.data.format.columns import seal
+from fastrepa.data.format.shards import (
     FeaturesColumn,
     FileRecord,
     MomentsColumn,

@@ -50,8 +50,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.run import RECORDS, append, environment
+from fastrepa.checkpoint.format import StoredTensors, checkpoints, load_ema_model, read_state
 from fastrepa.config import Config, load_config
-from fastrepa.data.codec import build_codec
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.image_sample import read_images
 from fastrepa.errors import ConfigError, FastrepaError
@@ -59,10 +59,10 @@ from fastrepa.generation.generate import image_path, write_png
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.training.checkpoint import StoredTensors, checkpoints, load_ema_model, read_state
-from fastrepa.training.ema import EMA
-from fastrepa.training.launch import outside_the_world
+from fastrepa.runtime.launch import outside_the_world
 from fastrepa.training.objective import Objective, lognormal_time
+from fastrepa.training.optimizer import EMA
+from fastrepa.vision.codec import build_codec
 
 ROOT = RECORDS.parents[1]
 CONFIG = ROOT / "configs/quickstart.yaml"

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 
 from benchmarks.run import RECORDS, append, environment
 from benchmarks.two_hosts import lose_hosts, refusal
-from fastrepa.training.launch import outside_the_world
+from fastrepa.runtime.launch import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 6.0  # survival.timeout_seconds
@@ -82,7 +82,7 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / "out.txt"
         self.before = len(self.said())
-        program = "tests.engine.training.faulty" if fault else "fastrepa"
+        program = "tests.programs.faulty" if fault else "fastrepa"
         command = [*wrap, sys.executable, "-m", program, "train", *arguments]
         with self.output.open("ab") as output:
             self.processes = [
@@ -278,7 +278,7 @@ def _resumed(ranks: Ranks) -> int | None:
 
 
 def planted(folder: Path, fault: str, arguments: list[str]) -> dict[str, Any]:
-    """Two ranks, a fault in one (tests/engine/training/faulty.py says which there are), and the
+    """Two ranks, a fault in one (tests/programs/faulty.py says which there are), and the
     same command again without it.
     """
     run = folder / "run"

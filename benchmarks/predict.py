@@ -11,8 +11,8 @@ Our kernels' shares of the copy rate are what aot.py estimates from their machin
 else is assumed, and the assumptions are printed (by default an H200's). Launches of the model are
 those tests/kernels/test_predict.py counts; of the optimiser's phase and of the draws, the most that
 tests allow. Weights and activations are bf16 around an fp32 residual stream, targets are cached,
-one GPU. `plain+compile` is insight/plain_step.py: its blocks' bytes were counted in the code that
-Inductor (torch 2.11) made of two of them for sm_90.
+one GPU. `plain+compile` is commands/bench/plain_step.py: its blocks' bytes were counted in the code
+that Inductor (torch 2.11) made of two of them for sm_90.
 """
 
 from __future__ import annotations

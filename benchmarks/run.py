@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Problem, Provider, Shape
 from benchmarks.provenance import provenance
-from fastrepa.insight.peak_memory import highest
+from fastrepa.commands.bench.peak_memory import highest
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 

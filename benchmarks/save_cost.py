@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from fastrepa.config import load_config
-from fastrepa.training.survival import watched
+from fastrepa.runtime.survival import watched
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero import join_world, leave_world
+from fastrepa.training.zero.engine import join_world, leave_world
 
 
 def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any]:

@@ -1,6 +1,13 @@
-"""Triton decides when it is first imported whether kernels are interpreted: so this comes first."""
+"""Triton decides when it is first imported whether kernels are interpreted: so this comes first.
+
+Fixtures import the engine when they are asked for: the tests of the kernels do without it.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +18,10 @@ if not torch.cuda.is_available():
 
 
 SEVERAL_RANKS = (
-    "tests/engine/training/", "tests/end_to_end/test_resume.py", "tests/end_to_end/test_survival",
+    "tests/training/", "tests/checkpoint/", "tests/commands/convert/", "tests/runtime/",
+    "tests/end_to_end/test_resume.py", "tests/end_to_end/test_survival",
     "tests/end_to_end/test_cached.py",
-    "tests/engine/insight/test_profile.py",  # it times, which four ranks beside it disturb
+    "tests/commands/profile/test_profile.py",  # it times, which four ranks beside it disturb
 )  # fmt: skip
 LONG = (
     "test_gpu_suite.py", "test_plan.py", "test_wrong_inputs.py", "test_commands.py",
@@ -56,3 +64,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # by number of tests
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session")
+def world() -> Any:
+    """This process alone. Its group stays to the end, and so does the environment it was made
+    with: DeepSpeed holds on to both, and cannot meet again in the same process.
+    """
+    from fastrepa.training.zero.engine import join_world
+
+    return join_world()
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small image tree."""
+    from tests.sets.trees import write_tree
+
+    return write_tree(tmp_path_factory.mktemp("tree") / "source")
+
+
+@pytest.fixture
+def make_set(tree: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Prepare the tree (34 images, shards of 8) and open it: make_set(image_format="jpeg", ...)."""
+    from fastrepa.commands.prepare.prepare import prepare
+    from fastrepa.data.format.shards import ShardSet
+    from tests.sets.trees import RESOLUTION
+
+    def make(source: Path = tree, name: str = "set", **settings: object) -> ShardSet:
+        options: dict = {"resolution": RESOLUTION, "shard_size": 8, "workers": 0, **settings}
+        prepare(source, tmp_path / name, progress=False, **options)
+        return ShardSet.open(tmp_path / name)
+
+    return make

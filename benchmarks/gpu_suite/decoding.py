@@ -17,11 +17,11 @@ from benchmarks.gpu_suite.plan import B2, ONLINE, TINY, Item, Record, Size
 from benchmarks.provenance import ROOT
 from benchmarks.run import quantile
 from fastrepa.config import Config, DataConfig, load_config
+from fastrepa.data.format.shards import ShardSet
 from fastrepa.data.pipeline import Batch, DataPipeline
-from fastrepa.data.shards import ShardSet
 
 MOST_OFF = 2
-"""Of 255: by how much two JPEG decoders may differ (tests/engine/data/test_pipeline.py)."""
+"""Of 255: by how much two JPEG decoders may differ (tests/data/test_pipeline.py)."""
 
 
 def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
@@ -86,9 +86,9 @@ def _rate(size: Size, decode: str) -> Iterator[Record]:
 
 def _step(size: Size) -> Iterator[Record]:
     """A step whose images DALI decodes for the encoder, against the same step fed with noise."""
-    from fastrepa.training.dry_run import RandomBatches
+    from fastrepa.commands.dry_run import RandomBatches
     from fastrepa.training.trainer import Trainer
-    from fastrepa.training.zero import join_world, leave_world
+    from fastrepa.training.zero.engine import join_world, leave_world
 
     config, world = _config(size), join_world()
     try:

@@ -15,7 +15,7 @@ from benchmarks.gpu_suite.plan import Item, Record, Size, Turn
 from benchmarks.provenance import ROOT
 
 with suppress(ImportError):  # now, while another stage runs; where it fails, each turn says so
-    import_module("fastrepa.insight.bench")
+    import_module("fastrepa.commands.bench.bench")
 
 SHARE = 2.5
 """A turn may take so many times its estimate."""
@@ -38,8 +38,8 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
 
 def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
     """The record of the first batch that fits, after those that do not."""
+    from fastrepa.commands.bench import bench
     from fastrepa.config import load_config
-    from fastrepa.insight import bench
 
     ends = time.monotonic() + limit
     config = load_config(ROOT / turn.config, turn.overrides)

@@ -139,7 +139,7 @@ class Child:
             return file.read().decode(errors="replace")[-MOST:]
 
     def kill(self) -> None:
-        """End its whole process group; a training step's own ends with it (bench_turn.py)."""
+        """End its whole process group; a training step's own ends with it (turn.py)."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

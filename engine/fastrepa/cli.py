@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fastrepa import __version__
 from fastrepa.errors import FastrepaError, print_error
-from fastrepa.exit_codes import for_launcher
+from fastrepa.runtime.exit_codes import for_launcher
 
 app = typer.Typer(
     name="fastrepa",
@@ -70,9 +70,9 @@ def train(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from fastrepa.training.determinism import make_deterministic, refusals_by_name
-    from fastrepa.training.survival import watched
-    from fastrepa.training.zero import join_world, leave_world
+    from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
+    from fastrepa.runtime.survival import watched
+    from fastrepa.training.zero.engine import join_world, leave_world
 
     make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
@@ -81,7 +81,7 @@ def train(
 
         resolved = resolve_memory(resolved, world)
         if dry_run:
-            from fastrepa.training.dry_run import dry_run as take_one_step
+            from fastrepa.commands.dry_run import dry_run as take_one_step
 
             result = take_one_step(resolved, world)
             if world.is_first:
@@ -156,8 +156,8 @@ def plan(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from fastrepa.insight.plan import Assumptions, make_plan, parse_gpus
-    from fastrepa.insight.plan_report import print_plan
+    from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
+    from fastrepa.commands.plan.report import print_plan
 
     assumptions = Assumptions(
         efficiency=efficiency,
@@ -207,9 +207,9 @@ def profile(
 
     resolved = load_config(config, overrides or [])
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
-    from fastrepa.insight.profile import profile_run
-    from fastrepa.insight.profile_report import print_profile
-    from fastrepa.training.zero import join_world, leave_world
+    from fastrepa.commands.profile.profile import profile_run
+    from fastrepa.commands.profile.report import print_profile
+    from fastrepa.training.zero.engine import join_world, leave_world
 
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
@@ -263,9 +263,9 @@ def bench(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from fastrepa.insight.bench import DEFAULT_RIVALS
-    from fastrepa.insight.bench import bench as measure
-    from fastrepa.insight.bench_report import print_bench
+    from fastrepa.commands.bench.bench import DEFAULT_RIVALS
+    from fastrepa.commands.bench.bench import bench as measure
+    from fastrepa.commands.bench.report import print_bench
 
     folder = out or Path(f"{config.stem}_bench")
     with _progress("bench", shown=True) as progress:
@@ -348,16 +348,16 @@ def prepare(
     Latents and features are made after the images, on every rank's GPU; `fastrepa data encode` adds
     them to a finished set. Of REPA's layout the latents are taken over, unless --codec makes them.
     """
-    from fastrepa.data.prepare import prepare as make_shards
-    from fastrepa.data.prepared_report import print_report
-    from fastrepa.data.ranks import Ranks
+    from fastrepa.commands.prepare.prepare import prepare as make_shards
+    from fastrepa.commands.prepare.report import print_report
+    from fastrepa.runtime.ranks import Ranks
 
     encode, encoded = None, []
     stored = source if (source / "vae-sd" / "dataset.json").is_file() and not codec else None
     if codec or codec_weights or cache_features or flip or stored:
         # They bring torch, which the images alone do not need.
-        from fastrepa.data.encode import check_networks, encode_columns, encode_settings
-        from fastrepa.data.encode import print_encoded as print_columns
+        from fastrepa.commands.prepare.encode import check_networks, encode_columns, encode_settings
+        from fastrepa.commands.prepare.encode import print_encoded as print_columns
 
         columns = encode_settings(
             codec, codec_weights, cache_features, flip, precision, batch_size, stored
@@ -401,7 +401,7 @@ def data_verify(
     json: Annotated[bool, typer.Option("--json", help="For programs, and complete.")] = False,
 ) -> None:
     """List everything that is wrong with a data set; exit code 1 when anything is."""
-    from fastrepa.data.verify import print_report, verify
+    from fastrepa.commands.verify.verify import print_report, verify
 
     report = verify(path, workers=workers, quick=quick)
     if json:
@@ -428,7 +428,7 @@ def data_show(
     ] = 6,
 ) -> None:
     """Draw a contact sheet of a data set, and its latents and features as pictures."""
-    from fastrepa.data.show import print_shown, show
+    from fastrepa.commands.show.show import print_shown, show
 
     wanted = [c for c in classes.split(",") if c.strip()] if classes else None
     report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
@@ -453,8 +453,8 @@ def data_encode(
     A run that was killed goes on where it stopped. Training then needs neither the autoencoder's
     encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
     """
-    from fastrepa.data.encode import encode_columns, encode_settings, print_encoded
-    from fastrepa.data.ranks import joined_ranks
+    from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
+    from fastrepa.runtime.ranks import joined_ranks
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
     with joined_ranks() as ranks:
@@ -583,8 +583,8 @@ def evaluate(
     Settings of a run's images that are left out are the run's own. Only on Inception's features
     are distances called FID and KID.
     """
-    from fastrepa.generation.evaluate import evaluate as measure
-    from fastrepa.generation.evaluate_report import print_evaluation
+    from fastrepa.commands.evaluate.evaluate import evaluate as measure
+    from fastrepa.commands.evaluate.report import print_evaluation
     from fastrepa.vision.registry import parse_encoders
 
     model, _, weights = clip.partition("=")
@@ -654,7 +654,7 @@ def convert(
         raise ConfigError(
             "convert: give one of --to reference|safetensors|zero and --from reference|zero"
         )
-    from fastrepa.training.exchange import export_run, import_reference
+    from fastrepa.commands.convert.exchange import export_run, import_reference
 
     if to is not None:
         with warnings.catch_warnings(record=True) as caught:
@@ -680,7 +680,7 @@ def report(
 
     The page needs no network and no other file. Runs that are still going, or were cut off, count.
     """
-    from fastrepa.insight.report import write_report
+    from fastrepa.commands.report.report import write_report
 
     print(write_report(runs, out))
 
@@ -719,8 +719,8 @@ def probe(
     A run: how far each block agrees with the encoder (CKNNA, linear CKA) and what a linear probe
     reads from it, over all checkpoints. Images: every encoder beside random weights and raw pixels.
     """
-    from fastrepa.insight.probe import print_probe
-    from fastrepa.insight.probe import probe as measure
+    from fastrepa.commands.probe.probe import print_probe
+    from fastrepa.commands.probe.probe import probe as measure
 
     with _progress("probe", shown=True) as progress:
         probed = measure(
@@ -743,7 +743,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Versions, devices, which fast paths are available here and what would enable the others."""
-    from fastrepa.insight.doctor import print_doctor
+    from fastrepa.commands.doctor import print_doctor
 
     print_doctor(as_json=json)
 
@@ -763,7 +763,7 @@ def main() -> None:
 
 
 def _print_dry_run(result: object, global_batch: int) -> None:
-    from fastrepa.training.dry_run import DryRun
+    from fastrepa.commands.dry_run import DryRun
 
     assert isinstance(result, DryRun)
     console = Console(highlight=False)

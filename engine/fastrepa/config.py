@@ -332,8 +332,8 @@ class EvaluationConfig(_Section):
 
 class ZeroConfig(_Section):
     """DeepSpeed's ZeRO, by DeepSpeed's names. What is auto becomes a number when the run starts
-    (training/buckets.py says which and why), and that number is in the run's config.yaml. Sizes are
-    in elements.
+    (training/zero/settings.py says which and why), and that number is in the run's config.yaml.
+    Sizes are in elements.
     """
 
     stage: Literal[0, 1, 2, 3] = 1

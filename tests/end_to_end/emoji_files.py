@@ -4,7 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from tests.engine.training.runs import ROOT
+from tests.runs import ROOT
 
 
 def emoji() -> list[tuple[int, bytes]]:

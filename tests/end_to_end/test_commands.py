@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastrepa.training.regions import NAMES
+from fastrepa.runtime.regions import NAMES
 from fastrepa_kernels import launch
-from tests.engine.training.runs import ROOT, command, environment, metrics, train
+from tests.runs import ROOT, command, environment, metrics, train
 
 
 def run(*args):

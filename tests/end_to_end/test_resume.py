@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.faults import kills
-from tests.engine.training.runs import (
+from tests.runs import (
     ROOT,
     SMALL,
     environment,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.engine.training.runs import ROOT, environment, metrics, train_command
+from tests.runs import ROOT, environment, metrics, train_command
 
 CLUSTER = ROOT / "configs/cluster"
 
@@ -55,7 +55,7 @@ def test_slurm_saves_on_its_signal_and_is_queued_again(tmp_path):
     env = on_path(
         tmp_path / "bin",
         # The ranks' signal is planted in the step: SLURM sends it to all, one is enough.
-        srun=SRUN.replace('"$@" &', "${@/#fastrepa/tests.engine.training.faulty} &"),
+        srun=SRUN.replace('"$@" &', "${@/#fastrepa/tests.programs.faulty} &"),
         scontrol=f'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > {tmp_path}/asked; fi',
     )
     env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "FAULT": "usr1 1 1"}

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.faults import disk_full_and_flipped_byte
 from benchmarks.two_hosts import EVERY, STEPS, TIMEOUT, lose_hosts, refusal
-from tests.engine.training.runs import ROOT, SMALL
+from tests.runs import ROOT, SMALL
 
 REFUSAL = refusal()
 needs_namespaces = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.engine.training.runs import ROOT, SMALL, command, environment, tensors, train
+from tests.runs import ROOT, SMALL, command, environment, tensors, train
 
 SHARDS = ROOT / "configs/quickstart/emoji/train"
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastrepa.data.reference import LABELS, LATENTS, ReferenceSet
-from fastrepa.data.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
-from fastrepa.data.store import SampleStore
+from fastrepa.data.format.reference import LABELS, LATENTS, ReferenceSet
+from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
+from fastrepa.data.format.store import SampleStore
 from fastrepa.errors import DataError
 
 

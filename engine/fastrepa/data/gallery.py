@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from fastrepa.data.datasets import DataSet, open_data
-from fastrepa.data.index import load_index
-from fastrepa.data.reference import ReferenceSet
-from fastrepa.data.shards import FeaturesColumn, MomentsColumn, ShardSet
-from fastrepa.data.store import SampleStore, Slots
+from fastrepa.data.format.index import load_index
+from fastrepa.data.format.reference import ReferenceSet
+from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
+from fastrepa.data.format.store import SampleStore, Slots
 from fastrepa.errors import DataError
 
 

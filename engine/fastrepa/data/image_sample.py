@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrepa.commands.show.show import choose
 from fastrepa.data.datasets import is_data
-from fastrepa.data.entries import read_entry, read_file
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.images import UnreadableImageError, load_square
-from fastrepa.data.members import picture_extensions
-from fastrepa.data.show import choose
-from fastrepa.data.sources import list_source
+from fastrepa.data.sources.entries import read_entry, read_file
+from fastrepa.data.sources.listing import list_source
+from fastrepa.data.sources.members import picture_extensions
 from fastrepa.errors import ConfigError, DataError
 
 FOLDER_RESOLUTION = 256  # of a plain folder's images, unless said otherwise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastrepa.data.shards import ImageFormat
+from fastrepa.data.format.shards import ImageFormat
 
 # Refused above: what one source may have (Pillow's own limit is a third more), and what a resize
 # may make of a very long, narrow image (pixels).

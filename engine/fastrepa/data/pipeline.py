@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
+from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
+from fastrepa.data.format.store import SampleStore, Slots
 from fastrepa.data.reader import Order, RankBatches, SampleOrder
-from fastrepa.data.shards import FeaturesColumn, MomentsColumn
-from fastrepa.data.store import SampleStore, Slots
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.randomness import KeyedRandom, Stream
 

@@ -35,11 +35,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fastrepa.config import Config, SampleConfig, config_from_dict
-from fastrepa.data.codec import Codec, build_codec
 from fastrepa.errors import ConfigError, FastrepaError, nearest
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
 
@@ -170,7 +170,7 @@ def ready_to_sample(model: Generator, config: Config, device: torch.device) -> G
 
     Raises ConfigError where `device` cannot do that.
     """
-    from fastrepa.training.compilation import check_compile, compile_generator
+    from fastrepa.model.compilation import check_compile, compile_generator
 
     wanted = config.sample
     check_compile("sample.compile", wanted.compile, device)
@@ -256,7 +256,9 @@ def sample_run(
     for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
     """
     # Imported here: they bring DeepSpeed, which takes seconds that `generate` alone need not wait.
-    from fastrepa.training import averages, checkpoint, zero
+    from fastrepa.checkpoint import averages
+    from fastrepa.checkpoint import format as checkpoint
+    from fastrepa.training.zero import engine as zero
 
     started = time.perf_counter()
     run = Path(run)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrepa.errors import ConfigError, nearest
-from fastrepa.paths import path_coefficients
+from fastrepa.interpolant import path_coefficients
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """model(x [B,C,h,w], t [B], labels [B] int64) -> velocity [B,C,h,w]."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import Config
+from fastrepa.interpolant import velocity_from_data
 from fastrepa.model.operations import FUSED, OPERATIONS, Operations
 from fastrepa.model.projector import Projector, alignment_loss
-from fastrepa.paths import velocity_from_data
 from fastrepa_kernels import attention
 from fastrepa_kernels.attention import PACKED
 

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrepa.checkpoint.format import newest_checkpoint
 from fastrepa.data.pipeline import Batch
 from fastrepa.data.reader import RankBatches, SampleOrder
 from fastrepa.errors import TrainingError
-from fastrepa.training.checkpoint import newest_checkpoint
-from fastrepa.training.ema import bad_norm
-from fastrepa.training.zero import World
+from fastrepa.training.optimizer import bad_norm
+from fastrepa.training.zero.engine import World
 
 if TYPE_CHECKING:
     from fastrepa.training.trainer import Trainer

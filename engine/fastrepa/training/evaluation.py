@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
+from fastrepa.checkpoint.averages import ema_model
+from fastrepa.commands.evaluate.evaluator import Evaluator, Side, choose_metrics
+from fastrepa.commands.evaluate.feature_sets import StatisticsCache
+from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
 from fastrepa.config import Config
-from fastrepa.data.codec import Codec
 from fastrepa.errors import ConfigError
-from fastrepa.generation.evaluator import Evaluator, Side, choose_metrics
-from fastrepa.generation.feature_sets import StatisticsCache
 from fastrepa.generation.generate import default_labels, rank_batches
-from fastrepa.generation.image_sources import Generated, is_run, open_stored
-from fastrepa.training.averages import ema_model
-from fastrepa.training.zero import WholeTensors, World, of_first_rank
+from fastrepa.training.zero.engine import WholeTensors, World, of_first_rank
+from fastrepa.vision.codec import Codec
 
 
 class Evaluations:

@@ -31,12 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.config import Config
-from fastrepa.data.codec import codec_shape
-from fastrepa.insight.hardware import peak_flops
 from fastrepa.model.flops import model_flops
+from fastrepa.runtime.hardware import peak_flops
+from fastrepa.runtime.regions import NAMES, OTHER, SAMPLING
 from fastrepa.training.memory.workload import frozen_flops
-from fastrepa.training.regions import NAMES, OTHER, SAMPLING
-from fastrepa.training.zero import World
+from fastrepa.training.zero.engine import World
+from fastrepa.vision.codec import codec_shape
 from fastrepa.vision.features import plan_encoder
 
 
@@ -52,7 +52,7 @@ class ImageFlops:
 
 
 def image_flops(config: Config, device: torch.device, *, cached_latents: bool) -> ImageFlops:
-    """Of a run of `config`. The peak of a GPU is its datasheet's (insight/hardware.py)."""
+    """Of a run of `config`. The peak of a GPU is its datasheet's (runtime/hardware.py)."""
     channels, side = codec_shape(config.data.codec, config.data.resolution)
     plans = [plan_encoder(e, resolution=config.data.resolution) for e in config.vision.encoders]
     widths = [p.width for p in plans]

@@ -1,6 +1,6 @@
 """The velocity objective of stochastic interpolants (SiT: Ma et al. 2024, eq. 2-6; REPA section 3).
 
-What a sample is mixed with, and how the prediction is scored; `paths.py` has the interpolants.
+What a sample is mixed with, and how the prediction is scored; `interpolant.py` has the mixtures.
 Shapes: B batch, C channels, h and w latent side.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import ObjectiveConfig
-from fastrepa.paths import path_coefficients
+from fastrepa.interpolant import path_coefficients
 
 
 def lognormal_time(path: str, normal: Tensor) -> Tensor:

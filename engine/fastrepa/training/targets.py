@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import Config, DataConfig
-from fastrepa.data.codec import Codec
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import Batch
 from fastrepa.errors import ConfigError, nearest
+from fastrepa.vision.codec import Codec
 from fastrepa.vision.features import (
     CachedFeatures,
     FrozenEncoder,

@@ -33,7 +33,7 @@ from rich.text import Text
 from fastrepa import __version__
 from fastrepa.config import Config
 from fastrepa.errors import FastrepaError
-from fastrepa.training.regions import NAMES
+from fastrepa.runtime.regions import NAMES
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),

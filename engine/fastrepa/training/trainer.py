@@ -18,22 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrepa.config import Config, load_config, save_config
-from fastrepa.data.codec import build_codec, token_grid
-from fastrepa.data.datasets import DataSet, open_data
-from fastrepa.data.image_sample import draw_sample
-from fastrepa.data.pipeline import Batch, DataPipeline
-from fastrepa.errors import ConfigError, DataError
-from fastrepa.exit_codes import REQUEUE
-from fastrepa.generation.generate import default_labels, generate, rank_batches
-from fastrepa.generation.pictures import save_curves, save_grid
-from fastrepa.model.attention import attention_record, choose_attention, slow_attention
-from fastrepa.model.sit import SiT
-from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.training.averages import ema_model, recorded
-from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
-from fastrepa.training.buckets import resolve_zero, trained_elements
-from fastrepa.training.checkpoint import (
+from fastrepa.checkpoint.averages import ema_model, recorded
+from fastrepa.checkpoint.format import (
     RunState,
     checkpoint_path,
     load_engine_state,
@@ -41,26 +27,37 @@ from fastrepa.training.checkpoint import (
     newest_checkpoint,
     read_state,
 )
-from fastrepa.training.checkpoint_writer import CheckpointWriter
-from fastrepa.training.collectives import time_collectives
-from fastrepa.training.compilation import (
+from fastrepa.checkpoint.writer import CheckpointWriter
+from fastrepa.config import Config, load_config, save_config
+from fastrepa.data.datasets import DataSet, open_data
+from fastrepa.data.image_sample import draw_sample
+from fastrepa.data.pipeline import Batch, DataPipeline
+from fastrepa.errors import ConfigError, DataError
+from fastrepa.generation.generate import default_labels, generate, rank_batches
+from fastrepa.generation.pictures import save_curves, save_grid
+from fastrepa.model.attention import attention_record, choose_attention, slow_attention
+from fastrepa.model.compilation import (
     COMPILED,
     check_compile,
     compile_generator,
     copy_gradients,
     next_graph,
 )
-from fastrepa.training.determinism import NOT_ON_A_GPU, make_deterministic
+from fastrepa.model.sit import SiT
+from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
+from fastrepa.runtime.exit_codes import REQUEUE
+from fastrepa.runtime.regions import SAMPLING
+from fastrepa.runtime.survival import Watch, host_group_of
+from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
 from fastrepa.training.evaluation import Evaluations
 from fastrepa.training.look_ahead import Batches, LookAhead
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Draws, Objective, lognormal_time
-from fastrepa.training.offload import check_offload
-from fastrepa.training.regions import SAMPLING
-from fastrepa.training.survival import Watch, host_group_of
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
-from fastrepa.training.zero import (
+from fastrepa.training.zero.collectives import time_collectives
+from fastrepa.training.zero.engine import (
     WholeTensors,
     World,
     as_run,
@@ -69,6 +66,9 @@ from fastrepa.training.zero import (
     of_first_rank,
     start_engine,
 )
+from fastrepa.training.zero.offload import check_offload
+from fastrepa.training.zero.settings import resolve_zero, trained_elements
+from fastrepa.vision.codec import build_codec, token_grid
 from fastrepa_kernels import launch
 
 # What may change between a run and its continuation without changing what is learned.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
-from fastrepa.data.shards import FeaturesColumn
+from fastrepa.data.format.shards import FeaturesColumn
 from fastrepa.errors import ConfigError
 from fastrepa.vision import weights as weights_of
 from fastrepa.vision.digest import digest

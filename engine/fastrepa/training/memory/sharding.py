@@ -109,7 +109,7 @@ class Sharding:
 
     @property
     def _sums_in_fp32(self) -> bool:
-        """zero.py asks for float32 sums where several bf16 gradients are added."""
+        """zero/engine.py asks for float32 sums where several bf16 gradients are added."""
         return self.bf16 and self.stage > 0 and self.forwards > 1
 
     @property

@@ -22,7 +22,14 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
-from fastrepa.data.codec import (
+from fastrepa.data.format.columns import features_dtype, moments_dtype
+from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
+from fastrepa.generation.sampler import forwards_per_image
+from fastrepa.model.flops import counted_flops, model_flops
+from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.training.memory.sharding import Parameters
+from fastrepa.vision.codec import (
     SD_VAE_CHANNELS,
     SD_VAE_DOWN,
     SD_VAE_PARAMETERS,
@@ -30,13 +37,6 @@ from fastrepa.data.codec import (
     random_sd_vae,
     token_grid,
 )
-from fastrepa.data.columns import features_dtype, moments_dtype
-from fastrepa.data.shards import MANIFEST, Manifest, load_manifest
-from fastrepa.generation.sampler import forwards_per_image
-from fastrepa.model.flops import counted_flops, model_flops
-from fastrepa.model.sit import SiT, recomputed_blocks
-from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
-from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.features import EncoderPlan, plan_encoder
 
 PIXEL_BYTES = 0.6

@@ -1,0 +1,1 @@
+"""`fastrepa bench`: the step against its rivals."""

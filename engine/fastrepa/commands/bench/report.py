@@ -1,0 +1,146 @@
+"""A bench on the screen and as a picture: time and memory against every rival."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
+from fastrepa.errors import ConfigError
+
+PICTURE = "bench.png"
+COLOURS = {
+    "ours": "#2a7f62", "ours+recompute": "#7cc4a4", "ours+compile": "#4f9d80",
+    "ours+graphs": "#1d5c47",
+    "eager": "#3f7cac", "eager+compile": "#7fb0d3", "plain+compile": "#8e6bb0",
+    "reference": "#e08e45",
+}  # fmt: skip
+INK, PALE = "#222222", "#666666"
+
+
+def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
+    """Print the table, write the picture into `out`."""
+    try:
+        save_bench_picture(results, out / PICTURE)
+    except OSError as e:
+        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
+    if as_json:
+        print(json.dumps([record(result) for result in results], indent=1))
+        return
+    console = Console(highlight=False)
+    if results[0].line:
+        console.print(results[0].line, soft_wrap=True, markup=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("contender")
+    for heading in ("images/s", "ms", "p20 .. p80", "ours is", "GB*", "ours"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    group = None
+    for result in results:
+        ours, case = _ours(results, result), result.case
+        if case.group != group:
+            group = case.group
+            table.add_section()
+            table.add_row(f"[bold]{_title(result)}[/bold]")
+        if result.problem:
+            table.add_row(case.contender, "no time")
+            continue
+        rival = ours is not None and result is not ours
+        above, smaller = result.above_weights, ""
+        if rival and above and ours is not None and ours.above_weights is not None:
+            smaller = f"{ours.above_weights / above:.2f}x"
+        table.add_row(
+            case.contender,
+            f"{result.images_per_s:.4g}",
+            f"{result.median:.4g}",
+            f"{result.milliseconds(0.2):.4g} .. {result.milliseconds(0.8):.4g}",
+            f"{result.median / ours.median:.2f}x" if rival and ours is not None else "",
+            "" if above is None else f"{above / 1e9:.3g}",
+            smaller,
+        )
+    console.print(table)
+    for result in results:
+        if result.problem:
+            said = f"{label(result.case)}: {result.problem}"
+            console.print(said, soft_wrap=True, markup=False, style="red" if result.failed else "")
+        elif result.unfinished:
+            said = f"{label(result.case)}, after its times: {result.unfinished}"
+            console.print(said, soft_wrap=True, markup=False, style="red")
+    console.print(
+        "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
+        "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"
+    )
+    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True, markup=False)
+
+
+def _title(result: Result) -> str:
+    case = result.case
+    title = f"{case.sampler or 'training step'}, {case.precision}, batch {case.batch}"
+    return title + (f", {case.ranks} ranks" if case.ranks > 1 else "")
+
+
+def _ours(results: Sequence[Result], like: Result) -> Result | None:
+    for result in results:
+        same = result.case.group == like.case.group
+        if same and result.case.contender == "ours" and not result.problem:
+            return result
+    return None
+
+
+def save_bench_picture(results: Sequence[Result], path: Path) -> None:
+    """Bars of every group: time of a step (or of the images), and memory above the weights."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    good = [result for result in results if not result.problem]
+    groups = list(dict.fromkeys(result.case.group for result in good))
+    rows = len(good) + len(groups)
+    figure = Figure(figsize=(10, 1.4 + 0.3 * rows), dpi=150)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.2, right=0.95, top=1 - 0.75 / figure.get_figheight(), wspace=0.08)
+    place, ticks, names = 0.0, [], []
+    for group in groups:
+        members = [result for result in good if result.case.group == group]
+        title = _title(members[0])
+        left.text(0, place, title, fontsize=9, fontweight="bold", color=INK, va="center")
+        place += 1
+        slowest = max(result.median for result in members)
+        memories = [result.above_weights or 0 for result in members]
+        largest = max([*memories, 1])
+        for result, memory in zip(members, memories, strict=True):
+            colour = COLOURS[result.case.contender]
+            left.barh(place, result.median / slowest, color=colour, height=0.72)
+            spread = [result.milliseconds(0.2) / slowest, result.milliseconds(0.8) / slowest]
+            left.plot(spread, [place, place], color=INK, linewidth=1)
+            left.text(
+                0.01, place, f"{result.images_per_s:.4g} images/s", fontsize=8, color="white",
+                va="center",
+            )  # fmt: skip
+            if memory:
+                right.barh(place, memory / largest, color=colour, height=0.72)
+                right.text(
+                    0.01, place, f"{memory / 1e9:.3g} GB", fontsize=8, color="white", va="center"
+                )
+            ticks.append(place)
+            names.append(result.case.contender)
+            place += 1
+    left.set_yticks(ticks, names, fontsize=8)
+    left.set_ylim(place - 0.4, -0.6)
+    for axes, heading in (
+        (left, "time (shorter is better; line: p20 to p80)"),
+        (right, "fullest moment above the fp32 weights"),
+    ):
+        axes.set_title(heading, loc="left", fontsize=9.5, color=INK, pad=10)
+        axes.set_xlim(0, 1.08)
+        axes.set_xticks([])
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    path.write_bytes(buffer.getvalue())

@@ -1,0 +1,1 @@
+"""`fastrepa convert`: weights and optimiser states to and from others' formats."""

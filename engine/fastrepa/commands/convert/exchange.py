@@ -1,0 +1,273 @@
+"""Runs to other people's files and back: `fastrepa convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrepa.checkpoint.averages import choose_ema, stored_emas
+from fastrepa.checkpoint.format import (
+    FORMAT,
+    RunState,
+    StoredTensors,
+    checkpoint_path,
+    checkpoints,
+    newest_checkpoint,
+    part_name,
+    read_state,
+)
+from fastrepa.checkpoint.host_tensors import HostTensors, flush_folder, write_durably
+from fastrepa.commands.convert.posthoc import posthoc_ema
+from fastrepa.commands.convert.zero_format import read_zero, write_zero
+from fastrepa.config import Config, load_config, save_config
+from fastrepa.data.datasets import open_data
+from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.model.conversion import check_weights, load_reference, save_reference
+from fastrepa.model.sit import SiT
+from fastrepa.training.telemetry import versions
+from fastrepa.training.zero.engine import KINDS, WEIGHT
+
+FORMATS = ("reference", "safetensors", "zero")
+SOURCES = ("reference", "zero")
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    to: str,
+    *,
+    weights: str = "ema",
+    ema: str | None = None,
+    ema_sigma_rel: float | None = None,
+) -> RunState:
+    """The run's newest good checkpoint as one new file or, for zero, a new folder.
+
+    reference: {model, ema, opt, args, steps}, which REPA's own scripts load and continue.
+    safetensors: the averaged weights (`weights` "raw": the trained ones), with the step and the
+    resolved configuration as metadata. `ema` names another average than the first for these two;
+    `ema_sigma_rel` makes one that was never stored (posthoc.py).
+    zero: a universal checkpoint of DeepSpeed's (zero_format.py), with every average.
+    Raises FastrepaError; an existing file is never replaced.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"--to: {to!r} is not one of {', '.join(FORMATS)}")
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"--weights: {weights!r} is not one of ema, raw")
+    if to == "zero" and (ema is not None or ema_sigma_rel is not None):
+        raise ConfigError("--ema: a zero folder has every stored average; leave it out")
+    if ema_sigma_rel is not None:
+        if ema is not None or weights == "raw":
+            raise ConfigError("--ema-sigma-rel: is an average of its own; leave the others out")
+        if not 0 < ema_sigma_rel <= 0.28:
+            raise ConfigError(f"--ema-sigma-rel: {ema_sigma_rel} is not above 0 and at most 0.28")
+    suffixes = {"safetensors": (".safetensors",), "reference": (".pt", ".pth")}.get(to, ())
+    if suffixes and out.suffix not in suffixes:
+        raise ConfigError(f"{out}: a {to} file is called *{' or *'.join(suffixes)}")
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; name another file")
+    config = _config_of(run)
+    path = newest_checkpoint(run)
+    if path is None:
+        raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
+    state = read_state(path)
+    order = list(_empty_model(config, state).state_dict())
+    stored = stored_emas(state.emas, config.training.ema[0])
+    chosen = choose_ema(stored, ema, source=path)
+    kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
+    partial = out.with_name(f".partial_{os.getpid()}_{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to == "zero":
+            write_zero(partial, kinds, config, state)
+            partial.rename(out)
+            return state
+        raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
+        name = str(stored[chosen])
+        if ema_sigma_rel is not None:
+            averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+            name = f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
+        save_reference(
+            partial,
+            model=raw,
+            ema=raw if weights == "raw" and to == "safetensors" else averaged,
+            steps=state.step,
+            opt=_adamw_state(config, raw, kinds, state) if to == "reference" else None,
+            args=_reference_args(config),
+            metadata={
+                "weights": weights,
+                "ema": name,
+                "step": str(state.step),
+                "config": config.model_dump_json(),
+                "classes": json.dumps(state.classes),
+                **state.versions,
+            },
+        )
+        partial.rename(out)
+    except (OSError, RuntimeError) as e:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{out}: cannot be written ({e})") from None
+    return state
+
+
+def import_reference(
+    file: Path, run: Path, config: Path | None = None, *, source: str = "reference"
+) -> RunState:
+    """A foreign file as the first checkpoint of a run, which `fastrepa train` then continues.
+
+    reference: a .pt of REPA's, a bare state dict or safetensors, which starts at step 0 with fresh
+    moments. zero: a checkpoint folder of DeepSpeed's (zero_format.py). The run folder has a
+    config.yaml or gets the one named. Raises FastrepaError naming the file, or the first tensor
+    that does not fit.
+    """
+    if checkpoints(run):
+        raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
+    if config is None:
+        resolved = _config_of(run)
+    elif (run / "config.yaml").exists():
+        raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
+    else:
+        resolved = load_config(config, [f"run={run}"])
+    if source not in SOURCES:
+        raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
+    read = read_zero(file) if source == "zero" else load_reference(file)
+    begun = ("ema",) if read.optimizer_step else ()  # no power function from the start
+    state = RunState(
+        step=read.steps,
+        optimizer_step=read.optimizer_step,
+        samples_seen=read.steps * resolved.training.global_batch,
+        **_shape_of(read.model, resolved, file),
+        classes=_classes(resolved),
+        world_size=1,
+        versions=versions(),
+        emas=read.record,
+        ema_since=read.ema_since if read.record else dict.fromkeys(begun, read.optimizer_step),
+    )
+    model = _empty_model(resolved, state)
+    for tensors in (read.model, read.ema, *read.emas.values()):
+        check_weights(model, tensors, source=str(file))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    zeros = {n: torch.zeros_like(read.model[n], dtype=torch.float32) for n in trained}
+    kinds: dict[str, Mapping[str, Tensor]] = {
+        "weight": read.model,
+        "ema": read.ema,
+        **read.emas,
+        "exp_avg": zeros | read.exp_avg,
+        "exp_avg_sq": zeros | read.exp_avg_sq,
+    }
+    final = checkpoint_path(run, state.step)
+    partial = final.with_name(f".partial_{final.name}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        digests = {}
+        for kind, values in kinds.items():
+            host = HostTensors({n: tuple(t.shape) for n, t in values.items()}, pin=False)
+            for name, value in values.items():
+                host.put(name, value)
+            name = part_name(kind, 0, 1)
+            digests[name] = write_durably(partial / name, host.file_chunks())
+        text = json.dumps(asdict(state), indent=1).encode()
+        digests["state.json"] = write_durably(partial / "state.json", [text])
+        manifest = json.dumps({"format": FORMAT, "files": digests}, indent=1).encode()
+        write_durably(partial / "manifest.json", [manifest])
+        if config is not None:
+            save_config(resolved, run / "config.yaml")
+        partial.rename(final)
+        flush_folder(final.parent)
+    except OSError as e:
+        raise CheckpointError(f"{final}: cannot be written ({e})") from None
+    return state
+
+
+def _config_of(run: Path) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: not a run folder (no config.yaml)")
+    return load_config(run / "config.yaml")
+
+
+def _empty_model(config: Config, state: RunState) -> SiT:
+    """For its names, shapes and their order: no memory."""
+    with torch.device("meta"):
+        return SiT.from_config(
+            config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
+        )
+
+
+def _shape_of(model: Mapping[str, Tensor], config: Config, file: Path) -> dict[str, Any]:
+    """side, channels and encoder_widths, from the tensors themselves."""
+    try:
+        tokens, channels = model["pos_embed"].shape[1], model["x_embedder.proj.weight"].shape[1]
+        count = len({n.split(".")[1] for n in model if n.startswith("projectors.")})
+        widths = [model[f"projectors.{i}.4.weight"].shape[0] for i in range(count)]
+    except (KeyError, IndexError) as e:
+        raise CheckpointError(f"{file}: {e} is missing: not a SiT of REPA's") from None
+    assert config.model.patch
+    return {
+        "side": math.isqrt(tokens) * config.model.patch,
+        "channels": channels,
+        "encoder_widths": widths,
+    }
+
+
+def _classes(config: Config) -> list[str]:
+    """The data set's class names where it is here; sampling by number works without."""
+    try:
+        return list(open_data(config.data.path, resolution=config.data.resolution).classes)
+    except DataError:
+        return []
+
+
+def _adamw_state(
+    config: Config, raw: Mapping[str, Tensor], kinds: Mapping[str, StoredTensors], state: RunState
+) -> dict[str, Any]:
+    """The state dict of torch's own AdamW over every parameter, as the reference makes it."""
+    o = config.training.optimizer
+    params = {name: nn.Parameter(value, requires_grad=False) for name, value in raw.items()}
+    adamw = torch.optim.AdamW(
+        params.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+    )
+    for name in kinds["exp_avg"]:
+        adamw.state[params[name]] = {
+            "step": torch.tensor(float(state.optimizer_step)),
+            "exp_avg": kinds["exp_avg"][name],
+            "exp_avg_sq": kinds["exp_avg_sq"][name],
+        }
+    return adamw.state_dict()
+
+
+def _reference_args(config: Config) -> argparse.Namespace:
+    """The reference's command-line arguments, as far as this configuration determines them."""
+    m, t, o = config.model, config.training, config.training.optimizer
+    return argparse.Namespace(
+        model=m.name or f"SiT width {m.width} depth {m.depth} heads {m.heads} patch {m.patch}",
+        num_classes=m.num_classes,
+        encoder_depth=config.alignment.block,
+        qk_norm=m.qk_norm,
+        resolution=config.data.resolution,
+        batch_size=t.global_batch,
+        max_train_steps=t.steps,
+        learning_rate=o.lr,
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_weight_decay=o.weight_decay,
+        adam_epsilon=o.eps,
+        max_grad_norm=t.clip,
+        seed=config.seed,
+        path_type=config.objective.path,
+        prediction="v" if config.objective.prediction == "velocity" else "x",
+        cfg_prob=m.label_dropout,
+        enc_type=",".join(e.name for e in config.vision.encoders) or None,
+        proj_coeff=config.alignment.weight,
+        weighting=config.objective.time,
+    )

@@ -1,0 +1,181 @@
+"""`fastrepa train CONFIG --dry-run`: everything is built, one step is taken, nothing is written.
+
+Encoders and codec get seeded random weights and the images are noise, so neither data nor downloads
+are needed; shapes, memory and arithmetic are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastrepa.config import Config, config_from_dict
+from fastrepa.data.pipeline import Batch, StoredFeatures
+from fastrepa.model.operations import EAGER, use_operations
+from fastrepa.model.sit import Attention, SiT
+from fastrepa.training.targets import Targets
+from fastrepa.training.trainer import Trainer
+from fastrepa.training.zero.engine import World, as_run
+from fastrepa.vision.codec import SD_VAE_PARAMETERS, Codec
+from fastrepa_kernels.attention import SDPA
+
+BATCH = 2  # images of the one step
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one step of a configuration showed."""
+
+    first_line: str
+    loss: float
+    parameters: int
+    trained: int
+    flops_per_image: int
+    flops_per_step: int
+    memory: dict[str, int]
+    """Estimated bytes per rank, by part."""
+
+
+class Reader(Protocol):
+    """What says which parts a batch has: a Trainer, or another loop."""
+
+    codec: Codec
+    targets: Targets
+    cached_latents: bool
+
+
+class RandomBatches:
+    """Batches of `size` noise images, with what the trainer would read from a prepared set."""
+
+    def __init__(
+        self, config: Config, trainer: Reader, device: torch.device, size: int = BATCH
+    ) -> None:
+        self.config, self.trainer, self.device, self.size = config, trainer, device, size
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def __next__(self) -> Batch:
+        r, codec = self.config.data.resolution, self.trainer.codec
+        moments = None
+        if self.trainer.cached_latents:
+            shape = (self.size, 2 * codec.channels, codec.side, codec.side)
+            moments = torch.rand(shape, generator=self.generator)
+        return Batch(
+            image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
+            moments=None if moments is None else moments.to(self.device),
+            label=self._integers(0, self.config.model.num_classes, (), torch.int64),
+            features=tuple(
+                self._stored(encoder.plan.own_grid[0] ** 2, encoder.width)
+                for encoder in self.trainer.targets.encoders
+                if self.trainer.targets.cached
+            ),
+        )
+
+    def _stored(self, tokens: int, width: int) -> StoredFeatures:
+        scale = torch.ones(self.size, tokens, dtype=torch.float16, device=self.device)
+        return StoredFeatures(scale, self._integers(-127, 128, (tokens, width), torch.int8))
+
+    def _integers(
+        self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        size = (self.size, *shape)
+        values = torch.randint(low, high, size, dtype=dtype, generator=self.generator)
+        return values.to(self.device)
+
+
+def dry_run(config: Config, world: World) -> DryRun:
+    """Build the run of `config`, take one step at batch 2 per rank, and a second one to count."""
+    tree = config.model_dump(mode="json")
+    tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
+    trainer = Trainer(config_from_dict(tree), world, random_weights=True)
+    batches = RandomBatches(config, trainer, world.device)
+    with _kept_for_backward(trainer.engine.module) as kept:
+        metrics = trainer.train_step(batches)
+    trainer.engine.module.recompute = 0  # FLOPs are those of the model, nothing twice
+    # torch's counter cannot look into fused operations: the same products, counted unfused.
+    use_operations(trainer.engine.module, EAGER)
+    for module in trainer.engine.module.modules():
+        if isinstance(module, Attention) and module.backend not in SDPA:
+            module.backend = "math"
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step(batches)
+    parameters = list(trainer.engine.module.parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    trained = sum(n for n, p in zip(sizes, parameters, strict=True) if p.requires_grad)
+    per_image = counter.get_total_flops() // BATCH
+    micro = config.training.micro_batch or max(1, config.training.global_batch // world.size)
+    loss = metrics["loss"]
+    return DryRun(
+        first_line=trainer.first_line(),
+        loss=float(loss),
+        parameters=sum(sizes),
+        trained=trained,
+        flops_per_image=per_image,
+        flops_per_step=per_image * config.training.global_batch,
+        memory=_memory(config, world, trained, trainer, kept[0] // BATCH * micro),
+    )
+
+
+@contextmanager
+def _kept_for_backward(model: SiT) -> Iterator[list[int]]:
+    """Bytes that autograd keeps, each storage once, the weights left out."""
+    total = [0]
+    seen: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Asked anew each time: ZeRO-3 moves the weights while the model runs.
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        if storage.data_ptr() not in seen | weights:
+            seen.add(storage.data_ptr())
+            total[0] += storage.nbytes()
+        return tensor
+
+    def input_of(block: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor):
+                pack(leaf)
+
+    # What runs again in backward keeps its input, and not by way of these hooks.
+    blocks = [b for i, b in enumerate(model.blocks) if model.is_recomputed(i)]
+    hooks = [block.register_forward_pre_hook(input_of) for block in blocks]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield total
+    for hook in hooks:
+        hook.remove()
+
+
+def _memory(
+    config: Config, world: World, trained: int, trainer: Trainer, activations: int
+) -> dict[str, int]:
+    """Bytes per rank: ZeRO divides optimiser (1), gradients (2) and weights (3) by the ranks."""
+    stage = as_run(config, world.size).zero.stage
+    low = config.training.precision == "bf16"
+    width = 2 if low else 4
+
+    def share(since: int) -> int:
+        return world.size if stage >= since else 1
+
+    frozen = sum(
+        p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
+    )
+    vae = SD_VAE_PARAMETERS if config.data.codec.name == "sd-vae" else 0  # a run samples with it
+    # zero.offload: not on the GPU.
+    where = "" if config.zero.offload == "none" else f" ({config.zero.offload})"
+    return {
+        "weights": trained * width // share(3),
+        "gradients": trained * width // share(2),
+        # A second float32 copy exists wherever ZeRO or bf16 needs a master beside the weights.
+        f"master weights{where}": 4 * trained // share(1) if low or stage else 0,
+        f"Adam moments{where}": 8 * trained // share(1),
+        f"EMA{where}": 4 * trained * len(config.training.ema) // share(1),
+        "encoders": frozen,
+        "codec": vae * width,
+        "kept for backward": activations,
+    }

@@ -1,0 +1,1 @@
+"""`fastrepa evaluate`: generated images against real ones."""

@@ -1,0 +1,212 @@
+"""`fastrepa evaluate SAMPLES REFERENCE`: two sets of images, or what is known of them, compared."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastrepa.commands.evaluate.evaluator import (
+    BATCH_SIZE,
+    ENOUGH,
+    Evaluator,
+    Metric,
+    Side,
+    choose_metrics,
+)
+from fastrepa.commands.evaluate.feature_sets import StatisticsCache
+from fastrepa.commands.evaluate.feature_sets import save_statistics as write_statistics
+from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
+from fastrepa.commands.evaluate.metrics import frechet_bias
+from fastrepa.config import EncoderConfig
+from fastrepa.errors import ConfigError
+
+if TYPE_CHECKING:  # it brings DeepSpeed
+    from fastrepa.training.zero.engine import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; `settings` are those of a run's images."""
+
+    samples: str
+    reference: str
+    num_samples: int | None
+    num_reference: int | None
+    metrics: tuple[Metric, ...]
+    scores: dict[str, float]
+    notes: tuple[str, ...]
+    extractors: dict[str, str]
+    settings: dict[str, Any]
+    seconds: float
+    is_first: bool
+
+
+def evaluate(
+    samples: Path,
+    reference: Path,
+    *,
+    metrics: Sequence[str] | None = None,
+    encoders: Sequence[EncoderConfig] = (),
+    inception_weights: str | None = None,
+    clip: tuple[str, str | None] = ("ViT-L-14", "openai"),
+    batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    save_statistics: Path | None = None,
+    seed: int = 0,
+    ema: str | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Compare two sets; under torchrun every process calls this and does a share.
+
+    `cache`: folder for what is kept of the reference, by default one beside it. `save_statistics`:
+    an npz of the reference's to write. seed, ema and settings (keys of SampleConfig) are those of
+    the images that a run generates for this.
+    Raises FastrepaError.
+    """
+    from fastrepa.training.zero import engine as zero
+
+    started = time.perf_counter()
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: {batch_size} is less than 1")
+    chosen, needed = choose_metrics(metrics, encoders)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        world = zero.World(0, 1, 0, device)
+    else:
+        world = zero.join_world()
+    notes: list[str] = []
+    record: dict[str, Any] = {}
+
+    def open_source(path: Path) -> Any:
+        if not is_run(path):
+            return open_stored(path)
+        return _run_source(path, world, record, batch_size, seed=seed, ema=ema, **settings)
+
+    sources = [open_source(path) for path in (samples, reference)]
+    if not record and (given := [k for k, v in settings.items() if v is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
+    evaluator = Evaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
+    for source, is_reference in zip(sources, (False, True), strict=True):
+        evaluator.check(source, reference=is_reference)
+    few = [] if sources[0].num is None else evaluator.biased(sources[0].num)
+    sides = []
+    for source, path, is_reference in zip(
+        sources, (samples, reference), (False, True), strict=True
+    ):
+        kept = StatisticsCache(cache) if cache else StatisticsCache.beside(path)
+        extra = frozenset() if is_reference else frozenset(metric.feature for metric in few)
+        with _bar(path.name, source.num, shown=world.is_first) as advance:
+            side = evaluator.measure(
+                source,
+                evaluator.wanted(reference=is_reference, kept=extra),
+                batch_size=batch_size,
+                cache=kept if is_reference else None,
+                progress=advance,
+                note=notes.append,
+            )
+        sides.append(side)
+
+    def compare() -> dict[str, float]:
+        scores = evaluator.scores(*sides)
+        for metric in few:
+            notes.append(_bias_note(evaluator, metric, *sides))
+        if save_statistics is not None:
+            write_statistics(save_statistics, sides[1].gaussians)
+        return scores
+
+    scores = zero.of_first_rank(world, compare)
+    if world.size > 1:
+        zero.leave_world()
+    return Evaluation(
+        str(samples),
+        str(reference),
+        sides[0].num,
+        sides[1].num,
+        tuple(chosen),
+        scores,
+        tuple(notes),
+        {name: extractor.identity for name, extractor in evaluator.extractors.items()},
+        record,
+        time.perf_counter() - started,
+        world.is_first,
+    )
+
+
+def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: Side) -> str:
+    """Few images for a Frechet distance, and how much that adds, from halves of the samples."""
+    features, width = samples.kept[metric.feature], evaluator.width(metric)
+    text = (
+        f"{metric.name}: {samples.num:,} images are few for {width:,} dimensions "
+        f"({ENOUGH * width:,} would do): it comes out too great"
+    )
+    if len(features) < 4:  # halves of one
+        return text
+    bias = frechet_bias(features, *reference.gaussians[metric.feature])
+    return f"{text}, by about {bias:.4g} (halves of the images say); compare equal numbers only"
+
+
+def _run_source(
+    run: Path,
+    world: World,
+    record: dict[str, Any],
+    batch_size: int,
+    *,
+    seed: int,
+    ema: str | None,
+    **settings: Any,
+) -> Generated:
+    """A run's images as `fastrepa sample` would draw them; `record` is told how."""
+    from fastrepa.checkpoint import averages
+    from fastrepa.checkpoint import format as checkpoint
+    from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
+    from fastrepa.vision.codec import build_codec
+
+    model, config, info = checkpoint.load_ema_model(run, world.device, ema)
+    config = with_settings(config, settings)
+    model = ready_to_sample(model, config, world.device)
+    record.update(
+        checkpoint_step=info.step,
+        ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
+        seed=seed,
+        **config.sample.model_dump(),
+    )
+    codec = build_codec(config.data.codec, resolution=config.data.resolution, device=world.device)
+    return Generated(
+        model,
+        codec,
+        default_labels(config.sample.num, len(info.classes) or config.model.num_classes),
+        info.classes,
+        seed=seed,
+        batch_size=min(batch_size, config.sample.num),
+        sample_config=config.sample,
+        path=config.objective.path,
+        input_shape=(info.channels, info.side, info.side),
+        null_label=config.model.num_classes,
+    )
+
+
+@contextmanager
+def _bar(name: str, num: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Images taken of a source, where a terminal shows them; all ranks are as far as this one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn())
+    hidden = num is None or not (shown and console.is_terminal)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with Progress(*columns, Remaining(), console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(name, total=num)
+
+        def advance(images: int) -> None:
+            bar.update(task, advance=images * ranks)
+
+        yield advance

@@ -1,0 +1,264 @@
+"""What `fastrepa evaluate` compares: images of a folder, npz, data set or run, or statistics.
+
+A source has `num` images, numbered from 0; `labels` int64 [num] and `classes` (their names) where
+it knows them; `batches(numbers)` gives, for each tensor of image numbers, its images as uint8
+[B,3,H,W] or, where they differ in size, one by one; `digest()` is the data's SHA-256, None where
+nothing stored is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
+from torch import Tensor
+
+from fastrepa.data.datasets import open_data
+from fastrepa.data.format.reference import LABELS, LATENTS
+from fastrepa.data.format.shards import MANIFEST, ShardSet, sha256_of
+from fastrepa.data.gallery import Gallery
+from fastrepa.data.images import readable_extensions
+from fastrepa.errors import DataError
+from fastrepa.generation.generate import PNG_NAME, RECORD, generate
+from fastrepa.vision.codec import Codec
+
+READERS = 8  # threads that read and decode
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's and pytorch-fid's
+
+Gaussian = tuple[Tensor, Tensor]
+
+
+class ImageSource(Protocol):
+    @property
+    def num(self) -> int: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def classes(self) -> Sequence[str]: ...
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]: ...
+    def digest(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means and covariances of Inception's features by name (`pool`, `spatial`), float64."""
+
+    path: Path
+    gaussians: Mapping[str, Gaussian]
+    num: None = None
+
+
+class Stills:
+    """Images that are read by number: of a folder, or of a data set."""
+
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray],
+        num: int,
+        labels: Tensor | None,
+        classes: Sequence[str],
+        digest: Callable[[], str],
+    ) -> None:
+        """`read`: image number -> uint8 [H,W,3], from any thread."""
+        self._read, self._digest = read, functools.cache(digest)
+        self.num, self.labels, self.classes = num, labels, classes
+
+    def digest(self) -> str:
+        return self._digest()
+
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        def read(number: int) -> Tensor:
+            return torch.from_numpy(np.array(self._read(number))).permute(2, 0, 1)
+
+        with ThreadPoolExecutor(READERS) as readers:
+            jobs = [[readers.submit(read, i) for i in batch.tolist()] for batch in numbers[:1]]
+            for following in range(1, len(numbers) + 1):
+                images = [job.result() for job in jobs.pop()]
+                for batch in numbers[following : following + 1]:
+                    jobs.append([readers.submit(read, i) for i in batch.tolist()])
+                if len({image.shape for image in images}) == 1:
+                    yield [torch.stack(images)]
+                else:
+                    yield [image[None] for image in images]
+
+
+def open_folder(folder: Path) -> Stills:
+    """The images below a folder in the order of their names; class folders are classes.
+
+    Of a folder of `fastrepa sample` its numbered images alone. Raises DataError where none are.
+    """
+    extensions, record = readable_extensions(), folder / RECORD
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in extensions and not path.name.startswith(".") and path.is_file()
+    )
+    labels, classes = None, []
+    if record.is_file():
+        files = [path for path in files if path.parent == folder and PNG_NAME.fullmatch(path.name)]
+        chosen = json.loads(record.read_text()).get("classes")
+        if isinstance(chosen, list):  # its images have them in turn
+            classes, labels = [str(c) for c in chosen], torch.arange(len(files)) % len(chosen)
+    if not files:
+        raise DataError(f"{folder}: holds no images that can be read")
+    parents = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
+    if len(parents) == len(files):
+        classes = sorted(set(parents))
+        labels = torch.tensor([classes.index(parent) for parent in parents])
+
+    def read(number: int) -> np.ndarray:
+        try:
+            with Image.open(files[number]) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+            raise DataError(f"{files[number]}: cannot be decoded ({error})") from None
+
+    def digest() -> str:
+        sha = hashlib.sha256()
+        with ThreadPoolExecutor(READERS) as readers:
+            for path, contents in zip(files, readers.map(sha256_of, files), strict=True):
+                sha.update(f"{path.relative_to(folder)} {contents}\n".encode())
+        return sha.hexdigest()
+
+    return Stills(read, len(files), labels, classes, digest)
+
+
+def open_set(folder: Path) -> Stills:
+    """A prepared set, or one in the reference's layout. Raises DataError where it is damaged."""
+    gallery = Gallery(folder)
+
+    def digest() -> str:
+        data = open_data(folder, verify="sizes")
+        if not isinstance(data, ShardSet):
+            return open_folder(folder / "images").digest()
+        contents = [(shard.file, shard.sha256) for shard in data.manifest.shards]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    labels = torch.from_numpy(gallery.labels)
+    return Stills(gallery.image, len(labels), labels, gallery.classes, digest)
+
+
+class AdmImages:
+    """`arr_0` uint8 [N,H,W,3] of an npz (Dhariwal and Nichol 2021), read as a stream.
+
+    gaussians: of the statistics that ADM's reference batches hold beside it, which are those of the
+    whole data set and so what FID is measured against.
+    """
+
+    labels = None
+    classes: Sequence[str] = ()
+
+    def __init__(self, path: Path, gaussians: Mapping[str, Gaussian]) -> None:
+        self.path, self.gaussians = path, gaussians
+        self._digest = functools.cache(lambda: sha256_of(path))
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            self.shape, dtype = _npy_header(member)
+        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or not self.shape[0]:
+            raise DataError(f"{path}: arr_0 is {dtype} {list(self.shape)}, not uint8 [N,H,W,3]")
+        self.num = self.shape[0]
+
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """In rising order: what lies between them is skipped."""
+        at, size = 0, int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            _npy_header(member)
+            for batch in numbers:
+                images = np.empty((len(batch), *self.shape[1:]), dtype=np.uint8)
+                for image, number in zip(images, batch.tolist(), strict=True):
+                    member.seek((number - at) * size, os.SEEK_CUR)
+                    raw = member.read(size)
+                    if len(raw) != size:
+                        raise DataError(f"{self.path}: ends inside image {number} (truncated)")
+                    image[:] = np.frombuffer(raw, dtype=np.uint8).reshape(image.shape)
+                    at = number + 1
+                yield [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()]
+
+    def digest(self) -> str:
+        return self._digest()
+
+
+def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(member)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(member)
+    if fortran:
+        raise ValueError("arr_0 is in Fortran's order")
+    return shape, dtype
+
+
+def open_npz(path: Path) -> AdmImages | Statistics:
+    """Images and, or, statistics of an npz; DataError for one with neither."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            gaussians = {
+                name: (torch.tensor(stored[mu]).double(), torch.tensor(stored[sigma]).double())
+                for name, (mu, sigma) in STATISTICS.items()
+                if mu in stored and sigma in stored
+            }
+            names = list(stored)
+        for mu, sigma in gaussians.values():
+            if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
+                raise DataError(f"{path}: mu {list(mu.shape)}, sigma {list(sigma.shape)} misfit")
+        if "arr_0" in names:
+            return AdmImages(path, gaussians)
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not readable as npz ({error})") from None
+    if not gaussians:
+        raise DataError(
+            f"{path}: holds {', '.join(names) or 'nothing'}; an npz has images (arr_0, uint8 "
+            f"[N,H,W,3]) or statistics (mu and sigma, mu_s and sigma_s)"
+        )
+    return Statistics(path, gaussians)
+
+
+class Generated:
+    """A generator's images, made when they are asked for: image i has labels[i].
+
+    `options` are those of `generate`: seed, batch_size, sample_config, path, ...
+    """
+
+    def __init__(
+        self, model: Any, codec: Codec, labels: Tensor, classes: Sequence[str], **options: Any
+    ) -> None:
+        self._model, self._codec, self._options = model, codec, options
+        self.num, self.labels, self.classes = len(labels), labels, classes
+
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        assert self.labels is not None
+        for ids in numbers:
+            wanted = self.labels[ids]
+            yield [generate(self._model, self._codec, wanted, sample_ids=ids, **self._options)]
+
+    def digest(self) -> None:
+        return None
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def open_stored(path: Path) -> Stills | AdmImages | Statistics:
+    """What lies at `path` and is no run; DataError, naming what is allowed, for anything else."""
+    if path.is_file() and path.suffix == ".npz":
+        return open_npz(path)
+    if not path.is_dir():
+        kind = "is no .npz file" if path.is_file() else "no such file or folder"
+        raise DataError(
+            f"{path}: {kind}; allowed are a folder of images, an npz of images or of statistics, "
+            f"a prepared data set and a run"
+        )
+    if (path / MANIFEST).is_file() or (path / LATENTS / LABELS).is_file():
+        return open_set(path)
+    return open_folder(path)

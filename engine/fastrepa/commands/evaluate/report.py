@@ -1,0 +1,82 @@
+"""An evaluation on the screen, and as a record for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastrepa.commands.evaluate.evaluate import Evaluation
+from fastrepa.commands.evaluate.evaluator import Kind, Metric
+
+TITLES: dict[Kind, str] = {
+    "frechet": "Frechet distance",
+    "kernel": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "Inception Score",
+    "clip_score": "CLIP score",
+}
+NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID"}
+
+
+def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
+    """A table of the metrics and what is to be known of them, or one JSON object."""
+    if as_json:
+        print(json.dumps(evaluation_record(done), ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", no_wrap=True, justify="right")
+    for column in ("better", "what it is"):
+        table.add_column(column)
+    for metric in done.metrics:
+        value, spread = done.scores[metric.name], done.scores.get(f"{metric.name}_std", math.nan)
+        shown = f"{value:.5g}" if math.isnan(spread) else f"{value:.5g} ± {spread:.2g}"
+        better = "higher" if metric.higher_is_better else "lower"
+        table.add_row(metric.name, shown, better, described(metric))
+    console.print(f"samples    {done.samples}{_counted(done.num_samples)}", soft_wrap=True)
+    console.print(f"reference  {done.reference}{_counted(done.num_reference)}", soft_wrap=True)
+    if done.settings:
+        shown = ", ".join(f"{k} {v}" for k, v in done.settings.items())
+        console.print(f"generated  {shown}", soft_wrap=True)
+    console.print(table)
+    for note in done.notes:
+        console.print(f"warning: {note}", soft_wrap=True, markup=False)
+
+
+def described(metric: Metric) -> str:
+    """What a metric is, in words; its name says in which space."""
+    if metric.kind == "clip_score":
+        return f"{TITLES[metric.kind]}, class-named prompts"
+    return NAMES.get(metric.name, TITLES[metric.kind])
+
+
+def evaluation_record(done: Evaluation) -> dict[str, Any]:
+    """All of it, for a file of records."""
+    from fastrepa.training.telemetry import git_state, versions
+
+    return {
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": versions(),
+        "samples": done.samples,
+        "reference": done.reference,
+        "num_samples": done.num_samples,
+        "num_reference": done.num_reference,
+        "generated": done.settings,
+        "metrics": done.scores,
+        "extractors": done.extractors,
+        "warnings": list(done.notes),
+        "seconds": round(done.seconds, 3),
+    }
+
+
+def _counted(num: int | None) -> str:
+    return ": statistics" if num is None else f": {num:,} images"

@@ -1,0 +1,1 @@
+"""`fastrepa plan`: memory and time, before a GPU is there."""

@@ -1,0 +1,177 @@
+"""A plan on the screen: what fits, what a step is made of, what it costs, what was assumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastrepa.commands.plan.plan import STEP_PARTS, Estimate, Plan, assumed, plan_as_dict
+from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
+
+
+def print_plan(plan: Plan, *, as_json: bool = False, picture: Path | None = None) -> None:
+    """Print the plan, and draw it into `picture` where one is given."""
+    if picture is not None:
+        from fastrepa.commands.plan.picture import save_plan_picture
+
+        save_plan_picture(plan, picture)
+    if as_json:
+        print(json.dumps(plan_as_dict(plan), indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(_headline(plan), soft_wrap=True, markup=False)
+    console.print(_memory(plan))
+    console.print(_time(plan))
+    for row in plan.rows:
+        console.print(_verdict(plan, row.configured), soft_wrap=True, markup=False)
+        best = row.cheapest
+        if best is None:
+            text = f"nothing fits; the least is {_way(row.least)}: {_gb(row.least.total)} GB"
+        elif best == row.configured:
+            text = "that is the cheapest setting that fits"
+        else:
+            text = f"cheapest that fits: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
+        console.print(f"      {text}", soft_wrap=True, markup=False)
+    console.print(_assumptions(plan))
+    if picture is not None:
+        console.print(f"drawn: {picture}", soft_wrap=True, markup=False)
+
+
+def _headline(plan: Plan) -> str:
+    c, w = plan.config, plan.workload
+    name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
+    parts = [
+        f"{name}, {w.parameters.numel / 1e6:,.1f} M trained parameters",
+        f"{w.training_flops / 1e12:.3g} TFLOP per image to train",
+        *(f"{label} {f.flops / 1e9:.3g} GFLOP" for label, f in w.encoders),
+    ]
+    if w.codec_encoder:
+        parts.append(f"codec {w.codec_encoder.flops / 1e9:.3g} GFLOP")
+    parts.append(f"{c.training.steps:,} steps of {c.training.global_batch:,}, "
+                 f"{c.training.precision}")  # fmt: skip
+    return " · ".join(parts)
+
+
+def _columns(plan: Plan, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for row in plan.rows:
+        count = row.configured.sharding.world
+        table.add_column(f"{count:,} GPU{'s' if count > 1 else ''}", justify="right")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    table = _columns(plan, f"memory per GPU in GB, {plan.gpu.title}, as configured")
+    table.add_row("", *(_way(r.configured, short=True) for r in plan.rows), style="dim")
+    for part in PARTS:
+        values = [r.configured.memory[part] for r in plan.rows]
+        if any(values):
+            table.add_row(part, *(_gb(v) for v in values))
+    table.add_section()
+    capacity = plan.gpu.memory
+    table.add_row("together", *(_fit(r.configured.total, capacity) for r in plan.rows))
+    table.add_row("highest in", *(r.configured.moment for r in plan.rows))
+    table.add_section()
+    _add_ways(table, plan)
+    table.add_section()
+    for part in HOST_PARTS:
+        values = [r.configured.host[part] for r in plan.rows]
+        if any(values):
+            table.add_row(f"host memory: {part}", *(_gb(v) for v in values))
+    if any(r.configured.nvme for r in plan.rows):
+        table.add_row("NVMe", *(_gb(r.configured.nvme) for r in plan.rows))
+    return table
+
+
+def _add_ways(table: Table, plan: Plan) -> None:
+    """Rows for every recompute and keep that some number of GPUs was planned with."""
+    found: dict[str, dict[int, Estimate]] = {}
+    for number, row in enumerate(plan.rows):
+        for e in (row.configured, *row.others):
+            s = e.sharding
+            found.setdefault(f"recompute {s.recompute or 'none'}, keep {s.keep}", {})[number] = e
+    for settings, by_row in found.items():
+        each = [by_row.get(number) for number in range(len(plan.rows))]
+        table.add_row(settings)
+        table.add_row("    activations", *(_gb(e.activations) if e else "" for e in each))
+        table.add_row("    together", *(_fit(e.total, plan.gpu.memory) if e else "" for e in each))
+
+
+def _time(plan: Plan) -> Table:
+    table = _columns(plan, "one step in ms, as configured")
+    estimates = [r.configured for r in plan.rows]
+    for part in STEP_PARTS:
+        values = [e.step[part] for e in estimates]
+        if any(values):
+            table.add_row(part, *(_ms(v) for v in values))
+    table.add_section()
+    table.add_row("together", *(_ms(e.seconds) for e in estimates), style="bold")
+    table.add_row("communication hidden", *(_ms(e.hidden) for e in estimates))
+    table.add_row("sent per GPU, GB", *(_gb(e.sent) for e in estimates))
+    table.add_section()
+    table.add_row("images/s", *(f"{e.images_per_second:,.0f}" for e in estimates))
+    table.add_row("MFU", *(f"{e.mfu:.1%}" for e in estimates))
+    table.add_row("days", *(f"{e.days:,.2f}" for e in estimates))
+    table.add_row("GPU-hours", *(f"{e.gpu_hours:,.0f}" for e in estimates))
+    return table
+
+
+def _assumptions(plan: Plan) -> Table:
+    table = Table(title="assumed: estimates follow from these, nothing here was measured on a GPU",
+                  title_justify="left")  # fmt: skip
+    table.add_column("option or datum")
+    table.add_column("value", justify="right")
+    table.add_column("meaning and source")
+    for name, value, why in assumed(plan):
+        table.add_row(name, value, why)
+    return table
+
+
+def _verdict(plan: Plan, e: Estimate) -> str:
+    capacity, count = plan.gpu.memory, f"{e.sharding.world:,}".rjust(5)
+    part = e.first_too_much(capacity)
+    if part is None:
+        return f"{count} fits: {_gb(e.total)} of {_gb(capacity)} GB, {_cost(e)}"
+    rest = capacity - (e.total - e.memory["activations"])
+    why = f"{_gb(e.memory[part])} GB"
+    if part == "activations":
+        why += f" where {_gb(rest)} are left"
+    return (
+        f"{count} does not fit: {_gb(e.total)} of {_gb(capacity)} GB; first too much: {part}, {why}"
+    )
+
+
+def _way(e: Estimate, *, short: bool = False) -> str:
+    s = e.sharding
+    if short:
+        return f"ZeRO {s.stage}, {s.forwards} x {s.micro}"
+    words = [f"zero.stage={s.stage}", f"training.micro_batch={s.micro}",
+             f"training.recompute={s.recompute or 'none'}", f"training.keep={s.keep}"]  # fmt: skip
+    if s.offload != "none":
+        words.append(f"zero.offload={s.offload}")
+    if s.offloads_parameters:
+        words.append("zero.offload_parameters=true")
+    return " ".join(words)
+
+
+def _cost(e: Estimate) -> str:
+    return (
+        f"{e.images_per_second:,.0f} images/s, MFU {e.mfu:.0%}, {e.days:,.2f} days, "
+        f"{e.gpu_hours:,.0f} GPU-hours"
+    )
+
+
+def _fit(total: float, capacity: float) -> str:
+    return f"[{'bold green' if total <= capacity else 'bold red'}]{_gb(total)}[/]"
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.1f}" if value >= 0.95e8 or value == 0 else f"{value / 1e9:.2g}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"

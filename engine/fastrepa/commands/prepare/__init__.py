@@ -1,0 +1,1 @@
+"""`fastrepa prepare`: a source becomes a set."""

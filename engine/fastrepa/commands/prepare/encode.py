@@ -1,0 +1,389 @@
+"""Columns for a prepared set: latents and features, made in large batches on every rank.
+
+The images are read back through the training's own pipeline, so what is stored is what training
+would have computed from them. Rank r of W takes the shards r, r + W, ...; a shard's batches are cut
+inside it and always full (the last one repeats its last image), so a row depends on neither ranks
+nor restarts. A column file appears whole, with its record beside it; a run that was killed goes on
+after the last one. The manifest names the new columns when all of them are there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastrepa.commands.prepare.column_files import (
+    Column,
+    ColumnFile,
+    difference,
+    finished,
+    identity,
+    paths,
+)
+from fastrepa.commands.prepare.column_makers import (
+    DTYPES,
+    Maker,
+    Precision,
+    column_makers,
+    own_grid_encoder,
+)
+from fastrepa.config import CodecConfig, DataConfig, EncoderConfig
+from fastrepa.data.format.shards import (
+    FeaturesColumn,
+    FileRecord,
+    Manifest,
+    MomentsColumn,
+    ShardSet,
+    write_manifest,
+)
+from fastrepa.data.pipeline import DataPipeline
+from fastrepa.errors import ConfigError, DataError
+from fastrepa.runtime.ranks import Ranks
+from fastrepa.vision.codec import build_codec
+from fastrepa.vision.registry import parse_encoders
+
+MIN_COSINE = 0.999  # of a stored token to the encoder's, below which print_encoded warns
+PENDING_WRITES = 4  # batches that wait for the disk, at most
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What `encode_columns` left: every column asked for, and those of them that were there."""
+
+    columns: tuple[Column, ...]
+    kept: tuple[str, ...]
+
+
+def encode_columns(
+    folder: Path,
+    *,
+    codec: CodecConfig | None = None,
+    encoders: Sequence[EncoderConfig] = (),
+    reference: Path | None = None,
+    flip: bool = False,
+    precision: Precision = "bf16",
+    batch_size: int = 64,
+    replace: bool = False,
+    device: torch.device | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> EncodeReport:
+    """Add columns to the prepared set in `folder` (collective over `ranks`).
+
+    Args:
+        codec: sd-vae: store the moments (mean, std; fp16).
+        encoders: store each one's patch tokens on its own grid, int8 with a scale per token.
+        reference: REPA's reference layout that the set was made of: copy its moments.
+        flip: also those of the mirrored images, for `data.flip`.
+        precision: what the networks compute in; the training's own, to store what it would see.
+        batch_size: images per forward.
+        replace: make a column anew where the set holds one of that name with other settings;
+            without it that is an error. The old files stay until the new ones are complete.
+        device: where the networks run; by default this rank's GPU, or the CPU.
+
+    Raises ConfigError for settings, WeightsError for weights, DataError for the set and the disk.
+    """
+    ranks = ranks or Ranks()
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size}: must be at least 1")
+    device = device or _own_device()
+    data = ShardSet.open(folder, verify="sizes")
+    makers = column_makers(data, codec, encoders, reference, flip, precision, device)
+    wanted = tuple(maker.column for maker in makers)
+    present = {column.name: column for column in data.manifest.columns}
+    kept = []
+    for column in wanted:
+        old = present.get(column.name)
+        if old is not None and identity(old) == identity(column):
+            kept.append(column.name)
+        elif old is not None and not replace:
+            raise ConfigError(
+                f"{folder}: holds {column.name} already, made with {difference(old, column)}; "
+                f"--replace makes it anew"
+            )
+    makers = [maker for maker in makers if maker.column.name not in kept]
+    try:
+        _check_space(folder, data, makers)
+        if makers:
+            _encode(data, makers, batch_size, device, ranks, progress)
+        ranks.wait()
+        if ranks.rank == 0 and makers:
+            _finish(data, [maker.column for maker in makers])
+        ranks.wait()
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be written ({error.strerror}); what is finished is kept, the same "
+            f"command goes on"
+        ) from None
+    columns = ShardSet.open(folder, verify="sizes").manifest.columns
+    names = [column.name for column in wanted]
+    return EncodeReport(tuple(c for c in columns if c.name in names), tuple(kept))
+
+
+def encode_settings(
+    codec: str | None,
+    codec_weights: str | None,
+    cache_features: str | None,
+    flip: bool,
+    precision: str,
+    batch_size: int,
+    reference: Path | None = None,
+) -> dict[str, Any]:
+    """Keywords of `encode_columns` from a command's options.
+
+    ConfigError naming the option for a value that is not allowed, or when nothing is asked for.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(f"--precision: {precision!r} is not one of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: {batch_size} is not at least 1")
+    if codec not in (None, "sd-vae"):
+        raise ConfigError(f"--codec: {codec!r} is not sd-vae, the codec with latents to store")
+    if codec_weights and not codec:
+        raise ConfigError("--codec-weights: give --codec sd-vae too")
+    if not codec and not cache_features:
+        if flip:
+            raise ConfigError("--flip: give --codec sd-vae or --cache-features, which it mirrors")
+        if reference is None:
+            raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
+    chosen: dict[str, Any] = {"weights": codec_weights} if codec_weights else {}
+    return {
+        "codec": CodecConfig(name="sd-vae", **chosen) if codec else None,
+        "encoders": parse_encoders(cache_features, "--cache-features") if cache_features else (),
+        "reference": reference,
+        "flip": flip,
+        "precision": precision,
+        "batch_size": batch_size,
+    }
+
+
+def check_networks(resolution: int, settings: dict[str, Any]) -> None:
+    """Build what `encode_columns` will need, on the CPU, so that it fails before hours of images.
+
+    Raises ConfigError and WeightsError as it would. On the first rank alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if settings["codec"] is not None:
+        build_codec(settings["codec"], resolution=resolution)
+    for encoder in settings["encoders"]:
+        own_grid_encoder(encoder, resolution, "fp32", torch.device("cpu"))
+
+
+def print_encoded(report: EncodeReport, console: Console) -> None:
+    """A line for every column asked for: its size, what it holds, and what it costs in accuracy."""
+    for column in report.columns:
+        size = sum(file.bytes for file in column.files) / 1e6
+        views = ", mirrored too" if column.views == 2 else ""
+        if isinstance(column, MomentsColumn):
+            what = f"{2 * column.channels}x{column.side}x{column.side} fp16"
+        else:
+            what = (
+                f"{column.grid}x{column.grid}x{column.width} int8, lowest cosine of a token "
+                f"{column.min_cosine:.5f}"
+            )
+        there = " (was there)" if column.name in report.kept else ""
+        console.print(f"{column.name}: {size:.1f} MB, {what}{views}{there}", markup=False)
+        if isinstance(column, FeaturesColumn) and column.min_cosine < MIN_COSINE:
+            console.print(
+                f"warning: {column.name}: below {MIN_COSINE}: this encoder has tokens of a few huge"
+                f" values, which int8 stores coarsely; train with vision.targets=online",
+                markup=False,
+            )
+
+
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+# The set ------------------------------------------------------------------------------------------
+
+
+def _stem(data: ShardSet, shard: int) -> str:
+    return Path(data.manifest.shards[shard].file).stem
+
+
+def _check_space(folder: Path, data: ShardSet, makers: Sequence[Maker]) -> None:
+    needed = sum(
+        data.shard_sizes[shard] * maker.column.views * maker.column.dtype.itemsize
+        for maker in makers
+        for shard in range(len(data.shard_sizes))
+        if not finished(folder, maker.column, _stem(data, shard))
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        names = ", ".join(maker.column.name for maker in makers)
+        raise DataError(
+            f"{folder}: {names} take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        )
+
+
+def _finish(data: ShardSet, columns: Sequence[Column]) -> None:
+    """Put the finished columns in the manifest, then remove what they replace."""
+    new: dict[str, Any] = {}
+    records = []
+    for column in columns:
+        files, cosine = [], 1.0
+        for shard in range(len(data.shard_sizes)):
+            done = finished(data.path, column, _stem(data, shard))
+            if done is None:
+                raise DataError(
+                    f"{data.path}: {column.name} of {_stem(data, shard)} was not finished"
+                )
+            files.append(FileRecord.model_validate(done["file"]))
+            cosine = min(cosine, done["min_cosine"])
+            records.append(paths(data.path, column, _stem(data, shard))[1])
+        update: dict[str, Any] = {"files": tuple(files)}
+        if isinstance(column, FeaturesColumn):
+            update["min_cosine"] = cosine
+        new[column.name] = column.model_copy(update=update)
+    before = data.manifest
+    features = {column.name: column for column in before.features}
+    features |= {k: v for k, v in new.items() if isinstance(v, FeaturesColumn)}
+    after = before.model_copy(
+        update={
+            "moments": new.get("moments", before.moments),
+            "features": tuple(features[name] for name in sorted(features)),
+        }
+    )
+    write_manifest(data.path, after)
+    for record in records:
+        record.unlink()
+    for path in _files(before) - _files(after):
+        (data.path / path).unlink(missing_ok=True)
+
+
+def _files(manifest: Manifest) -> set[str]:
+    return {record.file for column in manifest.columns for record in column.files}
+
+
+# The pass over the images -------------------------------------------------------------------------
+
+
+class _ShardByShard:
+    """Positions of some shards in full batches: the last of a shard repeats its last sample."""
+
+    def __init__(self, shards: Sequence[int], sizes: Sequence[int], batch: int) -> None:
+        self._shards, self._sizes = list(shards), [sizes[shard] for shard in shards]
+        self._starts = np.cumsum([0, *(-(-size // batch) * batch for size in self._sizes)])
+        self.num_samples = int(self._starts[-1])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        position %= self.num_samples
+        place = int(np.searchsorted(self._starts, position, side="right")) - 1
+        sample = min(position - int(self._starts[place]), self._sizes[place] - 1)
+        return self._shards[place], sample
+
+
+def _encode(
+    data: ShardSet,
+    makers: Sequence[Maker],
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+    progress: bool,
+) -> None:
+    """Make this rank's unfinished column files."""
+    todo = {
+        shard: missing
+        for shard in range(ranks.rank, len(data.shard_sizes), ranks.size)
+        if (missing := [m for m in makers if not finished(data.path, m.column, _stem(data, shard))])
+    }
+    if not todo:
+        return
+    mine = "" if ranks.size == 1 else f", rank {ranks.rank + 1} of {ranks.size}"
+    columns = (
+        TextColumn(f"encoding{mine}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images, {task.fields[rate]:.0f}/s"),
+        TimeRemainingColumn(),
+    )
+    reads_images = any(maker.reads_images for maker in makers)
+    show = progress and ranks.rank == 0
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not show) as bar,
+        _images(data, list(todo), batch_size, device, reads_images) as images,
+        ThreadPoolExecutor(1, "column-writer") as writer,
+    ):
+        task = bar.add_task("", total=sum(data.shard_sizes[shard] for shard in todo), rate=0.0)
+        started, done = time.monotonic(), 0
+        waiting: list[Future[None]] = []
+        for shard, missing in todo.items():
+            size = data.shard_sizes[shard]
+            files = [
+                ColumnFile(data.path, maker.column, shard, _stem(data, shard), size)
+                for maker in missing
+            ]
+            try:
+                for first in range(0, size, batch_size):
+                    batch = next(images)
+                    samples = range(first, min(first + batch_size, size))
+                    for maker, file in zip(missing, files, strict=True):
+                        rows, cosine = _named(maker, batch, data, shard, samples)
+                        waiting.append(writer.submit(file.append, rows, cosine))
+                    while len(waiting) > PENDING_WRITES:
+                        waiting.pop(0).result()
+                    done += len(samples)
+                    rate = done / max(time.monotonic() - started, 1e-3)
+                    bar.update(task, completed=done, rate=rate)
+                while waiting:
+                    waiting.pop(0).result()
+                for file in files:
+                    file.finish()
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                writer.shutdown()
+                for file in files:
+                    file.drop()
+                raise
+
+
+def _named(
+    maker: Maker, images: Tensor | None, data: ShardSet, shard: int, samples: range
+) -> tuple[np.ndarray, float]:
+    """The maker's rows; its errors name the shard and the samples."""
+    try:
+        rows: tuple[np.ndarray, float] = maker.rows(images, shard, samples)
+        return rows
+    except DataError as error:
+        where = f"{data.path / data.manifest.shards[shard].file}"
+        raise DataError(
+            f"{where}: samples {samples.start} to {samples.stop - 1}: {error}"
+        ) from None
+
+
+@contextmanager
+def _images(
+    data: ShardSet, shards: list[int], batch: int, device: torch.device, reads_images: bool
+) -> Iterator[Iterator[Tensor | None]]:
+    """Full batches uint8 [batch,3,R,R] of the shards, one after the other."""
+    if not reads_images:
+        yield iter(lambda: None, 0)
+        return
+    config = DataConfig(path=str(data.path), resolution=data.resolution)
+    with DataPipeline(
+        data,
+        config,
+        global_batch=batch,
+        micro_batch=batch,
+        device=device,
+        order=_ShardByShard(shards, data.shard_sizes, batch),
+    ) as batches:
+        yield (b.image_u8 for b in batches)

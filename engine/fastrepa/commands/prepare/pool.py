@@ -1,0 +1,189 @@
+"""The missing shards of a plan, made in this process or by several, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fastrepa.commands.prepare.plan import Plan, open_plan
+from fastrepa.commands.prepare.writer import write_shard
+from fastrepa.data.format.partial import join_writers
+from fastrepa.errors import DataError
+from fastrepa.runtime.ranks import Ranks
+from fastrepa.runtime.spawn import clean_start, end_with_parent
+
+_LOOK = 2.0  # seconds between two looks at what the other ranks have finished
+
+
+def write_shards(
+    plan: Plan,
+    folder: Path,
+    finished: set[int],
+    *,
+    workers: int,
+    skip_bad: bool,
+    ranks: Ranks,
+    progress: bool,
+) -> None:
+    """Make this rank's shards, those `finished` apart, with `workers` processes (0, 1: this one).
+
+    Returns when all ranks are ready (collective). Raises what `write_shard` raises, and then leaves
+    no worker behind.
+    """
+    missing = [s for s in range(ranks.rank, plan.num_shards, ranks.size) if s not in finished]
+    with _Bar(plan, folder, finished, ranks, progress and ranks.is_first) as bar:
+        if min(workers, len(missing)) > 1:
+            _in_workers(plan, folder, missing, min(workers, len(missing)), skip_bad, bar.show)
+        else:
+            done = 0
+
+            def image_done() -> None:
+                nonlocal done
+                done += 1
+                bar.show(done)
+
+            for shard in missing:
+                write_shard(plan, folder, shard, skip_bad, image_done)
+        ranks.wait_while(bar.tick)
+        bar.finish()
+
+
+class _Bar:
+    """Images done by all ranks, images/s and the time that remains."""
+
+    def __init__(
+        self, plan: Plan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
+    ) -> None:
+        self._plan, self._folder, self._ranks, self._visible = plan, folder, ranks, visible
+        self._before = sum(len(plan.keys(shard)) for shard in finished)
+        self._others = [
+            s for s in range(plan.num_shards) if s % ranks.size != ranks.rank and s not in finished
+        ]
+        self._elsewhere, self._own, self._looked = 0, 0, 0.0
+        self._started = time.monotonic()
+        columns = (
+            TextColumn("preparing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images, {task.fields[rate]:.0f}/s"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not visible)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "", total=self._plan.samples, completed=self._before, rate=0.0
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, own: int) -> None:
+        if not self._visible:
+            return
+        self._own, now = own, time.monotonic()
+        if self._others and now - self._looked > _LOOK:
+            self._look(now)
+        done = self._own + self._elsewhere
+        rate = done / max(now - self._started, 1e-3)
+        self._bar.update(self._task, completed=self._before + done, rate=rate)
+
+    def tick(self) -> None:
+        """While this rank waits for the others."""
+        self.show(self._own)
+
+    def finish(self) -> None:
+        """When every rank is ready."""
+        self._elsewhere += sum(len(self._plan.keys(shard)) for shard in self._others)
+        self._others = []
+        self.show(self._own)
+
+    def _look(self, now: float) -> None:
+        names, self._looked = set(os.listdir(self._folder)), now
+        ready = [s for s in self._others if f"shard-{s:05d}.done.json" in names]
+        self._elsewhere += sum(len(self._plan.keys(shard)) for shard in ready)
+        self._others = [shard for shard in self._others if shard not in set(ready)]
+
+
+def _in_workers(
+    plan: Plan,
+    folder: Path,
+    missing: Sequence[int],
+    workers: int,
+    skip_bad: bool,
+    show: Callable[[int], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    # Without locks, which a killed worker might never release: a count per shard, and a stop sign.
+    counts, stop = context.RawArray("I", plan.num_shards), context.RawValue("B", 0)
+    seen = np.frombuffer(counts, dtype=np.uint32)
+    job = (folder, skip_bad, counts, stop)
+    with ProcessPoolExecutor(workers, context, _start_worker, job) as pool:
+        try:
+            with clean_start():
+                futures = [pool.submit(_write_one, shard) for shard in missing]
+            pending: set[Future[None]] = set(futures)
+            while pending:
+                finished, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+                show(int(seen.sum()))
+                for future in finished:
+                    future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"{plan.root}: a worker was killed, perhaps for want of memory; use fewer workers"
+            ) from None
+        finally:
+            # After Ctrl-C or an error, running shards end at their next image.
+            stop.value = 1
+            pool.shutdown(cancel_futures=True)
+
+
+class _StoppedError(Exception):
+    """Ends the work of a worker whose result nobody waits for any more."""
+
+
+# Of a worker process, set once at its start.
+_plan: Plan
+_folder: Path
+_skip_bad: bool
+_counts: Any
+_stop: Any
+
+
+def _start_worker(folder: Path, skip_bad: bool, counts: Any, stop: Any) -> None:
+    global _plan, _folder, _skip_bad, _counts, _stop
+    end_with_parent()
+    join_writers(folder)
+    parent = multiprocessing.parent_process()
+    # Only now: a parent that dies later is succeeded by a run that waits for our lock.
+    if parent is not None and connection.wait([parent.sentinel], timeout=0):
+        os._exit(1)
+    _plan, _folder, _skip_bad, _counts, _stop = open_plan(folder), folder, skip_bad, counts, stop
+
+
+def _write_one(shard: int) -> None:
+    def image_done() -> None:
+        _counts[shard] += 1
+        if _stop.value:
+            raise _StoppedError
+
+    write_shard(_plan, _folder, shard, _skip_bad, image_done)

@@ -1,0 +1,373 @@
+"""Labelled images, whatever holds them -> verified, shuffled shards (shards.py has the format).
+
+The source is listed, the list is shuffled once with the seed, and each run of `shard_size` images
+becomes one shard, made start to finish by one process. So the bytes depend on the images, the
+settings and the version of Pillow, never on how many processes or ranks there are or how often they
+were killed: finished shards are marked in `.OUT.partial`, and the same command goes on after them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from fastrepa.commands.prepare.class_sheet import class_sheet
+from fastrepa.commands.prepare.plan import (
+    Plan,
+    Settings,
+    check_settings,
+    open_plan,
+    read_settings,
+    write_plan,
+)
+from fastrepa.commands.prepare.pool import write_shards
+from fastrepa.commands.prepare.report import Report, make_report, read_report, report_bytes
+from fastrepa.commands.prepare.writer import ShardDone, read_done
+from fastrepa.data.format.index import KEY_DIGITS
+from fastrepa.data.format.partial import (
+    CONTACT_SHEET,
+    PLAN,
+    REPORT,
+    SPOOL,
+    join_writers,
+    owned,
+    partial_folder,
+    release,
+    settle_folder,
+)
+from fastrepa.data.format.shards import (
+    MANIFEST,
+    SOURCES,
+    ClassRecord,
+    FileRecord,
+    ImageFormat,
+    Manifest,
+    SkippedRecord,
+    settle,
+    write_manifest,
+    write_whole,
+)
+from fastrepa.data.sources.entries import Listing, printable
+from fastrepa.data.sources.listing import list_source
+from fastrepa.errors import DataError, nearest
+from fastrepa.runtime.ranks import Ranks, joined_ranks
+
+Encode = Callable[[Path, Ranks], None]
+_BLOCK = 100_000  # names read at once
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did."""
+
+    path: Path
+    report: Report  # what `report.json` says
+    ignored: list[str]  # files in the source that are no images by their names
+    num_bytes: int  # of the whole folder
+    images: int  # made by this call, on all ranks; the others were there
+    seconds: float  # from the first of these to the last
+    is_first: bool = True  # rank 0
+
+    @property
+    def resolution(self) -> int:
+        return self.report.resolution
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples of each class, in label order."""
+        return self.report.counts
+
+    @property
+    def num_shards(self) -> int:
+        return self.report.shards
+
+    @property
+    def num_samples(self) -> int:
+        return self.report.images
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Unusable images left out (skip_bad), and why."""
+        return [(record.source, record.reason) for record in self.report.rejected]
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    resolution: int,
+    shard_size: int = 1000,
+    image_format: ImageFormat = "png",
+    quality: int = 95,
+    seed: int = 0,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+    inside: str | None = None,
+    class_names: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    encode: Encode | None = None,
+) -> PrepareReport:
+    """Make the data set `out` from the images of `source` (collective over torchrun's ranks).
+
+    Interrupted or failed, it keeps what is done in `.OUT.partial`, and the same call goes on there.
+
+    Args:
+        source: class folders, archives, WebDataset tars, parquet tables, ...: see `list_source`,
+            which `inside`, `class_names`, `image_column` and `label_column` are for.
+        out: folder to make; it must not exist yet, or be empty. It appears when complete. Several
+            ranks must share it, and the source.
+        resolution: side of every image in pixels.
+        shard_size: images per shard.
+        image_format: "png" (lossless), "jpeg" (4:4:4; sources that fit as they are stay as they
+            are) or "webp".
+        quality: 1..100 for jpeg and webp; webp at 100 is lossless.
+        seed: of the shuffle.
+        workers: processes of this rank; None: its share of the available cores; 0 or 1: this one.
+        skip_bad: leave unusable images out, and name them in the report and the manifest,
+            instead of stopping at the first.
+        progress: show a progress bar.
+        encode: called on every rank with the complete set of images (in the partial folder) before
+            it gets its name, to add columns. After an interruption it is called again.
+
+    Raises DataError, in one line, for whatever is wrong with source or out.
+    """
+    source, out = Path(source), Path(out)
+    _check_settings(resolution, shard_size, image_format, quality, seed)
+    settings = Settings(
+        resolution=resolution,
+        shard_size=shard_size,
+        image_format=image_format,
+        quality=None if image_format == "png" else quality,
+        seed=seed,
+    )
+    _check_places(source, out)
+    folder = partial_folder(out)
+    with joined_ranks() as ranks, _failures(out, ranks), ExitStack() as stack:
+        if ranks.is_first:
+            stack.enter_context(owned(out))
+            if not (folder / MANIFEST).exists():
+                listing = list_source(
+                    source,
+                    inside=inside,
+                    class_names=Path(class_names) if class_names else None,
+                    image_column=image_column,
+                    label_column=label_column,
+                    spool=folder / SPOOL,
+                    progress=progress,
+                )
+                _check_listing(listing, skip_bad)
+                write_plan(folder, listing, settings)
+            elif (before := read_settings(folder)) is not None:
+                check_settings(folder, before, settings)
+        # Told by rank 0, not looked up: a network file system may remember for a minute that a file
+        # was not there.
+        complete = ranks.share((folder / MANIFEST).exists() if ranks.is_first else None)
+        if not ranks.is_first:
+            join_writers(folder)
+        ranks.wait()
+        images, seconds, ignored = 0, 0.0, []
+        if not complete:
+            plan = open_plan(folder)
+            ignored = plan.ignored
+            workers = _own_cores() if workers is None else workers
+            images, seconds = _make_images(plan, folder, workers, skip_bad, ranks, progress)
+        if encode is not None:
+            encode(folder, ranks)
+            ranks.wait()
+        done = None
+        if ranks.is_first:
+            release(folder)
+            settle_folder(folder)
+            os.rename(folder, out)
+            settle_folder(out.parent)
+            done = PrepareReport(
+                path=out,
+                report=read_report(out),
+                ignored=ignored,
+                num_bytes=sum(path.stat().st_size for path in out.iterdir()),
+                images=images,
+                seconds=seconds,
+            )
+        return replace(ranks.share(done), is_first=ranks.is_first)
+
+
+def _make_images(
+    plan: Plan, folder: Path, workers: int, skip_bad: bool, ranks: Ranks, progress: bool
+) -> tuple[int, float]:
+    """Everything up to the manifest; returns how many images were made, and in what time."""
+    finished = ranks.share(_finished(plan, folder, skip_bad) if ranks.is_first else None)
+    started = time.monotonic()
+    write_shards(
+        plan,
+        folder,
+        finished,
+        workers=workers,
+        skip_bad=skip_bad,
+        ranks=ranks,
+        progress=progress,
+    )
+    seconds = time.monotonic() - started
+    if ranks.is_first:
+        _finish(plan, folder)
+    ranks.wait()
+    return plan.samples - sum(len(plan.keys(shard)) for shard in finished), seconds
+
+
+def _finished(plan: Plan, folder: Path, skip_bad: bool) -> set[int]:
+    """The shards that earlier runs have finished."""
+    marked = (int(name[6:-10]) for name in os.listdir(folder) if name.endswith(".done.json"))
+    marks = {shard: read_done(folder, shard) for shard in sorted(marked)}
+    if not skip_bad:
+        # An earlier run may have left images out.
+        for mark in marks.values():
+            for record in mark.skipped.values() if mark else ():
+                raise DataError(_unusable(plan.root, record.source, record.reason))
+    return {shard for shard, mark in marks.items() if mark is not None}
+
+
+def _finish(plan: Plan, folder: Path) -> None:
+    """Write what describes the finished shards; the manifest last."""
+    done: list[ShardDone] = []
+    for shard in range(plan.num_shards):
+        mark = read_done(folder, shard)
+        if mark is None:
+            raise DataError(
+                f"{folder}: shard {shard} has vanished; the same command makes it again"
+            )
+        done.append(mark)
+    counts: Counter[int] = Counter()
+    skipped: dict[int, SkippedRecord] = {}
+    for mark in done:
+        counts.update(mark.counts)
+        skipped.update(mark.skipped)
+    # Numbered labels may leave some out; a class of the source that is lost would be missed.
+    for label in np.unique(plan.entries["label"]).tolist():
+        if not counts[label]:
+            name = plan.classes[label]
+            raise DataError(printable(f"{plan.root / name}: class without a readable image"))
+    _write_sources(plan, folder / SOURCES, skipped.keys())
+    rejected = [SkippedRecord(source=name, reason=reason) for name, reason in plan.rejected]
+    manifest = Manifest(
+        resolution=plan.settings.resolution,
+        image_format=plan.settings.image_format,
+        quality=plan.settings.quality,
+        seed=plan.settings.seed,
+        num_samples=counts.total(),
+        classes=tuple(
+            ClassRecord(name=printable(name), samples=counts[label])
+            for label, name in enumerate(plan.classes)
+        ),
+        shards=tuple(mark.record for mark in done if mark.record),
+        sources=FileRecord.of(folder / SOURCES),
+        skipped=(*rejected, *(skipped[key] for key in sorted(skipped))),
+    )
+    write_whole(folder / REPORT, report_bytes(make_report(folder, plan, manifest, done)))
+    write_whole(folder / CONTACT_SHEET, class_sheet(folder, manifest))
+    settle_folder(folder)
+    write_manifest(folder, manifest)
+
+
+def _write_sources(plan: Plan, path: Path, skipped: Container[int]) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        for first in range(0, plan.samples, _BLOCK):
+            keys = range(first, min(first + _BLOCK, plan.samples))
+            for key, name in zip(keys, plan.names(keys), strict=True):
+                # json: one line whatever the name holds, bytes that are no UTF-8 included.
+                file.write(json.dumps(None if key in skipped else name) + "\n")
+        settle(file)
+    os.replace(partial, path)
+
+
+@contextmanager
+def _failures(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Whatever ends the work becomes one line that says what is kept."""
+    folder = partial_folder(out)
+    try:
+        yield
+    except MemoryError:
+        raise DataError(f"{out}: not enough memory; use fewer workers{_kept(folder)}") from None
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}){_kept(folder)}"
+        ) from None
+    except DataError as error:
+        raise DataError(f"{error}{_kept(folder, str(error))}") from None
+    except KeyboardInterrupt:
+        if ranks.is_first and (kept := _kept(folder)):
+            print(f"fastrepa prepare{kept}", file=sys.stderr)
+        raise
+
+
+def _kept(folder: Path, said: str = "") -> str:
+    started = any((folder / name).exists() for name in (PLAN, MANIFEST))
+    if not started or str(folder) in said:
+        return ""
+    return f"; what is done is kept in {folder}, and the same command goes on there"
+
+
+def _own_cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _unusable(root: Path, name: str, reason: str) -> str:
+    return printable(f"{root / name}: unreadable image ({reason}); --skip-bad leaves such out")
+
+
+def _check_listing(listing: Listing, skip_bad: bool) -> None:
+    if len(listing.entries) >= 10**KEY_DIGITS:
+        raise DataError(
+            f"{listing.root}: more images than the {10**KEY_DIGITS - 1} that a set can hold"
+        )
+    if listing.rejected and not skip_bad:
+        first, more = listing.rejected[0], len(listing.rejected) - 1
+        others = f" (and {more} more)" if more else ""
+        raise DataError(
+            printable(
+                f"{listing.root / first.name}: unusable ({first.reason}){others}; --skip-bad "
+                "leaves such out"
+            )
+        )
+    if not len(listing.entries):
+        raise DataError(f"{listing.root}: holds no usable image")
+
+
+def _check_settings(
+    resolution: int, shard_size: int, image_format: str, quality: int, seed: int
+) -> None:
+    formats = get_args(ImageFormat)
+    if image_format not in formats:
+        raise DataError(
+            f"image format {image_format!r} is not one of {', '.join(formats)}"
+            + nearest(image_format, formats)
+        )
+    limits = {
+        "resolution": (resolution, 1, 8192),
+        "shard size": (shard_size, 1, 10**6),
+        "quality": (quality, 1, 100),
+        "seed": (seed, 0, 2**64 - 1),
+    }
+    for name, (value, low, high) in limits.items():
+        if not low <= value <= high:
+            raise DataError(f"{name} {value} is outside {low}..{high}")
+
+
+def _check_places(source: Path, out: Path) -> None:
+    if out.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{out}: lies inside the source {source}; choose a place outside it")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: exists and is no folder")
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: exists and is not empty; nothing was changed")

@@ -1,0 +1,227 @@
+"""What a preparation did, as `report.json` inside the set and as tables on the screen.
+
+The file holds no times and nothing about the machine: it depends on the source and settings alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastrepa.commands.prepare.plan import Plan
+from fastrepa.commands.prepare.writer import TRAITS, ShardDone
+from fastrepa.data.format.index import load_index
+from fastrepa.data.format.partial import REPORT
+from fastrepa.data.format.shards import Manifest, SkippedRecord
+from fastrepa.data.sources.entries import printable
+from fastrepa.errors import DataError
+
+_SHOWN = 5  # examples of each reason and of duplicates on the screen
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Spread(_Record):
+    """The smallest, the middle and the largest of some numbers."""
+
+    min: int
+    median: int
+    max: int
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> Spread:
+        array = np.fromiter(values, dtype=np.int64)
+        # The lower of two middles: a number that occurs.
+        middle = np.partition(array, (len(array) - 1) // 2)[(len(array) - 1) // 2]
+        return cls(min=int(array.min()), median=int(middle), max=int(array.max()))
+
+
+class Duplicates(_Record):
+    """Sources that became the same stored bytes."""
+
+    sources: list[str]
+    labels_differ: bool
+
+
+class Report(_Record):
+    """`report.json`, typed."""
+
+    images: int
+    classes: int
+    shards: int
+    bytes: int  # of the shards and their indices
+    resolution: int
+    image_format: str
+    quality: int | None
+    samples_per_class: Spread
+    bytes_per_image: Spread
+    source_short_side: Spread  # pixels, upright
+    source_long_side: Spread
+    source_formats: dict[str, int]
+    source_modes: dict[str, int]  # Pillow's pixel modes
+    animated: int  # of several frames or pages, of which the first was taken
+    enlarged: int  # smaller than the resolution
+    original: int  # JPEGs of just this size, stored as they were
+    misnamed: int  # of another format than their extension says
+    ignored: int  # files of the source that are no images by their names
+    rejected: list[SkippedRecord]
+    duplicates: list[Duplicates]
+    counts: dict[str, int]  # samples of each class, in label order
+
+
+def make_report(folder: Path, plan: Plan, manifest: Manifest, done: Sequence[ShardDone]) -> Report:
+    """The report of finished shards, whose marks `done` are in order."""
+    formats: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    traits: Counter[str] = Counter(dict.fromkeys(TRAITS, 0))
+    for mark in done:
+        formats.update(mark.formats)
+        modes.update(mark.modes)
+        traits.update(mark.traits)
+    sides = np.array([side for mark in done for side in mark.sides], dtype=np.int64)
+    indices = [load_index(folder / shard.index.file) for shard in manifest.shards]
+    sizes = np.concatenate([index["image_size"] for index in indices])
+    return Report(
+        images=manifest.num_samples,
+        classes=len(manifest.classes),
+        shards=len(manifest.shards),
+        bytes=sum(shard.bytes + shard.index.bytes for shard in manifest.shards),
+        resolution=manifest.resolution,
+        image_format=manifest.image_format,
+        quality=manifest.quality,
+        samples_per_class=Spread.of(record.samples for record in manifest.classes),
+        bytes_per_image=Spread.of(sizes),
+        source_short_side=Spread.of(sides.min(axis=1)),
+        source_long_side=Spread.of(sides.max(axis=1)),
+        source_formats=_sorted(formats),
+        source_modes=_sorted(modes),
+        **{trait: traits[trait] for trait in TRAITS},
+        ignored=len(plan.ignored),
+        rejected=list(manifest.skipped),
+        duplicates=_duplicates(plan, indices, [h for mark in done for h in mark.hashes]),
+        counts={record.name: record.samples for record in manifest.classes},
+    )
+
+
+def report_bytes(report: Report) -> bytes:
+    return (json.dumps(report.model_dump(), indent=1) + "\n").encode()
+
+
+def read_report(folder: Path) -> Report:
+    """The report inside a set. Raises DataError when it is missing or not one."""
+    try:
+        return Report.model_validate(json.loads((folder / REPORT).read_bytes()))
+    except OSError as error:
+        raise DataError(f"{folder / REPORT}: cannot be read ({error.strerror})") from None
+    except (ValueError, ValidationError):
+        raise DataError(f"{folder / REPORT}: not the report of a preparation") from None
+
+
+def print_report(report: Report, console: Console, path: Path, images: int, seconds: float) -> None:
+    """Tables for people. `images` were made by this command in `seconds`."""
+    table = Table(title=escape(str(path)), title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("how much")
+    form = report.image_format + (f", quality {report.quality}" if report.quality else "")
+    rows: dict[str, str | int] = {
+        "holds": f"{report.images:,} images of {report.classes:,} classes"
+        f" in {report.shards:,} shards",
+        "stored": f"{report.bytes / 1e6:,.1f} MB, {report.resolution} px, {form}",
+        "images per class": _spread(report.samples_per_class),
+        "bytes per image": _spread(report.bytes_per_image),
+        "sources: short side": _spread(report.source_short_side, " px"),
+        "sources: long side": _spread(report.source_long_side, " px"),
+        "sources: formats": _counted(report.source_formats),
+        "sources: pixels": _counted(report.source_modes),
+        "stored as they were": report.original,
+        "enlarged": report.enlarged,
+        "several frames, first taken": report.animated,
+        "wrong extension": report.misnamed,
+        "ignored by their names": report.ignored,
+        "rejected": len(report.rejected),
+        "duplicates": sum(len(group.sources) - 1 for group in report.duplicates),
+    }
+    if images:
+        rows["speed"] = f"{images / max(seconds, 1e-3):,.0f} images/s ({seconds:,.1f} s)"
+    for name, value in rows.items():
+        if value:  # what is not there says nothing
+            table.add_row(name, escape(f"{value:,}" if isinstance(value, int) else value))
+    console.print(table)
+    _print_rejected(report.rejected, console)
+    _print_duplicates(report.duplicates, console)
+
+
+def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None:
+    if not rejected:
+        return
+    table = Table(title="rejected", title_justify="left")
+    table.add_column("reason")
+    table.add_column("images", justify="right")
+    table.add_column("such as")
+    by_reason: dict[str, list[str]] = {}
+    for record in rejected:
+        by_reason.setdefault(record.reason, []).append(record.source)
+    for reason, sources in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        table.add_row(escape(reason), f"{len(sources):,}", escape("\n".join(sources[:_SHOWN])))
+    console.print(table)
+
+
+def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> None:
+    if not duplicates:
+        return
+    differing = [group for group in duplicates if group.labels_differ]
+    table = Table(title="duplicates (the same stored bytes)", title_justify="left")
+    table.add_column("groups", justify="right")
+    table.add_column("labels")
+    table.add_column("such as")
+    same = [group for group in duplicates if not group.labels_differ]
+    for groups, labels in ((same, "the same"), (differing, "differ")):
+        if groups:
+            examples = ["  =  ".join(group.sources[:3]) for group in groups[:_SHOWN]]
+            table.add_row(f"{len(groups):,}", labels, escape("\n".join(examples)))
+    console.print(table)
+
+
+def _duplicates(
+    plan: Plan, indices: Sequence[np.ndarray], hashes: Sequence[str]
+) -> list[Duplicates]:
+    # 16 bytes as two numbers: numpy sorts millions of these in a second.
+    raw = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=">u8").reshape(-1, 2)
+    keys = np.concatenate([index["key"] for index in indices]).astype(np.int64)
+    labels = np.concatenate([index["label"] for index in indices])
+    order = np.lexsort((keys, raw[:, 1], raw[:, 0]))
+    ordered = raw[order]
+    starts = np.flatnonzero(np.r_[True, (ordered[1:] != ordered[:-1]).any(axis=1)])
+    groups = [group for group in np.split(order, starts[1:]) if len(group) > 1]
+    groups.sort(key=lambda group: keys[group[0]])
+    return [
+        Duplicates(
+            sources=[printable(plan.names(range(keys[i], keys[i] + 1))[0]) for i in group],
+            labels_differ=len(set(labels[group].tolist())) > 1,
+        )
+        for group in groups
+    ]
+
+
+def _sorted(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _spread(spread: Spread, unit: str = "") -> str:
+    if spread.min == spread.max:
+        return f"{spread.min:,}{unit}"
+    return f"{spread.min:,} to {spread.max:,}{unit}, median {spread.median:,}"

@@ -1,0 +1,1 @@
+"""`fastrepa probe`: what encoders and a generator's blocks know."""

@@ -1,0 +1,1 @@
+"""`fastrepa profile`: where a step's time goes."""

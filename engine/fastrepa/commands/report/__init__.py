@@ -1,0 +1,1 @@
+"""`fastrepa report`: runs as one page."""

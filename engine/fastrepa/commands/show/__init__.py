@@ -1,0 +1,1 @@
+"""`fastrepa data show`: a set's images and columns as a picture."""

@@ -1,0 +1,202 @@
+"""`fastrepa data show`: a data set at a glance, as pictures.
+
+The contact sheet has images of every class with their captions. Where a set holds columns, a
+second picture compares a few images with their latents (the mean's first channels as colours) and
+with each encoder's patch tokens (their first three principal components as colours).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from rich.console import Console
+from rich.table import Table
+
+from fastrepa.data.format.shards import write_whole
+from fastrepa.data.gallery import Gallery
+from fastrepa.data.sheet import (
+    Strip,
+    comparison,
+    contact_sheet,
+    false_colours,
+    principal_components,
+)
+from fastrepa.errors import DataError, nearest
+
+MARK = "fastrepa data show"
+"""The PNG's "Software" text, by which our own earlier pictures are known."""
+_STREAM = 3  # of the draw; the reader's orders and prepare's shuffle have others
+_PREVIEWED = 3  # channels of a latent that become red, green and blue
+
+
+@dataclass(frozen=True)
+class ShowReport:
+    """What `show` wrote, and the set's properties in words."""
+
+    pictures: list[Path]
+    summary: list[tuple[str, str]]
+
+
+def show(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    num: int = 48,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    features: int = 6,
+) -> ShowReport:
+    """Write the contact sheet of the data set in folder `path`, and the picture of its columns.
+
+    Args:
+        out: the contact sheet, a .png, or a folder for it; default `<name>_show.png` in the current
+            folder. The columns' picture lies beside it, `<name>_show_columns.png`.
+        num: images on the sheet, as evenly over the classes as they allow.
+        classes: names or numbers of the classes to show; None: all.
+        seed: of the choice.
+        features: images in the columns' picture; 0: no such picture.
+
+    Raises DataError: no data set, an unknown class, or a file in the way that is none of ours.
+    """
+    for name, value, low in (("num", num, 1), ("features", features, 0), ("seed", seed, 0)):
+        if value < low:
+            raise DataError(f"{name} must be at least {low}, not {value}")
+    gallery = Gallery(Path(path))
+    name = Path(path).resolve().name
+    sheet_path = _picture_path(name, out)
+    columns_path = sheet_path.with_name(f"{sheet_path.stem}_columns.png")
+    with_columns = features > 0 and (gallery.moments or gallery.encoders)
+    wanted = [sheet_path, *([columns_path] if with_columns else [])]
+    for picture in wanted:
+        _check_free(picture)
+
+    allowed = _labels_of(gallery, classes)
+    chosen = choose(gallery.labels, num, seed, allowed)
+    # Classes in their order; within one, images in the order of the draw.
+    chosen = chosen[np.argsort(gallery.labels[chosen], kind="stable")]
+    title = f"{name}: {len(chosen)} of {len(gallery.labels):,} images, {gallery.resolution} px"
+    captions = [_caption(gallery, number) for number in chosen]
+    sheet = contact_sheet([gallery.image(number) for number in chosen], captions, title)
+    save_picture(sheet, sheet_path)
+    if with_columns:
+        few = choose(gallery.labels, features, seed, allowed)
+        save_picture(_columns_picture(gallery, few, name), columns_path)
+    return ShowReport(wanted, gallery.summary())
+
+
+def choose(
+    labels: np.ndarray, num: int, seed: int, allowed: Sequence[int] | None = None
+) -> np.ndarray:
+    """Up to `num` places in `labels` [N], a seeded draw that takes the classes in turn.
+
+    No class has two more than another that still has images left. The first k of a draw are the
+    draw of k.
+    """
+    key = np.array([seed % 2**64, _STREAM], dtype=np.uint64)
+    draws = np.random.Philox(key=key).random_raw(len(labels) + int(labels.max()) + 1)
+    draws, turns = draws[: len(labels)], draws[len(labels) :]
+    places = np.arange(len(labels))
+    if allowed is not None:
+        places = places[np.isin(labels, allowed)]
+    # Sorted by class and draw, an image's rank in its class is its place less its class's first.
+    places = places[np.lexsort((draws[places], labels[places]))]
+    of = labels[places]
+    rank = np.arange(len(places)) - np.searchsorted(of, of)
+    return places[np.lexsort((turns[of], rank))][:num]
+
+
+def print_shown(report: ShowReport, console: Console) -> None:
+    """The set's properties, and what was written."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in report.summary:
+        table.add_row(name, value)
+    console.print(table, markup=False)
+    for picture in report.pictures:
+        console.print(f"wrote {picture}", markup=False, soft_wrap=True)
+
+
+def _columns_picture(gallery: Gallery, chosen: np.ndarray, name: str) -> Image.Image:
+    images = [gallery.image(number) for number in chosen]
+    strips = [Strip(images, "image", f"{gallery.resolution} px", smooth=True)]
+    if gallery.moments is not None:
+        means = np.stack([gallery.latent_mean(number) for number in chosen])  # [n, C, h, w]
+        colours = false_colours(means[:, :_PREVIEWED].transpose(0, 2, 3, 1))
+        remark = f"mean, channels 1-{min(_PREVIEWED, means.shape[1])}\n{list(means.shape[1:])}"
+        strips.append(Strip(list(colours), "latents", remark))
+    for encoder in gallery.encoders:
+        tokens = np.stack([gallery.tokens(encoder, number) for number in chosen])  # [n, T, Z]
+        side = encoder.grid
+        parts = principal_components(tokens.reshape(-1, tokens.shape[-1]))
+        colours = false_colours(parts.reshape(len(chosen), side, side, -1))
+        remark = f"principal components 1-3\n{side}x{side} tokens of {encoder.width}"
+        strips.append(Strip(list(colours), encoder.encoder, remark))
+    captions = [_caption(gallery, number) for number in chosen]
+    return comparison(strips, captions, f"{name}: what is stored beside its images")
+
+
+def _caption(gallery: Gallery, number: int) -> tuple[str, str]:
+    return gallery.classes[int(gallery.labels[number])], gallery.key(number)
+
+
+def _labels_of(gallery: Gallery, classes: Sequence[str] | None) -> list[int] | None:
+    """Labels of class names or numbers."""
+    if classes is None:
+        return None
+    names = {name: label for label, name in enumerate(gallery.classes)}
+    labels = []
+    for word in (word.strip() for word in classes):
+        label = names.get(word, int(word) if word.isascii() and word.isdigit() else -1)
+        if not 0 <= label < len(names):
+            raise DataError(
+                f"class {word!r}: not a class of {gallery.path}, nor a number in "
+                f"0..{len(names) - 1}{nearest(word, names)}"
+            )
+        if not (gallery.labels == label).any():
+            raise DataError(f"class {word!r}: has no image in {gallery.path}")
+        labels.append(label)
+    return labels
+
+
+def _picture_path(name: str, out: str | Path | None) -> Path:
+    path = Path(out) if out is not None else Path(f"{name}_show.png")
+    if path.is_dir():
+        path = path / f"{name}_show.png"
+    if path.suffix.lower() != ".png":
+        raise DataError(f"{path}: the picture is a PNG; name it .png")
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: no such folder")
+    return path
+
+
+def _check_free(path: Path) -> None:
+    """DataError unless nothing is there, or an earlier picture of ours."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get("Software") == MARK
+    except Exception:  # whatever it is, it is none of ours
+        ours = False
+    if not ours:
+        raise DataError(
+            f"{path}: exists and is no picture of `{MARK}`; choose another --out, or move it"
+        )
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that is known as ours; DataError where it cannot be written."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=mark)
+    try:
+        write_whole(path, buffer.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

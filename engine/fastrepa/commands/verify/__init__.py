@@ -1,0 +1,1 @@
+"""`fastrepa data verify`: is a set whole?"""

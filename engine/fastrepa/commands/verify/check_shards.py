@@ -1,0 +1,439 @@
+"""Everything that can be wrong with a set of shards (shards.py has the format)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from fastrepa.commands.verify.checks import Check, Findings, Problem, image_problem
+from fastrepa.data.format.columns import CRC_BYTES, open_rows
+from fastrepa.data.format.index import KEY_DIGITS, load_index
+from fastrepa.data.format.partial import CONTACT_SHEET, REPORT
+from fastrepa.data.format.shards import (
+    EXTENSIONS,
+    MANIFEST,
+    FeaturesColumn,
+    FileRecord,
+    Manifest,
+    MomentsColumn,
+    ShardRecord,
+    load_manifest,
+    sha256_of,
+)
+from fastrepa.errors import DataError
+
+IMAGES_PER_CHECK = 256
+BYTES_PER_CHECK = 32 << 20
+_BLOCK = tarfile.BLOCKSIZE
+_HASH_STEP = 8 << 20
+_BESIDE = (MANIFEST, REPORT, CONTACT_SHEET)  # what belongs to a set and is in no list
+
+_Size = TypeVar("_Size", int, np.ndarray)
+
+
+def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]:
+    """Check sizes, counts and indices of the set in `folder` now; what needs its contents, later.
+
+    `quick` leaves out the latter. Problems and notes go to `findings`.
+    """
+    manifest = _manifest(folder, findings)
+    if manifest is None:
+        return []
+    records = list(_records(manifest))
+    twice = [name for name, times in Counter(r.file for r in records).items() if times > 1]
+    for name in twice:
+        findings.wrong(MANIFEST, f"lists {name} more than once")
+    _note_others(folder, {record.file for record in records}, findings)
+    there = {record.file for record in records if _size_fits(folder, record, findings)}
+    findings.num_files = len({record.file for record in records}) + 1
+    findings.num_bytes = sum(record.bytes for record in records if record.file in there)
+    indices = {
+        shard.file: index
+        for shard in manifest.shards
+        if (index := _index(folder, shard, len(manifest.classes), findings)) is not None
+    }
+    _check_counts(manifest, indices, findings)
+    _check_keys(indices, findings)
+    if manifest.sources.file in there:
+        _check_sources(folder, manifest, indices, findings)
+    checks: list[Check] = []
+    for shard in manifest.shards:
+        if shard.file in there:
+            checks.append(HashCheck(folder, shard))
+        if shard.file in indices and (folder / shard.file).is_file():
+            checks += _image_checks(folder, shard, indices[shard.file], manifest)
+            findings.num_images += len(indices[shard.file])
+    for column in manifest.columns:
+        findings.columns[column.name] = 0
+        if len(column.files) != len(manifest.shards):
+            findings.wrong(
+                MANIFEST,
+                f"{column.name} has {len(column.files)} files for {len(manifest.shards)} shards",
+            )
+        for shard, record in zip(manifest.shards, column.files, strict=False):
+            if record.file not in there:
+                continue  # its size was named
+            checks.append(HashCheck(folder, record))
+            try:
+                open_rows(folder / record.file, column.dtype, shard.samples, column.views)
+            except DataError as error:
+                findings.wrong(record.file, str(error).removeprefix(f"{folder / record.file}: "))
+                continue
+            findings.columns[column.name] += shard.samples
+            checks += _row_checks(folder, shard, record, column, indices.get(shard.file))
+    return [] if quick else checks
+
+
+def _manifest(folder: Path, findings: Findings) -> Manifest | None:
+    try:
+        return load_manifest(folder)
+    except DataError as error:
+        # It names the first of the keys that pydantic refused; here they are all wanted.
+        refusal = error.__context__
+        if not isinstance(refusal, ValidationError):
+            findings.wrong(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST}: "))
+            return None
+        for one in refusal.errors():
+            findings.wrong(MANIFEST, f"{'.'.join(map(str, one['loc']))}: {one['msg']}")
+    return None
+
+
+def _records(manifest: Manifest) -> Iterator[FileRecord]:
+    for shard in manifest.shards:
+        yield from (shard, shard.index)
+    for column in manifest.columns:
+        yield from column.files
+    yield manifest.sources
+
+
+def _note_others(folder: Path, known: set[str], findings: Findings) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.name in known or path.name in _BESIDE:
+            continue
+        if path.name.endswith(".tmp"):
+            findings.notes.append(f"{path.name}: left by a run that was interrupted")
+        elif ".moments." in path.name or ".features." in path.name:
+            findings.notes.append(
+                f"{path.name}: of a column that the manifest does not list; its encoding is "
+                f"unfinished, the same fastrepa data encode goes on"
+            )
+        else:
+            findings.notes.append(f"{path.name}: unknown; the manifest does not list it")
+
+
+def _size_fits(folder: Path, record: FileRecord, findings: Findings) -> bool:
+    try:
+        size = (folder / record.file).stat().st_size
+    except FileNotFoundError:
+        findings.wrong(record.file, "missing, but the manifest lists it")
+        return False
+    except OSError as error:
+        findings.wrong(record.file, f"cannot be read ({error.strerror})")
+        return False
+    if size == record.bytes:
+        return True
+    kind = "truncated" if size < record.bytes else "too long"
+    findings.wrong(record.file, f"{kind} ({size} bytes, the manifest says {record.bytes})")
+    return False
+
+
+def _index(folder: Path, shard: ShardRecord, classes: int, findings: Findings) -> np.ndarray | None:
+    """The index of a shard where it can be read, whatever else is wrong with it."""
+    name = shard.index.file
+    path = folder / name
+    try:
+        if path.stat().st_size == shard.index.bytes and sha256_of(path) != shard.index.sha256:
+            findings.wrong(name, "altered (its SHA-256 is not the manifest's)")
+        index = load_index(path)
+    except FileNotFoundError:
+        return None  # found missing above
+    except OSError as error:
+        findings.wrong(name, f"cannot be read ({error.strerror})")
+        return None
+    except DataError as error:
+        findings.wrong(name, str(error).removeprefix(f"{path}: "))
+        return None
+    if len(index) != shard.samples:
+        findings.wrong(name, f"{len(index)} samples, the manifest says {shard.samples}")
+    starts, sizes = index["image_offset"], index["image_size"].astype(np.int64)
+    next_header = starts + _padded(sizes) + 2 * _BLOCK  # the label's header and text come between
+    expected = np.concatenate(([_BLOCK], next_header[:-1] + _BLOCK))
+    keys, labels = index["key"], index["label"]
+    digits = np.char.isdigit(keys) & (np.char.str_len(keys) == KEY_DIGITS)
+    outside = (starts < _BLOCK) | (sizes < 1) | (next_header > shard.bytes)
+    wrong = {
+        f"its key is not {KEY_DIGITS} digits": ~digits,
+        f"its label is outside 0..{classes - 1}": (labels < 0) | (labels >= classes),
+        f"its bytes do not lie within {shard.file}": outside,
+        f"does not follow the sample before it in {shard.file}": ~outside & (starts != expected),
+    }
+    for problem, where in wrong.items():
+        for number in np.flatnonzero(where):
+            findings.wrong(name, problem, _text(keys[number]))
+    return index
+
+
+def _check_counts(manifest: Manifest, indices: dict[str, np.ndarray], findings: Findings) -> None:
+    in_shards = sum(shard.samples for shard in manifest.shards)
+    if in_shards != manifest.num_samples:
+        findings.wrong(
+            MANIFEST, f"num_samples is {manifest.num_samples}, its shards hold {in_shards}"
+        )
+    names = Counter(record.name for record in manifest.classes)
+    for name in (name for name, times in names.items() if times > 1):
+        findings.wrong(MANIFEST, f"class {name!r} is there more than once")
+    if len(indices) < len(manifest.shards):
+        return  # the classes cannot be counted; why was said
+    counts = np.zeros(len(manifest.classes), dtype=np.int64)
+    for index in indices.values():
+        labels = index["label"]
+        labels = labels[(labels >= 0) & (labels < len(counts))]
+        counts += np.bincount(labels, minlength=len(counts))
+    for record, count in zip(manifest.classes, counts, strict=True):
+        if record.samples != count:
+            findings.wrong(
+                MANIFEST,
+                f"class {record.name!r} has {record.samples} samples, the indices {count}",
+            )
+
+
+def _check_keys(indices: dict[str, np.ndarray], findings: Findings) -> None:
+    """A key that several samples of the set have is named at every one after the first."""
+    if not indices:
+        return
+    keys = np.concatenate([index["key"] for index in indices.values()])
+    _, first = np.unique(keys, return_index=True)
+    again = np.ones(len(keys), dtype=bool)
+    again[first] = False
+    ends = np.cumsum([len(index) for index in indices.values()])
+    shards = list(indices)
+    for place in np.flatnonzero(again):
+        shard = shards[int(np.searchsorted(ends, place, side="right"))]
+        findings.wrong(shard, "its key is another sample's, too", _text(keys[place]))
+
+
+def _check_sources(
+    folder: Path, manifest: Manifest, indices: dict[str, np.ndarray], findings: Findings
+) -> None:
+    name = manifest.sources.file
+    try:
+        raw = (folder / name).read_bytes()
+    except OSError as error:
+        findings.wrong(name, f"cannot be read ({error.strerror})")
+        return
+    if hashlib.sha256(raw).hexdigest() != manifest.sources.sha256:
+        findings.wrong(name, "altered (its SHA-256 is not the manifest's)")
+    lines = raw.splitlines()
+    for number, line in enumerate(lines):
+        try:
+            json.loads(line)
+        except ValueError:
+            findings.wrong(name, f"line {number + 1} is not JSON")
+    # Keys that are no numbers were named already.
+    unnamed = np.array([line == b"null" for line in lines], dtype=bool)
+    for index in indices.values():
+        keys = index["key"][np.char.isdigit(index["key"])]
+        places = keys.astype(np.int64)
+        beyond = places >= len(unnamed)
+        beyond[~beyond] = unnamed[places[~beyond]]
+        for key in keys[beyond]:
+            findings.wrong(name, "no source is named for it", _text(key))
+
+
+@dataclass(frozen=True)
+class HashCheck:
+    """A file's SHA-256."""
+
+    folder: Path
+    record: FileRecord
+
+    @property
+    def file(self) -> str:
+        return self.record.file
+
+    @property
+    def num_bytes(self) -> int:
+        return self.record.bytes
+
+    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+        digest = hashlib.sha256()
+        with (self.folder / self.file).open("rb", buffering=0) as file:
+            while block := file.read(_HASH_STEP):
+                digest.update(block)
+                go_on()
+        if digest.hexdigest() == self.record.sha256:
+            return []
+        return [Problem(self.file, None, "altered (its SHA-256 is not the manifest's)")]
+
+
+@dataclass(frozen=True)
+class ImagesCheck:
+    """Some samples of a shard: tar headers, CRC-32, decodability, size, and the label's text."""
+
+    folder: Path
+    file: str
+    index: np.ndarray
+    resolution: int
+    image_format: str
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.index["image_size"].sum())
+
+    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+        problems = []
+        with (self.folder / self.file).open("rb") as file:
+            for number, record in enumerate(self.index):
+                go_on()
+                start, size = int(record["image_offset"]), int(record["image_size"])
+                file.seek(start - _BLOCK)
+                data = file.read(3 * _BLOCK + _padded(size))
+                key = _key(self.index, number)
+                problems += [
+                    Problem(self.file, key, problem)
+                    for problem in self._of_sample(data, record, key, size)
+                ]
+        return problems
+
+    def _of_sample(self, data: bytes, record: np.void, key: str, size: int) -> Iterator[str]:
+        if len(data) < _BLOCK + size:
+            yield "beyond the end of the file"
+            return
+        image, label = data[_BLOCK : _BLOCK + size], data[_BLOCK + _padded(size) :]
+        yield from _header_problem(data[:_BLOCK], f"{key}.{EXTENSIONS[self.image_format]}", size)
+        if zlib.crc32(image) != record["image_crc32"]:
+            yield "altered (its CRC-32 is not the index's)"
+        if (problem := image_problem(image, self.resolution, self.image_format)) is not None:
+            yield f"image {problem}"
+        text = b"%d" % record["label"]
+        named = list(_header_problem(label[:_BLOCK], f"{key}.cls", None))
+        yield from named
+        if not named and label[_BLOCK:].rstrip(b"\0\n ") != text:
+            found = label[_BLOCK:].rstrip(b"\0").decode("ascii", "replace")[:20]
+            yield f"its .cls says {found!r}, the index {text.decode()}"
+
+
+@dataclass(frozen=True)
+class RowsCheck:
+    """Some rows of a column: their CRC-32, and values that can be what they are said to be."""
+
+    path: Path
+    column: MomentsColumn | FeaturesColumn
+    samples: int
+    first: int
+    keys: tuple[str, ...]  # of the rows from `first` on
+
+    @property
+    def file(self) -> str:
+        return self.path.name
+
+    @property
+    def num_bytes(self) -> int:
+        return self.column.dtype.itemsize * self.column.views * len(self.keys)
+
+    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+        go_on()
+        column = self.column
+        every = open_rows(self.path, column.dtype, self.samples, column.views)
+        rows = np.array(every[self.first : self.first + len(self.keys)])
+        if isinstance(column, MomentsColumn):
+            wrong = _of_moments(rows, column)
+        else:
+            wrong = _of_features(rows)
+        wrong["altered (its CRC-32 is wrong)"] = _crc_differs(rows)
+        return [
+            Problem(self.file, self.keys[n] + (f" view {v}" if column.views > 1 else ""), problem)
+            for problem, where in wrong.items()
+            for n, v in np.argwhere(where)
+        ]
+
+
+def _of_moments(rows: np.ndarray, column: MomentsColumn) -> dict[str, np.ndarray]:
+    """Where [n, V] each problem is found."""
+    moments: Any = rows["moments"].astype(np.float32).reshape(*rows.shape, 2 * column.channels, -1)
+    deviation = moments[:, :, column.channels :]
+    return {
+        "moments that are not finite": ~np.isfinite(moments).all((2, 3)),
+        "a negative standard deviation": (deviation < 0).any((2, 3)),
+    }
+
+
+def _of_features(rows: np.ndarray) -> dict[str, np.ndarray]:
+    scale, tokens = rows["scale"], rows["tokens"]
+    return {
+        "scales that are not finite and positive": ~(np.isfinite(scale) & (scale > 0)).all(2),
+        "every token is zero": ~tokens.any((2, 3)),
+        "tokens outside -127..127": (tokens == -128).any((2, 3)),
+    }
+
+
+def _crc_differs(rows: np.ndarray) -> np.ndarray:
+    size = rows.dtype.itemsize
+    raw = rows.reshape(-1).view(np.uint8).reshape(-1, size)
+    sums = [zlib.crc32(row[: size - CRC_BYTES].data) for row in raw]
+    return np.array(sums, dtype=np.uint32).reshape(rows.shape) != rows["crc32"]
+
+
+def _image_checks(
+    folder: Path, shard: ShardRecord, index: np.ndarray, manifest: Manifest
+) -> Iterator[ImagesCheck]:
+    sizes = index["image_size"].astype(np.int64)
+    ends = index["image_offset"] + sizes
+    # The others were named already.
+    index = index[(index["image_offset"] >= _BLOCK) & (sizes > 0) & (ends <= shard.bytes)]
+    for first in range(0, len(index), IMAGES_PER_CHECK):
+        part = index[first : first + IMAGES_PER_CHECK]
+        yield ImagesCheck(folder, shard.file, part, manifest.resolution, manifest.image_format)
+
+
+def _row_checks(
+    folder: Path,
+    shard: ShardRecord,
+    record: FileRecord,
+    column: MomentsColumn | FeaturesColumn,
+    index: np.ndarray | None,
+) -> Iterator[RowsCheck]:
+    if index is not None and len(index) == shard.samples:
+        keys = [_key(index, number) for number in range(len(index))]
+    else:
+        keys = [f"in row {number}" for number in range(shard.samples)]
+    step = max(1, BYTES_PER_CHECK // (column.dtype.itemsize * column.views))
+    for first in range(0, shard.samples, step):
+        part = tuple(keys[first : first + step])
+        yield RowsCheck(folder / record.file, column, shard.samples, first, part)
+
+
+def _header_problem(block: bytes, name: str, size: int | None) -> Iterator[str]:
+    """At most one: the tar header at the place of member `name` is not its header."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        yield f"the tar header of {name} is damaged ({error})"
+        return
+    if member.name != name:
+        yield f"the tar has {member.name!r} where {name} should be"
+    elif size is not None and member.size != size:
+        yield f"{name} has {member.size} bytes in the tar, {size} in the index"
+
+
+def _padded(size: _Size) -> _Size:
+    """Bytes that `size` bytes take in a tar."""
+    return (size + _BLOCK - 1) // _BLOCK * _BLOCK
+
+
+def _key(index: np.ndarray, number: int) -> str:
+    return _text(index["key"][number])
+
+
+def _text(key: bytes) -> str:
+    return key.decode("ascii", "backslashreplace")

@@ -1,0 +1,198 @@
+"""Checks of a data set: what one finds, and many of them run in several processes.
+
+A check reads one piece of a set (a file, some images, some rows) and returns its problems instead
+of raising the first. So the pieces are independent: nothing that is damaged hides another damage.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from fastrepa.data.format.partial import partial_folder
+from fastrepa.errors import DataError
+from fastrepa.runtime.spawn import clean_start, end_with_parent
+
+# What the training's decoder turns into RGB as it should.
+_MODES = ("RGB", "L")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file, or with one sample of it; `file` is relative to the set."""
+
+    file: str
+    sample: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        where = self.file if self.sample is None else f"{self.file}: sample {self.sample}"
+        return " ".join(f"{where}: {self.problem}".split())
+
+
+class Check(Protocol):
+    """One piece of work: `file` and `num_bytes` are what it reads. Is sent to other processes."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+        """Every problem found. Calls `go_on` often; an OSError becomes a problem of `file`."""
+
+
+@dataclass
+class Findings:
+    """What is known of a set: problems, notes (nothing wrong, but worth a look), what was read."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    num_files: int = 0
+    num_images: int = 0
+    num_bytes: int = 0
+    columns: dict[str, int] = field(default_factory=dict)  # rows by name
+
+    def wrong(self, file: str, problem: str, sample: str | None = None) -> None:
+        self.problems.append(Problem(file, sample, problem))
+
+
+class StoppedError(Exception):
+    """Ends a check whose result nobody waits for any more."""
+
+
+def image_problem(data: bytes, side: int, image_format: str) -> str | None:
+    """What is wrong with an encoded image that should be `side` px square; None: nothing.
+
+    Pillow, not the training's decoder: DALI fails a whole batch without saying which image or why.
+    `image_format` as Pillow names it, lower case.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if (image.format or "").lower() != image_format:
+                return f"a {image.format} image, not {image_format.upper()}"
+            if image.size != (side, side):  # before it is decoded: it may be a bomb
+                return f"{image.width}x{image.height} px, not {side}x{side}"
+            if image.mode not in _MODES:
+                return f"of mode {image.mode}, not {' or '.join(_MODES)}"
+            image.load()
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        return f"cannot be decoded ({error or type(error).__name__})"
+    return None
+
+
+def run_checks(
+    checks: Sequence[Check], workers: int, progress: bool, found: Callable[[list[Problem]], None]
+) -> None:
+    """Run every check with `workers` processes (0 or 1: this one); `found` gets their problems.
+
+    Problems come in the order of the checks. DataError when a worker is killed from outside.
+    """
+    columns = (
+        TextColumn("verifying"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(check.num_bytes for check in checks)
+    progress = progress and total > 0
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("", total=total)
+
+        def done(check: Check) -> None:
+            bar.advance(task, check.num_bytes)
+
+        if min(workers, len(checks)) > 1:
+            results: Iterable[list[Problem]] = _in_workers(checks, min(workers, len(checks)), done)
+        else:
+            results = _here(checks, done)
+        for problems in results:
+            found(problems)
+
+
+def _here(checks: Sequence[Check], done: Callable[[Check], None]) -> Iterable[list[Problem]]:
+    for check in checks:
+        yield _run(check, lambda: None)
+        done(check)
+
+
+def _in_workers(
+    checks: Sequence[Check], workers: int, done: Callable[[Check], None]
+) -> list[list[Problem]]:
+    context = multiprocessing.get_context("spawn")
+    stop = context.RawValue("B", 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
+        try:
+            with clean_start():
+                futures = {pool.submit(_run_one, check): check for check in checks}
+            pending = set(futures)
+            while pending:
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    done(futures[future])
+                time.sleep(0.02)  # `wait` looks at every pending future: not once for each
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise DataError(
+                "verify: a worker was killed, perhaps for want of memory; use fewer workers"
+            ) from None
+        finally:
+            # After Ctrl-C the checks under way end at their next image or block.
+            stop.value = 1
+            pool.shutdown(cancel_futures=True)
+
+
+def _run(check: Check, go_on: Callable[[], None]) -> list[Problem]:
+    try:
+        return check.run(go_on)
+    except OSError as error:
+        return [Problem(check.file, None, f"cannot be read ({error.strerror or error})")]
+
+
+# Of a worker process, set once at its start.
+_go_on: Callable[[], None]
+
+
+def _start_worker(stop: Any) -> None:
+    global _go_on
+    end_with_parent()
+
+    def go_on() -> None:
+        if stop.value:
+            raise StoppedError
+
+    _go_on = go_on
+
+
+def _run_one(check: Check) -> list[Problem]:
+    _go_on()
+    return _run(check, _go_on)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Notes on what unfinished runs of `fastrepa prepare` left beside the set in `folder`."""
+    partial = partial_folder(folder.resolve())
+    if not partial.exists():
+        return []
+    return [f"{partial.name}: beside the set: of a fastrepa prepare unfinished, or at work now"]

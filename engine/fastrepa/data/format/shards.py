@@ -1,0 +1,397 @@
+"""The on-disk format of a prepared data set, and how one is opened and verified.
+
+A set is a folder of
+    shard-00000.tar        WebDataset: `{key}.jpg` (or .png, .webp) and `{key}.cls` (decimal text)
+    shard-00000.idx.npy    its index (index.py): offset, size, CRC-32 and label of every sample
+    shard-00000.NAME.npy   columns (columns.py): latents and features, a row for every sample
+    sources.jsonl          line `int(key)`: the source file the sample was made of, or null
+    manifest.json          counts, classes, resolution, and size and SHA-256 of every file above
+Class index = rank of the class's folder name in sorted order (REPA_SPEC.md, "Reference data
+layout").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastrepa.data.format.columns import features_dtype, first_damaged, moments_dtype, open_rows
+from fastrepa.data.format.index import load_index
+from fastrepa.data.format.store import ColumnFiles, ShardStore
+from fastrepa.errors import DataError
+
+FORMAT = "fastrepa-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+SOURCES = "sources.jsonl"
+AUTO_FULL_BYTES = 1 << 30  # verify="auto" hashes every byte of sets up to this size
+
+ImageFormat = Literal["jpeg", "png", "webp"]
+EXTENSIONS: dict[str, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+# A manifest may come from anyone: its names must stay inside the folder.
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Record):
+    """One file of the set: its name, size in bytes and SHA-256."""
+
+    file: _FileName
+    bytes: _Count
+    sha256: _Sha256
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """The record of a file as it lies on disk (reads all of it)."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+class ShardRecord(FileRecord):
+    """One shard, the number of its samples, and its index."""
+
+    samples: Annotated[int, Field(gt=0)]
+    index: FileRecord
+
+
+class ClassRecord(_Record):
+    """One class: its name and the number of its samples. The class index is its place."""
+
+    name: str
+    samples: _Count
+
+
+class SkippedRecord(_Record):
+    """A source image left out by skip_bad: its path inside the source, and why."""
+
+    source: str
+    reason: str
+
+
+class _Column(_Record):
+    """What every column has: its views (2 with mirrored images), and a file for every shard."""
+
+    views: Annotated[int, Field(ge=1, le=2)]
+    precision: Literal["fp32", "bf16"]  # what the network computed in
+    weights: str  # as configured
+    digest: _Sha256 | None  # of the network's fp32 weights; None: made elsewhere
+    files: tuple[FileRecord, ...] = Field(strict=False)
+
+
+class MomentsColumn(_Column):
+    """Latent moments of Stable Diffusion's autoencoder, fp16 [2 * channels, side, side]."""
+
+    channels: Annotated[int, Field(gt=0)]
+    side: Annotated[int, Field(gt=0)]
+
+    @property
+    def name(self) -> str:
+        return "moments"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return moments_dtype(self.channels, self.side)
+
+
+class FeaturesColumn(_Column):
+    """A frozen encoder's patch tokens on its own grid, int8 with a scale per token.
+
+    The fields are what the tokens depend on; `min_cosine`: of any stored token to the encoder's.
+    """
+
+    encoder: _FileName
+    timm_name: str
+    input_side: Annotated[int, Field(gt=0)]
+    grid: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)]
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[float, float, float] = Field(strict=False)
+    order: Literal["normalise-resize", "resize-normalise"]
+    norm: bool
+    min_cosine: float
+
+    @property
+    def name(self) -> str:
+        return f"features.{self.encoder}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return features_dtype(self.grid**2, self.width)
+
+
+class Manifest(_Record):
+    """`manifest.json`, typed."""
+
+    format: Literal["fastrepa-shards"] = "fastrepa-shards"
+    version: Literal[1] = 1
+    resolution: Annotated[int, Field(gt=0)]
+    image_format: ImageFormat
+    quality: int | None
+    seed: int
+    num_samples: Annotated[int, Field(gt=0)]
+    classes: tuple[ClassRecord, ...] = Field(strict=False)
+    shards: tuple[ShardRecord, ...] = Field(strict=False)
+    sources: FileRecord
+    skipped: tuple[SkippedRecord, ...] = Field((), strict=False)
+    moments: MomentsColumn | None = None
+    features: tuple[FeaturesColumn, ...] = Field((), strict=False)
+
+    @property
+    def columns(self) -> tuple[MomentsColumn | FeaturesColumn, ...]:
+        """Every column of the set."""
+        return (*([self.moments] if self.moments else []), *self.features)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A prepared data set that was opened and verified; see `ShardSet.open`."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        resolution: int | None = None,
+        verify: Literal["sizes", "full", "auto"] = "auto",
+    ) -> ShardSet:
+        """Open the set in folder `path` and verify it before anything is read from it.
+
+        Every shard must be there with its recorded size, and every index with its recorded
+        SHA-256, whatever `verify` says. "full" hashes every shard too; "auto" does so for sets up
+        to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32.
+
+        Raises DataError, naming the file, for anything missing, truncated, altered or foreign,
+        and when the set was prepared at another `resolution` (pixels a side) than asked.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder)
+        if resolution is not None and manifest.resolution != resolution:
+            raise DataError(
+                f"{folder}: prepared at {manifest.resolution} px, but {resolution} px is asked for;"
+                f" set data.resolution={manifest.resolution} or prepare it again"
+            )
+        shards = cls(folder, manifest)
+        shards._check_indices()
+        if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
+            shards._check_contents()
+        return shards
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards together, their columns included."""
+        columns = (record for column in self.manifest.columns for record in column.files)
+        return sum(record.bytes for record in (*self.manifest.shards, *columns))
+
+    @property
+    def resolution(self) -> int:
+        """Side of every image in pixels."""
+        return self.manifest.resolution
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; the place in the list is the label."""
+        return [record.name for record in self.manifest.classes]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.manifest.shards]
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        return [self.path / shard.file for shard in self.manifest.shards]
+
+    @property
+    def index_paths(self) -> list[Path]:
+        return [self.path / shard.index.file for shard in self.manifest.shards]
+
+    @property
+    def moments(self) -> MomentsColumn | None:
+        """What is known of the stored latents; None: the set holds none."""
+        return self.manifest.moments
+
+    @property
+    def features(self) -> tuple[FeaturesColumn, ...]:
+        """What is known of every encoder's stored features."""
+        return self.manifest.features
+
+    def store(
+        self, *, image: bool, moments: bool, features: Sequence[str], open_shards: int
+    ) -> ShardStore:
+        """A reader of the wanted fields (store.py); `features` by the encoders' names.
+
+        `open_shards`: shards whose files are held open. KeyError for a column that is not there.
+        """
+        columns = {column.name: column for column in self.manifest.columns}
+        wanted = [columns[f"features.{encoder}"] for encoder in features]
+        return ShardStore(
+            self.shard_paths,
+            self.index_paths,
+            image=image,
+            moments=self._column_files(columns["moments"]) if moments else None,
+            features=[self._column_files(column) for column in wanted],
+            open_shards=open_shards,
+        )
+
+    def _column_files(self, column: MomentsColumn | FeaturesColumn) -> ColumnFiles:
+        paths = [self.path / record.file for record in column.files]
+        return ColumnFiles(paths, column.dtype, column.views)
+
+    def _check_indices(self) -> None:
+        counts = np.zeros(len(self.manifest.classes), dtype=np.int64)
+        for shard in self.manifest.shards:
+            _check_size(self.path, shard)
+            _check_size(self.path, shard.index)
+            path = self.path / shard.index.file
+            if sha256_of(path) != shard.index.sha256:
+                raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
+            index = load_index(path)
+            labels, ends = index["label"], index["image_offset"] + index["image_size"]
+            if len(index) != shard.samples:
+                raise DataError(f"{path}: {len(index)} samples, the manifest says {shard.samples}")
+            if labels.min() < 0 or labels.max() >= len(counts):
+                raise DataError(f"{path}: a label outside the manifest's {len(counts)} classes")
+            if index["image_offset"].min() < 0 or ends.max() > shard.bytes:
+                raise DataError(f"{path}: a sample beyond the end of {shard.file}")
+            counts += np.bincount(labels, minlength=len(counts))
+        for column in self.manifest.columns:
+            if len(column.files) != len(self.manifest.shards):
+                raise DataError(
+                    f"{self.path / MANIFEST}: {column.name} has {len(column.files)} files for "
+                    f"{len(self.manifest.shards)} shards"
+                )
+            for shard, record in zip(self.manifest.shards, column.files, strict=True):
+                _check_size(self.path, record)
+                open_rows(self.path / record.file, column.dtype, shard.samples, column.views)
+        recorded = [record.samples for record in self.manifest.classes]
+        if counts.tolist() != recorded or counts.sum() != self.num_samples:
+            raise DataError(f"{self.path / MANIFEST}: its counts are not those of the shards")
+
+    def _check_contents(self) -> None:
+        for shard in self.manifest.shards:
+            path = self.path / shard.file
+            if sha256_of(path) != shard.sha256:
+                index = load_index(self.path / shard.index.file)
+                raise DataError(f"{path}: damaged{_first_damaged(path, index)}")
+        for column in self.manifest.columns:
+            for shard, record in zip(self.manifest.shards, column.files, strict=True):
+                path = self.path / record.file
+                if sha256_of(path) != record.sha256:
+                    rows = open_rows(path, column.dtype, shard.samples, column.views)
+                    number = first_damaged(rows)
+                    which = "" if number is None else f" (sample {number}: its CRC-32 is wrong)"
+                    raise DataError(f"{path}: damaged{which}")
+        _check_size(self.path, self.manifest.sources)
+        path = self.path / self.manifest.sources.file
+        if sha256_of(path) != self.manifest.sources.sha256:
+            raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` whole or not at all: one record per line, readable as a diff."""
+    text = _json_lines(manifest.model_dump(mode="json"), "")
+    write_whole(folder / MANIFEST, (text + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        file.write(data)
+        settle(file)
+    os.replace(partial, path)
+
+
+def settle(file: IO[Any]) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _json_lines(value: Any, indent: str) -> str:
+    """JSON with a line for every entry of an outer object or list of records."""
+    deeper = indent + "  "
+    if isinstance(value, dict) and (not indent or "files" in value):
+        rows = [f"{json.dumps(name)}: {_json_lines(item, deeper)}" for name, item in value.items()]
+        return "{\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        rows = [_json_lines(item, deeper) for item in value]
+        return "[\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, so {folder} is no prepared data set") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise DataError(f"{path}: not the manifest of a fastrepa data set")
+    if raw.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {raw.get('version')!r}, this fastrepa reads {VERSION};"
+            " prepare the set again or update fastrepa"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {place}: {first['msg']}") from None
+
+
+def _check_size(folder: Path, record: FileRecord) -> None:
+    path = folder / record.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, but the manifest lists it") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if size != record.bytes:
+        kind = "truncated" if size < record.bytes else "too long"
+        raise DataError(f"{path}: {kind} ({size} bytes, the manifest says {record.bytes})")
+
+
+def _first_damaged(path: Path, index: np.ndarray) -> str:
+    """', sample KEY' for the first sample of a damaged shard whose CRC-32 is not the index's."""
+    with path.open("rb") as file:
+        for record in index:
+            file.seek(int(record["image_offset"]))
+            if zlib.crc32(file.read(int(record["image_size"]))) != record["image_crc32"]:
+                return f" (sample {record['key'].decode()}: its CRC-32 is not the index's)"
+    return " (its SHA-256 is not the manifest's; no image is affected)"

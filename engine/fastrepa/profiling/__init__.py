@@ -1,0 +1,1 @@
+"""Steps as torch.profiler sees them, and what their operations cost."""

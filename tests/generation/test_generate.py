@@ -1,0 +1,565 @@
+"""Images by number: the same in any batch and any process; classes, files and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastrepa.config import Config, SampleConfig, config_from_dict
+from fastrepa.errors import ConfigError, FastrepaError
+from fastrepa.generation import generate as room
+from fastrepa.generation.generate import (
+    choose_classes,
+    claim_folder,
+    default_labels,
+    generate,
+    rank_batches,
+    read_png,
+    sample_run,
+    write_adm_npz,
+    write_png,
+)
+from fastrepa.model.sit import SiT
+from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.runtime.launch import outside_the_world
+from fastrepa.vision.codec import PixelCodec
+
+SIDE, CLASSES = 16, ["Animals & Nature", "Food", "food", "Objects", "3"]
+SHAPE = (3, SIDE, SIDE)
+CODEC = PixelCodec(SIDE, SIDE)
+
+
+def tiny_config() -> Config:
+    return config_from_dict(
+        {
+            "run": "unused",
+            "data": {
+                "path": "unused",
+                "resolution": SIDE,
+                "codec": {"name": "pixel", "side": SIDE},
+            },
+            "model": {"width": 48, "depth": 2, "heads": 4, "patch": 4, "num_classes": len(CLASSES)},
+            "sample": {"num": 10, "sampler": "ode", "steps": 4, "cfg": 2.0},
+            "training": {"precision": "bf16"},
+        }
+    )
+
+
+def tiny_model() -> SiT:
+    """A generator whose every weight is at work (a fresh one outputs zero)."""
+    model = SiT.from_config(tiny_config(), side=SIDE, channels=3, encoder_widths=())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    return model.eval()
+
+
+def draw(
+    model: Any,
+    ids: Tensor,
+    batch_size: int,
+    labels: Tensor | None = None,
+    seed: int = 3,
+    **sampling,
+) -> Tensor:
+    settings = SampleConfig(**{"sampler": "sde", "steps": 5, "cfg": 2.0, **sampling})
+    return generate(
+        model,
+        CODEC,
+        default_labels(int(ids.max()) + 1, len(CLASSES))[ids] if labels is None else labels,
+        seed=seed,
+        sample_ids=ids,
+        batch_size=batch_size,
+        sample_config=settings,
+        path="linear",
+        input_shape=SHAPE,
+        null_label=len(CLASSES),
+    )
+
+
+def elementwise(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """A model without sums, so that no rounding depends on the batch."""
+    return x * (1 + labels.view(-1, 1, 1, 1) / 8) - t.view(-1, 1, 1, 1)
+
+
+# Independence of batch and process ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ode", "heun", "sde"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_noise_does_not_depend_on_the_batch(sampler, batch_size):
+    ids = torch.arange(20)
+    together = draw(elementwise, ids, 20, sampler=sampler)
+    assert together.shape == (20, 3, SIDE, SIDE)
+    assert together.dtype == torch.uint8
+    assert torch.equal(together, draw(elementwise, ids, batch_size, sampler=sampler))
+    ranks = [torch.cat(rank_batches(20, batch_size, rank, 2)) for rank in range(2)]
+    parts = torch.cat([draw(elementwise, own, batch_size, sampler=sampler) for own in ranks])
+    assert torch.equal(together, parts[torch.cat(ranks).argsort()])
+
+
+def test_images_start_from_their_own_noise():
+    """A velocity of zero leaves the noise: keyed by seed, stream and image number."""
+    ids = torch.tensor([4, 0, 2**40])
+    still = draw(lambda x, t, y: 0 * x, ids, 2, labels=ids * 0, sampler="ode")
+    noise = KeyedRandom(3).normal(Stream.SAMPLE_NOISE, 0, ids, SHAPE)
+    assert torch.equal(still, CODEC.decode(noise))
+    assert not torch.equal(still, draw(lambda x, t, y: 0 * x, ids, 2, ids * 0, 4, sampler="ode"))
+
+
+def test_step_noise_is_fresh_in_every_step_and_image():
+    """The changes under a still model are nearly the noises alone: none may resemble another."""
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return torch.zeros_like(x)
+
+    draw(model, torch.arange(3), 3, cfg=1.0, steps=5)
+    changes = [(b - a).flatten(1) for a, b in pairwise(seen)]  # of each step: [3, elements]
+    off_diagonal = torch.corrcoef(torch.cat(changes)) - torch.eye(3 * 4)
+    assert off_diagonal.abs().max() < 0.3
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_a_batch_size_gives_the_same_bits_for_any_number_of_processes_and_images(sampler):
+    model = tiny_model()
+    whole = draw(model, torch.arange(16), 4, sampler=sampler)
+    for world in (2, 3):
+        own = [torch.cat(rank_batches(16, 4, rank, world)) for rank in range(world)]
+        parts = torch.cat([draw(model, ids, 4, sampler=sampler) for ids in own])
+        assert torch.equal(whole, parts[torch.cat(own).argsort()])
+    assert torch.equal(whole[:10], draw(model, torch.arange(10), 4, sampler=sampler))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_another_batch_size_differs_by_rounding_only(batch_size):
+    model, ids = tiny_model(), torch.arange(16)
+    a, b = draw(model, ids, 16).int(), draw(model, ids, batch_size).int()
+    assert a.float().std() > 20  # not all clamped or grey
+    assert (a - b).abs().max() <= 1
+    assert (a != b).float().mean() < 1e-3
+
+
+def test_every_forward_has_the_same_shape():
+    sizes: list[int] = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return 0 * x
+
+    draw(model, torch.arange(10), 4, sampler="ode", steps=2, cfg=2.0, guidance_high=0.6)
+    assert sizes == [4, 8] * 3  # t = 1 without guidance, t = 0.5 with it
+
+
+def test_rank_batches_share_out_every_image_once():
+    for num, batch, world in ((10, 4, 1), (10, 4, 2), (10, 4, 5), (64, 32, 4), (1, 8, 2)):
+        dealt = [rank_batches(num, batch, rank, world) for rank in range(world)]
+        numbers = torch.cat([ids for batches in dealt for ids in batches])
+        assert sorted(numbers.tolist()) == list(range(num))
+        assert all(int(ids[0]) % batch == 0 for batches in dealt for ids in batches)
+
+
+def test_the_model_is_in_eval_mode_and_left_as_it_was():
+    model, ids = tiny_model(), torch.arange(8)
+    model.label_dropout = 0.9
+    calm = draw(model, ids, 8)
+    model.train()
+    assert torch.equal(calm, draw(model, ids, 8))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_labels_and_defaults_reach_the_model():
+    model, ids = tiny_model(), torch.arange(4)
+    zeros, ones = (draw(model, ids, 4, labels=torch.full((4,), k)) for k in (0, 1))
+    assert (zeros != ones).float().mean() > 0.5
+    settings = SampleConfig(sampler="sde", steps=5, cfg=2.0)
+    implied = generate(  # the codec's shape and the model's null class
+        model,
+        CODEC,
+        torch.zeros(4, dtype=torch.int64),
+        seed=3,
+        sample_ids=ids,
+        batch_size=4,
+        sample_config=settings,
+        path="linear",
+    )
+    assert torch.equal(zeros, implied)
+
+
+def test_no_images_and_lengths_that_differ():
+    none = torch.empty(0, dtype=torch.int64)
+    empty = generate(
+        elementwise,
+        CODEC,
+        none,
+        seed=0,
+        sample_ids=none,
+        batch_size=4,
+        sample_config=SampleConfig(),
+        path="linear",
+        null_label=5,
+    )
+    assert empty.shape == (0, 3, SIDE, SIDE)
+    with pytest.raises(ValueError, match="labels"):
+        draw(elementwise, torch.arange(3), 4, labels=torch.zeros(2, dtype=torch.int64))
+
+
+def test_progress_adds_up_to_the_images():
+    told: list[float] = []
+    generate(
+        elementwise,
+        CODEC,
+        torch.zeros(10, dtype=torch.int64),
+        seed=0,
+        sample_ids=torch.arange(10),
+        batch_size=4,
+        sample_config=SampleConfig(steps=5),
+        path="linear",
+        null_label=5,
+        progress=told.append,
+    )
+    assert len(told) == 3 * 5
+    assert sum(told) == pytest.approx(10)
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def test_default_labels():
+    assert default_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert default_labels(5, 10, [4, 2]).tolist() == [4, 2, 4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"),
+    [
+        (None, [0, 1, 2, 3, 4]),
+        ([], [0, 1, 2, 3, 4]),
+        (["Animals & Nature", "objects"], [0, 3]),
+        (["Food", "food"], [1, 2]),
+        (["0", 2, " 4 "], [0, 2, 4]),
+        (["3"], [4]),  # a name wins over a number
+    ],
+)
+def test_classes_by_name_and_number(requested, expected):
+    assert choose_classes(requested, CLASSES, len(CLASSES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("Objcts", "'Objcts' is no class.*did you mean 'Objects'"),
+        ("5", "'5' is no class.*from 0 to 4"),
+        ("-1", "'-1' is no class"),
+        ("FOOD", "'FOOD' is no class"),  # two names would do
+    ],
+)
+def test_a_class_that_is_none_is_named(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_classes([0, wrong], CLASSES, len(CLASSES))
+
+
+def test_classes_of_a_run_without_names():
+    assert choose_classes(["7"], [], 10) == [7]
+    with pytest.raises(ConfigError, match=r"'cat' is no class; a class is a number from 0 to 9$"):
+        choose_classes(["cat"], [], 10)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def random_images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, 5, 7), dtype=torch.uint8, generator=generator)
+
+
+def test_png_and_adm_npz_hold_the_images(tmp_path):
+    images = random_images(6)
+    for i, image in enumerate(images):
+        write_png(image, tmp_path / f"{i:06d}.png")
+        assert torch.equal(read_png(tmp_path / f"{i:06d}.png"), image)
+    path = write_adm_npz(tmp_path, 5)
+    assert path.name == "samples_5x5x7x3.npz"
+    with np.load(path) as archive:
+        assert archive.files == ["arr_0"]
+        array = archive["arr_0"]
+    assert array.dtype == np.uint8
+    assert np.array_equal(array, images[:5].permute(0, 2, 3, 1).numpy())
+    assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "000003.png").unlink()
+    with pytest.raises(FastrepaError, match=r"000003\.png: missing \(1 of 6\)"):
+        write_adm_npz(tmp_path, 6)
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path):
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "000000.png").write_bytes(b"mine")
+    with pytest.raises(FastrepaError, match=r"photos: holds files .*000000\.png.*another --out"):
+        claim_folder(foreign, {})
+    assert (foreign / "000000.png").read_bytes() == b"mine"
+    assert len(list(foreign.iterdir())) == 1
+    with pytest.raises(FastrepaError, match="is a file"):
+        claim_folder(foreign / "000000.png", {})
+    with pytest.raises(FastrepaError, match="cannot be written"):
+        claim_folder(foreign / "000000.png" / "below", {})
+
+
+def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
+    folder = tmp_path / "new" / "samples"
+    assert claim_folder(folder, {"seed": 1}) == 0
+    ours = [
+        "000000.png",
+        "1000000.png",
+        "grid.png",
+        "samples_2x4x4x3.npz",
+        "samples_2x4x4x3.partial",
+    ]
+    theirs = ["notes.txt", "best.png", "00.png"]
+    for name in ours + theirs:
+        (folder / name).write_bytes(b"old")
+    claim_folder(folder, {"seed": 2})
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*theirs, "sampling.json"])
+    assert json.loads((folder / "sampling.json").read_text()) == {"seed": 2}
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
+    info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3, emas={})
+    return tiny_model().to(device), tiny_config(), info
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    from fastrepa.checkpoint import format as checkpoint
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(checkpoint, "load_ema_model", fake_run)
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"{run} {step}")
+
+
+def png_bytes(folder: Path) -> dict[str, bytes]:
+    return {
+        p.name: read_png(p).numpy().tobytes() for p in folder.iterdir() if re.match(r"\d+", p.name)
+    }
+
+
+def test_sample_run(loaded, tmp_path):
+    out = tmp_path / "out"
+    result = sample_run(
+        "run", out, num=10, seed=7, batch_size=4, npz=True, sampler="sde", steps=3, precision="fp32"
+    )
+    assert (result.folder, result.num, result.is_first) == (out, 10, True)
+    names = [f"{i:06d}.png" for i in range(10)]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*names, "grid.png", "sampling.json", "samples_10x16x16x3.npz"]
+    )
+    expected = generate(
+        tiny_model(),
+        CODEC,
+        default_labels(10, len(CLASSES)),
+        seed=7,
+        sample_ids=torch.arange(10),
+        batch_size=4,
+        sample_config=SampleConfig(sampler="sde", steps=3, cfg=2.0),
+        path="linear",
+    )
+    assert torch.equal(torch.stack([read_png(out / name) for name in names]), expected)
+    with np.load(result.npz) as archive:
+        assert np.array_equal(archive["arr_0"], expected.permute(0, 2, 3, 1).numpy())
+    with Image.open(result.grid) as grid:
+        assert grid.width > grid.height  # five classes are five columns
+    record = json.loads((out / "sampling.json").read_text())
+    assert record["seed"] == 7
+    assert record["checkpoint_step"] == 500
+    assert record["ema"] == "0.9999"
+    assert (record["sampler"], record["steps"], record["cfg"]) == ("sde", 3, 2.0)
+
+
+def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
+    from fastrepa.checkpoint import format as checkpoint
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert sample_run("run", whole, num=10, batch_size=4).there == 0
+    made, plain = [], room.generate
+
+    def stopped(*args, sample_ids, **kwargs):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.extend(sample_ids.tolist())
+        return plain(*args, sample_ids=sample_ids, **kwargs)
+
+    monkeypatch.setattr(room, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample_run("run", out, num=10, batch_size=4)
+    (out / "000005.png.partial").write_bytes(b"half")
+    (out / "000003.png").unlink()
+    made.clear()
+
+    def counting(*args, sample_ids, **kwargs):
+        made.extend(sample_ids.tolist())
+        return plain(*args, sample_ids=sample_ids, **kwargs)
+
+    monkeypatch.setattr(room, "generate", counting)
+    assert sample_run("run", out, num=6, batch_size=4).there == 3
+    assert made == [0, 1, 2, 3, 4, 5]  # whole batches
+    assert sample_run("run", out, num=10, batch_size=4, npz=True).there == 6
+    assert made[6:] == [4, 5, 6, 7, 8, 9]
+    assert png_bytes(out) == png_bytes(whole)
+    made.clear()
+    assert sample_run("run", out, num=2, batch_size=4).there == 0  # batches of 2: others
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: "trained again")
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    assert len(made) == 22
+    (out / "sampling.json").write_text("[")
+    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+
+
+def test_sample_run_again_with_classes(loaded, tmp_path):
+    sample_run("run", tmp_path, num=12)
+    before = png_bytes(tmp_path)
+    result = sample_run("run", tmp_path, num=6, batch_size=12, classes=["Food", "3"])
+    assert result.npz is None
+    after = png_bytes(tmp_path)
+    assert len(after) == 6
+    assert all(before[name] != after[name] for name in after)  # other classes, other images
+    assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == ["Food", "3"]
+
+
+def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatch):
+    """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
+    compile_, compiled, products = torch.compile, [], []
+
+    def by_torch(function, *, backend, **options):
+        compiled.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True, **options)
+
+    def forward(self, *given):
+        products.append((torch.get_float32_matmul_precision(), next(self.parameters()).dtype))
+        return plain(self, *given)
+
+    monkeypatch.setattr(torch, "compile", by_torch)
+    plain = SiT.forward
+    images = {}
+    for name, settings in {
+        "fp32": {"precision": "fp32"}, "blocks": {"precision": "fp32", "compile": "blocks"},
+        "bf16": {"precision": "bf16"}, "run": {}, "tf32": {"precision": "tf32"},
+    }.items():  # fmt: skip
+        if not settings.get("compile"):
+            monkeypatch.setattr(SiT, "forward", forward)
+        out = sample_run("run", tmp_path / name, num=4, batch_size=4, **settings).folder
+        monkeypatch.setattr(SiT, "forward", plain)
+        images[name] = torch.stack([read_png(out / f"{i:06d}.png") for i in range(4)]).int()
+    assert len(compiled) == 1  # on a CPU the blocks are compiled as one
+    modes = [("highest", torch.float32), ("highest", torch.bfloat16), ("high", torch.float32)]
+    assert list(dict.fromkeys(products)) == modes
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert (images["fp32"] - images["blocks"]).abs().max() <= 1
+    assert torch.equal(images["fp32"], images["tf32"])  # no GPU, no TF32
+    assert torch.equal(images["run"], images["bf16"])  # training's
+    assert 0 < (images["fp32"] - images["bf16"]).abs().max() < 16
+    assert json.loads((tmp_path / "blocks/sampling.json").read_text())["compile"] == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"compile": "graphs"},
+            "sample.compile: 'graphs' captures CUDA graphs, and this is on cpu",
+        ),
+        ({"precision": "fp16"}, "sample.precision: 'fp16' is not allowed"),
+        ({"cfg": 0.5}, "sample.cfg: 0.5 is not allowed"),
+        ({"sampler": "euler"}, "sample.sampler: 'euler' is not allowed"),
+        ({"guidance_low": 0.8, "guidance_high": 0.7}, "guidance_low: 0.8 is above"),
+        ({"classes": ["Foood"]}, "'Foood' is no class"),
+        ({"seed": -1}, "seed: -1"),
+        ({"batch_size": 0}, "--batch-size: 0"),
+        ({"num": 0}, "sample.num: 0"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(loaded, tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sample_run("run", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+ANSWERS = ("first ", "other ", "refused: ")
+RANK = r"""
+import os
+import sys
+here, report, *folders = sys.argv[1:]
+sys.path.insert(0, here)
+import test_generate
+from fastrepa.errors import FastrepaError
+from fastrepa.generation import generate as room
+from fastrepa.checkpoint import format as checkpoint
+checkpoint.load_ema_model = test_generate.fake_run
+checkpoint.fingerprint = lambda run, step: f"{run} {step}"
+plain, drawn, answers = room.generate, [], []
+def counting(*args, sample_ids, **kwargs):
+    drawn.extend(sample_ids.tolist())
+    return plain(*args, sample_ids=sample_ids, **kwargs)
+room.generate = counting
+for out in folders:
+    try:
+        result = room.sample_run("run", out, num=10, batch_size=4, npz=True, seed=7)
+        answers.append(f"{result.is_first} {drawn} {result.npz}")
+    except FastrepaError as error:
+        answers.append(f"refused: {error}")
+with open(report + os.environ["RANK"], "w") as file:
+    print(*answers, sep="\n", file=file)
+"""
+
+
+def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
+    """Under torch.distributed.run, and a refusal reaches every process."""
+    alone, pair, foreign = tmp_path / "alone", tmp_path / "pair", tmp_path / "foreign"
+    sample_run("run", alone, num=10, batch_size=4, npz=True, seed=7)
+    foreign.mkdir()
+    (foreign / "precious").touch()
+    (refusal0, first), (refusal1, other) = two_processes(tmp_path, foreign, pair)
+    assert first == f"True [0, 1, 2, 3, 8, 9] {pair}/samples_10x16x16x3.npz"
+    assert other == "False [4, 5, 6, 7] None"
+    assert refusal0.startswith(f"refused: {foreign}: holds files")
+    assert refusal1 == refusal0
+    assert png_bytes(pair) == png_bytes(alone)
+    assert (pair / "grid.png").read_bytes() == (alone / "grid.png").read_bytes()
+    with np.load(pair / "samples_10x16x16x3.npz") as archive:
+        assert archive["arr_0"].shape == (10, 16, 16, 3)
+
+
+def two_processes(tmp_path: Path, *folders: Path) -> list[list[str]]:
+    """What each process has to say of each folder; in files, as a shared pipe mixes lines."""
+    script, report = tmp_path / "rank.py", tmp_path / "rank_"
+    script.write_text(RANK)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = outside_the_world() | {"OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    command += [script, Path(__file__).parent, report, *folders]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [Path(f"{report}{rank}").read_text().splitlines() for rank in range(2)]

@@ -1,0 +1,150 @@
+"""Bad numbers, signals and lost ranks: what a run does about them."""
+
+import json
+import socket
+import subprocess
+import time
+from datetime import datetime
+
+import pytest
+import torch
+
+from fastrepa.training.bad_steps import Spikes
+from tests.runs import environment, metrics, tensors, train_command
+
+TIMEOUT = 6.0  # survival.timeout_seconds
+
+
+def faulty(run, fault, *overrides, ranks=1):
+    args = train_command(run, *overrides, ranks=ranks)
+    args[len(args) - 1 - args[::-1].index("fastrepa")] = "tests.programs.faulty"
+    return subprocess.run(
+        args, env=environment() | {"FAULT": fault}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks", "settings"),
+    [
+        # DeepSpeed skips a bad step of stage 3 itself; stages 0 and 1 are ours.
+        ("nan 1 1 3 4", 2, ("zero.stage=1", "training.precision=bf16")),
+        ("loss 1 1 3 4", 2, ("zero.stage=3", "kernels=eager")),
+        ("nan 0 1 3 4", 1, ("zero.stage=0", "kernels=eager", "training.clip=0")),
+    ],
+)
+def test_a_bad_step_changes_nothing_and_two_in_a_row_end_the_run(tmp_path, fault, ranks, settings):
+    done = faulty(
+        tmp_path / "run", fault, "training.steps=8", "survival.bad_steps=2",
+        "training.checkpoint_every=1", *settings, ranks=ranks,
+    )  # fmt: skip
+    assert done.returncode, done.stdout + done.stderr
+    before, skipped, after = (tensors(tmp_path / "run", step) for step in (1, 2, 3))
+    names = [n for n in before if not n.startswith("rng")]
+    assert all(torch.equal(before[n], skipped[n]) for n in names)
+    assert sum(not torch.equal(before[n], after[n]) for n in names) > len(names) / 2
+    assert all(torch.isfinite(after[n]).all() for n in names)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines][:4] == [0, 1, 1, 2]
+    assert lines[1]["loss"] is None and lines[0]["loss"] is not None
+    assert "warning: 1 step(s) up to step 2" in done.stdout
+    error = next(line for line in done.stderr.splitlines() if "2 steps in a row" in line)
+    bad, kind = fault.split()[1], fault.split()[0]
+    assert "stopped at step " in error and f"rank {bad}: loss is" in error
+    assert "the last good checkpoint is" in error and "step_000000" in error
+    report = json.loads((tmp_path / "run/bad_step_0000005.json").read_text())["ranks"]
+    assert [bool(r["samples"]) for r in report] == [
+        kind == "nan" and str(r) == bad for r in range(ranks)
+    ]
+    if kind == "nan":
+        (sample,) = report[int(bad)]["samples"]
+        assert "train/shard-" in sample and "(its latent)" in sample and sample in error
+        assert "blocks.0.mlp.fc1.weight" in report[int(bad)]["gradients"]
+
+
+def test_a_spike_is_told_once_and_does_not_become_normal():
+    spikes = Spikes(6.0, [1.0, 1.1, 0.9] * 4)
+    assert spikes.check(13, 1.2) is None
+    assert "loss spike at step 14: 5" in spikes.check(14, 5.0)
+    assert spikes.check(15, 5.0) and spikes.check(16, 0.1) is None
+    assert Spikes(6.0, [1.0] * 9).check(10, 9.0) is None
+    assert Spikes(0.0, [1.0, 2.0] * 9).check(20, 99.0) is None
+
+
+def two_processes(run, fault, *overrides, stop_after=150):
+    """Two ranks without an agent above them, of which one is lost; (the other's exit code, stdout,
+    stderr, seconds after the last logged step, what the lost one left).
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    args = train_command(run, f"survival.timeout_seconds={TIMEOUT}", *overrides)
+    args[args.index("fastrepa")] = "tests.programs.faulty"
+    # As srun names them: rank 0 finds its world by torchrun's names, so both ways are walked.
+    meet = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault}
+    names = [
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
+    ]
+    ranks = [
+        subprocess.Popen(
+            args, env=meet | n, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for n in names
+    ]
+    lost = int(fault.split(";")[-1].split()[1])
+    try:
+        out, err = ranks[1 - lost].communicate(timeout=stop_after)
+        code, ended = ranks[1 - lost].returncode, time.time()
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        rest = ranks[lost].communicate()
+    return code, out, err, ended, rest
+
+
+def last_line_before(log, words):
+    """When the last line with these words was written to a rank's log."""
+    line = next(x for x in reversed(log.splitlines()) if words in x)
+    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        ("sleep 1 1; kill 1 last", "step 3"),
+        ("stop 0 2", "step 3"),
+        ("raise 1 build", "the start"),
+    ],
+)
+def test_a_lost_rank_ends_the_other_which_names_it(tmp_path, fault, where):
+    kind, lost, _ = fault.split("; ")[-1].split()
+    run = tmp_path / "run"
+    code, out, err, ended, rest = two_processes(
+        run, fault, "training.steps=3", "zero.stage=1", "survival.stall_seconds=4"
+    )
+    assert code == 76, (out, err, rest)
+    last = err.splitlines()[-1]
+    why = "failed: ValueError: planted" if kind == "raise" else "lost: "
+    assert f"rank {lost} (" in last and why in last and f"stopped in {where}" in last
+    assert last.endswith(", the same command continues")
+    logs = [(run / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    log = logs[1 - int(lost)]
+    assert last.split(": ", 2)[2] in log and "most recent call first" in log
+    if lost == "0":
+        assert not out  # the other rank prints nothing but its error
+    # All within the set time; a loaded machine is given two seconds more to notice it.
+    if kind == "raise":
+        began = last_line_before(logs[int(lost)], "stopped by an error")
+    else:
+        began = (run / "metrics.jsonl").stat().st_mtime
+    assert ended - began < TIMEOUT + 2
+    if fault.startswith("sleep"):
+        # The stall before was no loss: both logs have the stacks, that of the culprit in its sleep.
+        assert "warning: step 2 has taken more than 4 s; see " in out
+        for log in logs:
+            stalled = log[log.index("step 2 has taken more than 4 s on rank ") :]
+            assert "every thread's stack:" in stalled.splitlines()[0]
+            assert "in train_step" in stalled
+        assert "faulty.py" in logs[1] and "in act" in logs[1]
+        assert len(metrics(run)) == 3

@@ -1,0 +1,91 @@
+"""Evaluation during training: what it measures, what it leaves alone, which checkpoint it keeps."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastrepa.commands.evaluate.evaluate import evaluate
+from fastrepa.config import EncoderConfig, config_from_dict, load_config
+from fastrepa.errors import FastrepaError
+from fastrepa.training.evaluation import Evaluations
+from tests.programs.evaluated_runs import NUM, STEPS
+from tests.runs import ROOT, environment, metrics, tensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "tests.programs.evaluated_runs", folder],
+        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"step 2, {NUM} images: fd_resnet10t" in done.stdout
+    assert f"fd_resnet10t: {NUM} images are few for 512 dimensions" in done.stdout
+    return folder
+
+
+def test_a_run_ends_with_the_same_bits_whether_evaluated_or_not(folder):
+    """Weights, averages, optimiser states and the generators of both ranks, under ZeRO stage 3."""
+    plain, evaluated = (tensors(folder / name, STEPS) for name in ("plain", "evaluated"))
+    assert plain.keys() == evaluated.keys()
+    assert any(name.startswith("rng_rank_00001") for name in plain)
+    for name, value in plain.items():
+        assert torch.equal(value, evaluated[name]), name
+
+
+def test_scores_are_logged_drawn_and_choose_the_best_checkpoint(folder):
+    lines = metrics(folder / "evaluated")
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]  # log_every 3, evaluated every 2
+    scores = {line["step"]: line["fd_resnet10t"] for line in lines if "fd_resnet10t" in line}
+    assert list(scores) == [2, 4, 6]
+    assert len(set(scores.values())) == 3
+    board = EventAccumulator(str(folder / "evaluated/tensorboard")).Reload()
+    drawn = {event.step: event.value for event in board.Scalars("fd_resnet10t")}
+    assert drawn == pytest.approx(scores)
+    kept = {path.name for path in (folder / "evaluated/checkpoints").iterdir()}
+    worst = max(scores, key=lambda step: scores[step])
+    assert worst != STEPS  # mode: max; otherwise the newest, which is kept anyhow, shows nothing
+    assert kept == {f"step_{step:07d}" for step in (worst, STEPS)}
+    state = json.loads((folder / f"evaluated/checkpoints/step_{worst:07d}/state.json").read_text())
+    assert state["metrics"]["fd_resnet10t"] == scores[worst]
+    assert len(list((folder / "validation.statistics").iterdir())) == 1
+
+
+def test_the_command_measures_the_same_of_the_run(folder):
+    """Other code makes the images: from the checkpoint, on one rank, here."""
+    run, logged = folder / "evaluated", metrics(folder / "evaluated")[-1]
+    encoder = EncoderConfig(name="resnet10t", weights="random", input=32)
+    done = evaluate(
+        run, folder / "validation", encoders=[encoder], num=NUM, batch_size=4, seed=0,
+        metrics=["fd_resnet10t", "kd_resnet10t"],
+    )  # fmt: skip
+    assert done.settings["checkpoint_step"] == STEPS
+    for name, value in done.scores.items():
+        assert value == pytest.approx(logged[name], rel=1e-3, abs=1e-6), name
+
+
+def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, world):
+    tree = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
+
+    def refused(match, **settings):
+        config = config_from_dict({**tree, "evaluation": {"every": 1, **settings}})
+        with pytest.raises(FastrepaError, match=match):
+            Evaluations(config, world, None, ["a", "b"])
+
+    np.savez(folder / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    encoders = [{"name": "resnet10t", "weights": "random"}]
+    refused(
+        r"fd_resnet10t: needs statistics .*statistics.npz has none",
+        reference=str(folder / "statistics.npz"), encoders=encoders,
+    )  # fmt: skip
+    refused("precision_resnet10t: needs 4 images or more, the samples are 3", num=3,
+            reference=str(folder / "validation"), encoders=encoders)  # fmt: skip
+    refused("'fd_dinov2_vitb15' is not known", metrics=["fd_dinov2_vitb15"])
+    refused(r"evaluation.reference: .*plain is a run", reference=str(folder / "plain"))
