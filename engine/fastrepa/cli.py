@@ -72,7 +72,7 @@ def train(
     resolved = load_config(config, overrides or [])
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import watched
-    from fastrepa.training.zero.engine import join_world, leave_world
+    from fastrepa.runtime.world import join_world, leave_world
 
     make_deterministic(resolved)
     world = join_world(2 * resolved.survival.stall_seconds)
@@ -209,7 +209,7 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
     from fastrepa.commands.profile.profile import profile_run
     from fastrepa.commands.profile.report import print_profile
-    from fastrepa.training.zero.engine import join_world, leave_world
+    from fastrepa.runtime.world import join_world, leave_world
 
     world = join_world(2 * resolved.survival.stall_seconds)
     try:

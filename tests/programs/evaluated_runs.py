@@ -12,8 +12,8 @@ import torch
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import join_world, leave_world
 from tests.runs import ROOT, SMALL
 
 STEPS, NUM = 6, 10

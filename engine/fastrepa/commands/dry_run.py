@@ -20,9 +20,10 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
+from fastrepa.runtime.world import World
 from fastrepa.training.targets import Targets
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import World, as_run
+from fastrepa.training.zero.settings import as_run
 from fastrepa.vision.codec import SD_VAE_PARAMETERS, Codec
 from fastrepa_kernels.attention import SDPA
 

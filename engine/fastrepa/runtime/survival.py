@@ -26,7 +26,7 @@ import torch.distributed as dist
 from fastrepa.config import Config, SurvivalConfig
 from fastrepa.errors import CheckpointError, FastrepaError, print_error
 from fastrepa.runtime.exit_codes import LOST, for_launcher
-from fastrepa.training.zero.engine import World
+from fastrepa.runtime.world import World
 
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
 log = logging.getLogger("fastrepa")

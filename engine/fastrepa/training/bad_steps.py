@@ -23,8 +23,8 @@ from fastrepa.checkpoint.format import newest_checkpoint
 from fastrepa.data.pipeline import Batch
 from fastrepa.data.reader import RankBatches, SampleOrder
 from fastrepa.errors import TrainingError
+from fastrepa.runtime.world import World
 from fastrepa.training.optimizer import bad_norm
-from fastrepa.training.zero.engine import World
 
 if TYPE_CHECKING:
     from fastrepa.training.trainer import Trainer

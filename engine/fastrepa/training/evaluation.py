@@ -19,7 +19,8 @@ from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_sto
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels, rank_batches
-from fastrepa.training.zero.engine import WholeTensors, World, of_first_rank
+from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.training.zero.engine import WholeTensors
 from fastrepa.vision.codec import Codec
 
 

@@ -49,6 +49,7 @@ from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.runtime.exit_codes import REQUEUE
 from fastrepa.runtime.regions import SAMPLING
 from fastrepa.runtime.survival import Watch, host_group_of
+from fastrepa.runtime.world import World, of_first_rank
 from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
 from fastrepa.training.evaluation import Evaluations
 from fastrepa.training.look_ahead import Batches, LookAhead
@@ -57,17 +58,9 @@ from fastrepa.training.objective import Draws, Objective, lognormal_time
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import (
-    WholeTensors,
-    World,
-    as_run,
-    grad_norm,
-    micro_batch,
-    of_first_rank,
-    start_engine,
-)
+from fastrepa.training.zero.engine import WholeTensors, grad_norm, start_engine
 from fastrepa.training.zero.offload import check_offload
-from fastrepa.training.zero.settings import resolve_zero, trained_elements
+from fastrepa.training.zero.settings import as_run, micro_batch, resolve_zero, trained_elements
 from fastrepa.vision.codec import build_codec, token_grid
 from fastrepa_kernels import launch
 

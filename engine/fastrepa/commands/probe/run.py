@@ -28,6 +28,7 @@ from fastrepa.checkpoint.format import (
     load_ema_model,
     read_state,
 )
+from fastrepa.checkpoint.kinds import EMA
 from fastrepa.commands.prepare.column_makers import own_grid_encoder
 from fastrepa.commands.probe.separability import balanced_accuracy, ridge_probe
 from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
@@ -41,7 +42,6 @@ from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.objective import Objective
-from fastrepa.training.optimizer import EMA
 from fastrepa.vision.codec import Codec, build_codec
 from fastrepa.vision.features import check_column, plan_encoder
 from fastrepa.vision.registry import encoder_label

@@ -29,12 +29,13 @@ from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.profiling.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.runtime.regions import NAMES, REGIONS
+from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.meters import image_flops
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import World, micro_batch
+from fastrepa.training.zero.settings import micro_batch
 from fastrepa.vision.registry import find_recipe
 from fastrepa.vision.weights import find_package_weights
 from fastrepa_kernels.cost import Ceilings, Cost, measure_ceilings
