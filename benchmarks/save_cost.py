@@ -33,7 +33,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     world = join_world()
     began: list[float] = []
     saves: list[tuple[float, dict[str, float]]] = []
-    with watched(resolved, world) as watch:
+    with watched(Path(resolved.run), resolved.survival, world) as watch:
         trainer = Trainer(resolved, world, watch.group)
         step, save = trainer.train_step, trainer.save
 

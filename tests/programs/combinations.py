@@ -56,7 +56,7 @@ class Witness:
 
 def one_run(world, folder, steps, overrides):
     config = load_config(ROOT / "configs/quickstart.yaml", [f"run={folder}", *SMALL, *overrides])
-    make_deterministic(config)
+    make_deterministic(config.deterministic)
     trainer = Trainer(config, world)
     witness, lines = Witness(trainer), []
     pipeline = DataPipeline(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import load_config
 from fastrepa.training import optimizer as ema
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
 from fastrepa.training.zero import settings

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.datasets import open_data
@@ -33,6 +32,7 @@ from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.meters import image_flops
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
 from fastrepa.training.zero.settings import micro_batch

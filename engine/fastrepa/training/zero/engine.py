@@ -10,19 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
-    # It would warn that no CUDA runtime is there, which the run's first line says better.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import (
