@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrepa.checkpoint.kinds import EMA, WEIGHT, Whole, ema_keys
 from fastrepa.config import Config, EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.model.sit import SiT
-from fastrepa.training.optimizer import EMA, ema_keys
-from fastrepa.training.zero.engine import WEIGHT, WholeTensors, World
+from fastrepa.runtime.world import World
 from fastrepa.vision.codec import Codec
 
 
@@ -74,7 +74,7 @@ def resumed_emas(
 @contextmanager
 def ema_model(
     config: Config,
-    whole: WholeTensors,
+    whole: Whole,
     fixed: Mapping[str, Tensor],
     codec: Codec,
     world: World,

@@ -22,7 +22,7 @@ from fastrepa.runtime.hardware import GPU, Links, find_gpu
 from fastrepa.training.memory.decision import RESERVE, fitted, memory_peak, sharding, with_h
 from fastrepa.training.memory.sharding import PARTS, Sharding, host, messages, nvme, twice_let_go
 from fastrepa.training.memory.workload import Workload, measure_workload
-from fastrepa.training.zero.engine import micro_batch
+from fastrepa.training.zero.settings import micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
 STEP_PARTS = (

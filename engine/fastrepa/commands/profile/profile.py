@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.datasets import open_data
@@ -29,12 +28,14 @@ from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.profiling.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.runtime.regions import NAMES, REGIONS
+from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.meters import image_flops
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import World, micro_batch
+from fastrepa.training.zero.settings import micro_batch
 from fastrepa.vision.registry import find_recipe
 from fastrepa.vision.weights import find_package_weights
 from fastrepa_kernels.cost import Ceilings, Cost, measure_ceilings

@@ -12,6 +12,7 @@ import torch
 
 from fastrepa.config import Config
 from fastrepa.model.sit import recomputed_blocks
+from fastrepa.runtime.world import World, of_first_rank
 from fastrepa.training.memory.sharding import (
     PARTS,
     Parameters,
@@ -21,14 +22,13 @@ from fastrepa.training.memory.sharding import (
     update_peak,
 )
 from fastrepa.training.memory.workload import Workload, measure_workload
-from fastrepa.training.zero.engine import (
-    World,
+from fastrepa.training.zero.settings import (
     as_run,
+    block_elements,
     deepspeed_config,
     micro_batch,
-    of_first_rank,
+    resolve_zero,
 )
-from fastrepa.training.zero.settings import block_elements, resolve_zero
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
 SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
