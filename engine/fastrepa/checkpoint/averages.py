@@ -88,7 +88,7 @@ def ema_model(
     """
     with torch.device("meta"):
         model = SiT.from_config(config, side=codec.side, channels=codec.channels, encoder_widths=())
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     averaged = {n: fixed[n].to(world.device) for n in fixed}
     for name in model.state_dict():
         if name in whole.params:

@@ -123,7 +123,7 @@ class Trainer:
         self.host_group = host_group or host_group_of(config.survival)
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = config.training.dtype
         grid = token_grid(config)
         self.attention = choose_attention(config, world.device, dtype)
         check_offload(config)

@@ -238,7 +238,6 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
         # States are read and written, each master with them.
         step["offload"] = crossing / a.pcie + 2 * nvme(s, w.parameters) / a.nvme
     m = w.config.model
-    assert m.width and m.depth
     again = twice_let_go(m.width, recomputed_blocks(m.depth, s.recompute))
     links, sent = a.links(gpu), messages(s, w.parameters, again)
     free, bound = 0.0, 0.0

@@ -123,7 +123,7 @@ def profile_run(
             first_line = first_line or trainer.first_line()
             name = f"trace{'' if number == 0 else '_' + kernels}.json"
             profiles.append(_profile(trainer, batches, steps, warmup, out / name, report))
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     if not world.is_first:
         return None
     progress("ceilings", 1.0)

@@ -130,7 +130,6 @@ def fewest_recomputed(w: Workload, s: Sharding, capacity: float, *, reserve: flo
     1, every block, where none does.
     """
     depth = w.config.model.depth
-    assert depth is not None
     # Of several that recompute as many blocks the smallest: fewer first.
     settings = {recomputed_blocks(depth, n): n for n in range(max(1, depth - 1), 0, -1)}
     choices = [0, *(settings[blocks] for blocks in sorted(settings) if blocks)]

@@ -78,7 +78,6 @@ class Workload:
         "eager" before a block's last product, which is a part of the fused operation.
         """
         m = self.config.model
-        assert m.width and m.depth and m.patch
         last = 2 * (self.side // m.patch) ** 2 * 4 * m.width**2
         last = last if self.config.kernels == "eager" else 0
         return recomputed_blocks(m.depth, recompute) * (self.block_flops / m.depth - last)
@@ -90,13 +89,12 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     image_bytes: of one stored image; by default the data set's mean where it is there already,
     otherwise an assumption (PIXEL_BYTES).
     """
-    m, resolution = config.model, config.data.resolution
+    resolution = config.data.resolution
     channels, side = codec_shape(config.data.codec, resolution)
-    assert m.width and m.depth and m.patch
     token_grid(config)  # refuses a patch that does not suit
     plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
     widths = tuple(p.width for p in plans)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     with torch.device("meta"):
         model = SiT.from_config(config, side=side, channels=channels, encoder_widths=widths)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]

@@ -61,7 +61,7 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
     trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
     flat = None
     if stage == 0:
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = config.training.dtype
         for p in model.parameters():
             p.data = p.data.to(world.device, dtype)
         flat = FlatWeights(trainable, dtype, world.device)

@@ -38,8 +38,7 @@ def resolve_zero(config: Config, trained: int, world_size: int) -> Config:
 def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, Any]:
     """Every setting of `zero` that can be auto, in elements."""
     width, block = config.model.width, block_elements(config)
-    assert width is not None
-    itemsize = 2 if config.training.precision == "bf16" else 4
+    itemsize = config.training.dtype.itemsize
     everything = _even(trained)
     # One block's gradients leave together, while backward works on the block before it.
     bucket = max(block, LEAST_BUCKET // itemsize, LEAST_PART // itemsize * world_size)
@@ -61,7 +60,6 @@ def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, An
 
 def block_elements(config: Config) -> int:
     """Of the weights of one block, biases left out."""
-    assert config.model.width is not None
     return 18 * config.model.width**2
 
 
