@@ -15,7 +15,6 @@ that a folder called step_* is complete (writer.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -35,6 +34,7 @@ from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.files import sha256_of
 from fastrepa.runtime.world import World
 
 FORMAT = 2
@@ -86,7 +86,7 @@ def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
 
 def fingerprint(run: Path, step: int) -> str:
     """Of a checkpoint's contents: SHA-256 of its manifest, which has those of its files."""
-    return _sha256(checkpoint_path(run, step) / "manifest.json")
+    return sha256_of(checkpoint_path(run, step) / "manifest.json")
 
 
 def read_state(path: Path) -> RunState:
@@ -205,16 +205,11 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} differs in size from its manifest"
-            if contents and _sha256(path) != expected["sha256"]:
+            if contents and sha256_of(path) != expected["sha256"]:
                 return f"{name} differs from its checksum"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         return f"manifest.json: {e}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -80,15 +80,6 @@ def write_durably(
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def in_background(work: Callable[[], Any]) -> Future[Any]:
     """Run `work` in a thread that does not keep a dying process alive."""
     future: Future[Any] = Future()

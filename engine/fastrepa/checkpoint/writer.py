@@ -34,16 +34,11 @@ from fastrepa.checkpoint.format import (
     superseded,
 )
 from fastrepa.checkpoint.fragments import Fragments
-from fastrepa.checkpoint.host_tensors import (
-    HostTensors,
-    flush_folder,
-    in_background,
-    timed,
-    write_durably,
-)
+from fastrepa.checkpoint.host_tensors import HostTensors, in_background, timed, write_durably
 from fastrepa.checkpoint.kinds import WEIGHT, Whole, ema_keys
 from fastrepa.config import TrainingConfig
 from fastrepa.errors import CheckpointError
+from fastrepa.runtime.files import settle_folder
 from fastrepa.runtime.world import World
 
 PARTIAL = ".partial_"
@@ -205,13 +200,13 @@ class CheckpointWriter:
         manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
         text = json.dumps(manifest, indent=1).encode()
         write_durably(self._partial / "manifest.json", [text])
-        flush_folder(self._partial)
+        settle_folder(self._partial)
         replaced = None
         if self._final.exists():  # of a future that a resume undid
             replaced = self._final.with_name(f"{PARTIAL}replaced_{self._final.name}")
             self._final.rename(replaced)
         self._partial.rename(self._final)
-        flush_folder(self._final.parent)
+        settle_folder(self._final.parent)
         ended = time.perf_counter()
         self.seconds |= {"finish": ended - began, "save": ended - self._began}
         if replaced is not None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from fastrepa.data.format.shards import write_whole
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import write_whole
 
 TILE = 128
 """Small images are enlarged by a whole factor to at most this many pixels a side."""

@@ -42,6 +42,7 @@ from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.runtime.files import aside
 from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.vision.codec import Codec, build_codec
 
@@ -440,9 +441,8 @@ def write_png(image: Tensor, path: Path) -> None:
     """uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every level,
     and level 1 is the quick one.
     """
-    partial = path.with_suffix(".png.partial")
-    to_image(image).save(partial, "PNG", compress_level=1)
-    partial.replace(path)
+    with aside(path, path.with_suffix(".png.partial")) as partial:
+        to_image(image).save(partial, "PNG", compress_level=1)
 
 
 def read_png(path: Path) -> Tensor:
@@ -466,14 +466,13 @@ def write_adm_npz(folder: Path, num: int) -> Path:
         )
     height, width = read_png(image_path(folder, 0)).shape[1:]
     target = folder / f"samples_{num}x{height}x{width}x3.npz"
-    partial = target.with_suffix(".partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}
     with (
+        aside(target, target.with_suffix(".partial")) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):
         npy.write_array_header_1_0(member, header)
         for i in range(num):
             member.write(read_png(image_path(folder, i)).permute(1, 2, 0).numpy().tobytes())
-    partial.replace(target)
     return target

@@ -33,6 +33,7 @@ from rich.text import Text
 from fastrepa import __version__
 from fastrepa.config import Config
 from fastrepa.errors import FastrepaError
+from fastrepa.runtime.files import aside
 from fastrepa.runtime.regions import NAMES
 
 PACKAGES = (
@@ -266,9 +267,8 @@ class Telemetry:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 continue  # a line that was being written when the process died
-        replacement = self.metrics_path.with_suffix(".partial")
-        replacement.write_text("".join(kept), encoding="utf-8")
-        replacement.replace(self.metrics_path)
+        with aside(self.metrics_path, self.metrics_path.with_suffix(".partial")) as replacement:
+            replacement.write_text("".join(kept), encoding="utf-8")
 
 
 def _start_wandb(run: Path, config: Config) -> Any:

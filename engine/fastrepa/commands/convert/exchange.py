@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from fastrepa.checkpoint.format import (
     part_name,
     read_state,
 )
-from fastrepa.checkpoint.host_tensors import HostTensors, flush_folder, write_durably
+from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
 from fastrepa.commands.convert.posthoc import posthoc_ema
 from fastrepa.commands.convert.zero_format import read_zero, write_zero
@@ -35,6 +34,7 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.files import aside, settle_folder
 from fastrepa.training.telemetry import versions
 
 FORMATS = ("reference", "safetensors", "zero")
@@ -84,39 +84,37 @@ def export_run(
     stored = stored_emas(state.emas, config.training.ema[0])
     chosen = choose_ema(stored, ema, source=path)
     kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
-    partial = out.with_name(f".partial_{os.getpid()}_{out.name}")
+    own = out.with_name(f".partial_{os.getpid()}_{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if to == "zero":
-            write_zero(partial, kinds, config, state)
-            partial.rename(out)
-            return state
-        raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
-        name = str(stored[chosen])
-        if ema_sigma_rel is not None:
-            averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
-            name = f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
-        save_reference(
-            partial,
-            model=raw,
-            ema=raw if weights == "raw" and to == "safetensors" else averaged,
-            steps=state.step,
-            opt=_adamw_state(config, raw, kinds, state) if to == "reference" else None,
-            args=_reference_args(config),
-            metadata={
-                "weights": weights,
-                "ema": name,
-                "step": str(state.step),
-                "config": config.model_dump_json(),
-                "classes": json.dumps(state.classes),
-                **state.versions,
-            },
-        )
-        partial.rename(out)
+        with aside(out, own) as partial:
+            if to == "zero":
+                write_zero(partial, kinds, config, state)
+                return state
+            raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
+            name = str(stored[chosen])
+            if ema_sigma_rel is not None:
+                averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+                name = (
+                    f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
+                )
+            save_reference(
+                partial,
+                model=raw,
+                ema=raw if weights == "raw" and to == "safetensors" else averaged,
+                steps=state.step,
+                opt=_adamw_state(config, raw, kinds, state) if to == "reference" else None,
+                args=_reference_args(config),
+                metadata={
+                    "weights": weights,
+                    "ema": name,
+                    "step": str(state.step),
+                    "config": config.model_dump_json(),
+                    "classes": json.dumps(state.classes),
+                    **state.versions,
+                },
+            )
     except (OSError, RuntimeError) as e:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{out}: cannot be written ({e})") from None
     return state
 
@@ -167,24 +165,23 @@ def import_reference(
         "exp_avg_sq": zeros | read.exp_avg_sq,
     }
     final = checkpoint_path(run, state.step)
-    partial = final.with_name(f".partial_{final.name}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        digests = {}
-        for kind, values in kinds.items():
-            host = HostTensors({n: tuple(t.shape) for n, t in values.items()}, pin=False)
-            for name, value in values.items():
-                host.put(name, value)
-            name = part_name(kind, 0, 1)
-            digests[name] = write_durably(partial / name, host.file_chunks())
-        text = json.dumps(asdict(state), indent=1).encode()
-        digests["state.json"] = write_durably(partial / "state.json", [text])
-        manifest = json.dumps({"format": FORMAT, "files": digests}, indent=1).encode()
-        write_durably(partial / "manifest.json", [manifest])
-        if config is not None:
-            save_config(resolved, run / "config.yaml")
-        partial.rename(final)
-        flush_folder(final.parent)
+        with aside(final, final.with_name(f".partial_{final.name}")) as partial:
+            partial.mkdir(parents=True, exist_ok=True)
+            digests = {}
+            for kind, values in kinds.items():
+                host = HostTensors({n: tuple(t.shape) for n, t in values.items()}, pin=False)
+                for name, value in values.items():
+                    host.put(name, value)
+                name = part_name(kind, 0, 1)
+                digests[name] = write_durably(partial / name, host.file_chunks())
+            text = json.dumps(asdict(state), indent=1).encode()
+            digests["state.json"] = write_durably(partial / "state.json", [text])
+            manifest = json.dumps({"format": FORMAT, "files": digests}, indent=1).encode()
+            write_durably(partial / "manifest.json", [manifest])
+            if config is not None:
+                save_config(resolved, run / "config.yaml")
+        settle_folder(final.parent)
     except OSError as e:
         raise CheckpointError(f"{final}: cannot be written ({e})") from None
     return state

@@ -27,6 +27,7 @@ from fastrepa.commands.evaluate.image_sources import STATISTICS, Gaussian, Image
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.errors import DataError
 from fastrepa.generation.generate import rank_batches
+from fastrepa.runtime.files import aside
 from fastrepa.runtime.world import World
 
 KEPT = 50_000
@@ -190,13 +191,9 @@ class StatisticsCache:
         }
         path = self.path(digest, extractor)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, **fields)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        own = path.with_suffix(f".{os.getpid()}.partial")
+        with aside(path, own) as partial, partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **fields)
 
     def _fields(self, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
         """What the file holds; nothing where it is missing, damaged or of another key."""

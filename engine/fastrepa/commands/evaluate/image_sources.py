@@ -27,11 +27,12 @@ from torch import Tensor
 
 from fastrepa.data.datasets import open_data
 from fastrepa.data.format.reference import LABELS, LATENTS
-from fastrepa.data.format.shards import MANIFEST, ShardSet, sha256_of
+from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.images import readable_extensions
 from fastrepa.errors import DataError
 from fastrepa.generation.generate import PNG_NAME, RECORD, generate
+from fastrepa.runtime.files import sha256_of
 from fastrepa.vision.codec import Codec
 
 READERS = 8  # threads that read and decode

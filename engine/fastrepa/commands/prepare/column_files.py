@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from fastrepa.data.format.columns import seal
-from fastrepa.data.format.shards import (
-    FeaturesColumn,
-    FileRecord,
-    MomentsColumn,
-    settle,
-    write_whole,
-)
+from fastrepa.data.format.shards import FeaturesColumn, FileRecord, MomentsColumn
+from fastrepa.runtime.files import NewFile, write_whole
 
 Column = MomentsColumn | FeaturesColumn
 
@@ -29,39 +23,30 @@ class ColumnFile:
     def __init__(self, folder: Path, column: Column, shard: int, stem: str, samples: int) -> None:
         self._path, self._record = paths(folder, column, stem)
         self._column = column
-        self._partial = self._path.with_name(f".{self._path.name}.tmp")
-        self._sha, self._bytes, self._cosine = hashlib.sha256(), 0, 1.0
-        self._file: IO[bytes] = self._partial.open("wb")
+        self._file, self._cosine = NewFile(self._path), 1.0
         self.shard = shard
         header = {
             "descr": npy.dtype_to_descr(column.dtype),
             "fortran_order": False,
             "shape": (samples, column.views),
         }
-        npy.write_array_header_2_0(self, header)
-
-    def write(self, data: Any) -> None:
-        self._sha.update(data)
-        self._bytes += self._file.write(data)
+        npy.write_array_header_2_0(self._file, header)
 
     def append(self, rows: np.ndarray, cosine: float) -> None:
         seal(rows)
-        self.write(rows.view(np.uint8).data)
+        self._file.write(rows.view(np.uint8).data)
         self._cosine = min(self._cosine, cosine)
 
     def finish(self) -> None:
-        settle(self._file)
-        self._file.close()
-        os.replace(self._partial, self._path)
+        sha256 = self._file.finish()
         record = FileRecord(
-            file=self._path.name, bytes=self._bytes, sha256=self._sha.hexdigest()
+            file=self._path.name, bytes=self._file.num_bytes, sha256=sha256
         ).model_dump()
         done = {"column": identity(self._column), "file": record, "min_cosine": self._cosine}
         write_whole(self._record, json.dumps(done).encode())
 
     def drop(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self._file.drop()
 
 
 def paths(folder: Path, column: Column, stem: str) -> tuple[Path, Path]:

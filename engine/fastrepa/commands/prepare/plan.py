@@ -24,9 +24,10 @@ import PIL
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastrepa.data.format.partial import PLAN
-from fastrepa.data.format.shards import ImageFormat, write_whole
+from fastrepa.data.format.shards import ImageFormat
 from fastrepa.data.sources.entries import Listing, printable
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import write_whole
 
 _ENTRIES, _NAMES, _ENDS = "plan.entries.npy", "plan.names", "plan.ends.npy"
 VERSION = 1

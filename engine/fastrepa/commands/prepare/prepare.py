@@ -43,7 +43,6 @@ from fastrepa.data.format.partial import (
     owned,
     partial_folder,
     release,
-    settle_folder,
 )
 from fastrepa.data.format.shards import (
     MANIFEST,
@@ -53,13 +52,12 @@ from fastrepa.data.format.shards import (
     ImageFormat,
     Manifest,
     SkippedRecord,
-    settle,
     write_manifest,
-    write_whole,
 )
 from fastrepa.data.sources.entries import Listing, printable
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest
+from fastrepa.runtime.files import aside, settle, settle_folder, write_whole
 from fastrepa.runtime.ranks import Ranks, joined_ranks
 
 Encode = Callable[[Path, Ranks], None]
@@ -280,15 +278,13 @@ def _finish(plan: Plan, folder: Path) -> None:
 
 
 def _write_sources(plan: Plan, path: Path, skipped: Container[int]) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
+    with aside(path) as partial, partial.open("w", encoding="utf-8") as file:
         for first in range(0, plan.samples, _BLOCK):
             keys = range(first, min(first + _BLOCK, plan.samples))
             for key, name in zip(keys, plan.names(keys), strict=True):
                 # json: one line whatever the name holds, bytes that are no UTF-8 included.
                 file.write(json.dumps(None if key in skipped else name) + "\n")
         settle(file)
-    os.replace(partial, path)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections import Counter
@@ -18,17 +17,11 @@ from pydantic import BaseModel, ConfigDict
 
 from fastrepa.commands.prepare.plan import Plan
 from fastrepa.data.format.index import INDEX_DTYPE, KEY_DIGITS
-from fastrepa.data.format.shards import (
-    EXTENSIONS,
-    FileRecord,
-    ShardRecord,
-    SkippedRecord,
-    settle,
-    write_whole,
-)
+from fastrepa.data.format.shards import EXTENSIONS, FileRecord, ShardRecord, SkippedRecord
 from fastrepa.data.images import Stored, UnreadableImageError, store
 from fastrepa.data.sources.entries import Listing, printable, read_entry
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import NewFile, write_whole
 
 # What the system says of a path that the source itself has wrong; anything else (a failing disk,
 # too many open files) is no property of the image, and is never skipped.
@@ -86,7 +79,7 @@ def write_shard(
     counts: dict[str, Counter[str]] = {"formats": Counter(), "modes": Counter()}
     traits: Counter[str] = Counter(dict.fromkeys(TRAITS, 0))
     rows = []
-    with _NewFile(folder / f"{name}.tar") as file:
+    with NewFile(folder / f"{name}.tar") as file:
         # Python's type for a file is wider than the two methods that tarfile needs.
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for number, key_number in enumerate(keys):
@@ -114,7 +107,8 @@ def write_shard(
                 traits.update(trait for trait in TRAITS if getattr(stored, trait))
                 image_done()
         if rows:
-            tar_record = file.finish()
+            sha256 = file.finish()
+            tar_record = FileRecord(file=f"{name}.tar", bytes=file.num_bytes, sha256=sha256)
     if rows:
         index = np.array(rows, dtype=INDEX_DTYPE)
         buffer = io.BytesIO()
@@ -144,37 +138,6 @@ def _stored(plan: Plan, listing: Listing, number: int) -> Stored:
         reason = str(error).removeprefix(printable(f"{plan.root / name}: "))
         raise UnreadableImageError(reason.removeprefix(printable(f"{plan.root}/"))) from None
     return store(data, settings.resolution, settings.image_format, settings.quality or 100, name)
-
-
-class _NewFile:
-    """A file that is hashed as it is written, and gets its name when it is on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f".{path.name}.tmp")
-        self._file = self._partial.open("wb")
-        self._sha, self._bytes = hashlib.sha256(), 0
-
-    def __enter__(self) -> _NewFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._file.close()
-        finally:  # a full disk, where closing fails again, gets its room back
-            self._partial.unlink(missing_ok=True)
-
-    def write(self, data: bytes) -> int:
-        self._sha.update(data)
-        self._bytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._bytes
-
-    def finish(self) -> FileRecord:
-        settle(self._file)
-        os.replace(self._partial, self._path)
-        return FileRecord(file=self._path.name, bytes=self._bytes, sha256=self._sha.hexdigest())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

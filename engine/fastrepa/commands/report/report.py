@@ -30,6 +30,7 @@ from fastrepa.commands.report.curves import (
 from fastrepa.commands.report.run_record import RunRecord, flattened, read_runs
 from fastrepa.config import config_from_dict
 from fastrepa.errors import ConfigError
+from fastrepa.runtime.files import aside
 from fastrepa.runtime.regions import NAMES
 
 MAX_RUNS = 8  # as many as there are colours that can be told apart
@@ -54,11 +55,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out: {out}: expected a file that ends in .html")
     page = render(runs)
-    partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        with aside(out, out.with_name(out.name + ".partial")) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     return out

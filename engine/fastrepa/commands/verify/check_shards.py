@@ -28,9 +28,9 @@ from fastrepa.data.format.shards import (
     MomentsColumn,
     ShardRecord,
     load_manifest,
-    sha256_of,
 )
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import sha256_of
 
 IMAGES_PER_CHECK = 256
 BYTES_PER_CHECK = 32 << 20

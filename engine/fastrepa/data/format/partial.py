@@ -85,15 +85,6 @@ def release(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def settle_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _await_writers(folder: Path) -> None:
     writers, deadline = _open(folder / _WRITERS), time.monotonic() + _GRACE
     try:

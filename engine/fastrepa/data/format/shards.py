@@ -12,14 +12,12 @@ layout").
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +26,7 @@ from fastrepa.data.format.columns import features_dtype, first_damaged, moments_
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import sha256_of, write_whole
 
 FORMAT = "fastrepa-shards"
 VERSION = 1
@@ -154,12 +153,6 @@ class Manifest(_Record):
     def columns(self) -> tuple[MomentsColumn | FeaturesColumn, ...]:
         """Every column of the set."""
         return (*([self.moments] if self.moments else []), *self.features)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -318,21 +311,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` whole or not at all: one record per line, readable as a diff."""
     text = _json_lines(manifest.model_dump(mode="json"), "")
     write_whole(folder / MANIFEST, (text + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
-        file.write(data)
-        settle(file)
-    os.replace(partial, path)
-
-
-def settle(file: IO[Any]) -> None:
-    """Wait until what was written to an open file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _json_lines(value: Any, indent: str) -> str:

@@ -10,7 +10,6 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrepa.data.format.shards import settle, write_whole
 from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.tars import BLOCK, is_header
 from fastrepa.errors import DataError
+from fastrepa.runtime.files import aside, settle, write_whole
 
 # Images hardly shrink: an archive that grows more than this, beyond the first part, is a bomb.
 MAX_EXPANSION = 200
@@ -72,21 +71,17 @@ def new_copy(copy: Path, source: dict[str, Any]) -> Iterator[tuple[IO[bytes], di
     """
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.with_suffix(".json").unlink(missing_ok=True)
-    partial = copy.with_name(f".{copy.name}.tmp")
     note: dict[str, Any] = {}
     try:
-        with partial.open("wb") as file:
+        with aside(copy) as partial, partial.open("wb") as file:
             yield file, note
             settle(file)
             size = file.tell()
-        os.replace(partial, copy)
         note |= {"source": source, "bytes": size}
         write_whole(copy.with_suffix(".json"), json.dumps(note).encode())
     except OSError as error:
         text = f"{copy.parent}: cannot be written ({error.strerror or error})"
         raise DataError(printable(text)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_room(folder: Path, label: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from fastrepa.data.format.shards import write_whole
 from fastrepa.data.sources.entries import (
     ENTRY_DTYPE,
     MAX_IMAGE_BYTES,
@@ -27,6 +26,7 @@ from fastrepa.data.sources.entries import (
 )
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
 from fastrepa.errors import DataError, nearest
+from fastrepa.runtime.files import write_whole
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "cls")

@@ -1,0 +1,98 @@
+"""Files that are there whole or not at all: written aside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def aside(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Give a path beside `path` to write a file or a folder to, which then takes its name.
+
+    Where the block fails nothing stays. `partial`: another name than .NAME.tmp until then.
+    """
+    partial = partial or path.with_name(f".{path.name}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
+    with aside(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        settle(file)
+
+
+def settle(file: IO[Any]) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def settle_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class NewFile:
+    """A file that is hashed as it is written, and gets its name when it is on the disk.
+
+    Left as a context before it is finished, it goes. num_bytes: written so far. Raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f".{path.name}.tmp")
+        self._file = self._partial.open("wb")
+        self._sha, self.num_bytes = hashlib.sha256(), 0
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or what has their buffer."""
+        self._sha.update(data)
+        written = self._file.write(data)
+        self.num_bytes += written
+        return written
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def finish(self) -> str:
+        """Give it its name; returns the SHA-256 of what was written."""
+        settle(self._file)
+        self._file.close()
+        self._partial.replace(self._path)
+        return self._sha.hexdigest()
+
+    def drop(self) -> None:
+        """Give it up, unless it is finished."""
+        try:
+            self._file.close()
+        finally:  # a full disk, where closing fails again, gets its room back
+            self._partial.unlink(missing_ok=True)
