@@ -295,18 +295,10 @@ def bench(
 @contextmanager
 def _progress(title: str, *, shown: bool) -> Iterator[Callable[[str, float], None]]:
     """A bar on stderr, where that is a terminal, moved by (what, share done)."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from fastrepa.runtime.progress import Bar
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
-    visible = shown and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
-        task = bar.add_task(title, total=1.0)
-
-        def move(what: str, share: float) -> None:
-            bar.update(task, completed=share, description=f"{title}: {what}")
-
-        yield move
+    with Bar(title, 1.0, shown=shown) as bar:
+        yield lambda what, share: bar.move(share, f"{title}: {what}")
 
 
 @app.command()

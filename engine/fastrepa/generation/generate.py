@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +31,6 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fastrepa.checkpoint import averages
@@ -43,6 +42,7 @@ from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.files import aside
+from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.vision.codec import Codec, build_codec
 
@@ -294,8 +294,11 @@ def sample_run(
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
     mine = rank_batches(num, batch_size, world.rank, world.size)
+    shown = world.is_first and sys.stderr.isatty()
     missing = [ids for ids in mine if not all(image_path(folder, int(i)).is_file() for i in ids)]
-    with _progress_bar(num, there, world.is_first) as advance, ThreadPoolExecutor(4) as writers:
+    # The images of all processes, which are as far as this one.
+    bar = Bar("sampling", num, "images", done=there, rate=True, stays=True, shown=shown)
+    with bar, ThreadPoolExecutor(4) as writers:
         for ids in missing:
             images = generate(
                 model,
@@ -308,7 +311,7 @@ def sample_run(
                 path=config.objective.path,
                 input_shape=(info.channels, info.side, info.side),
                 null_label=config.model.num_classes,
-                progress=lambda made: advance(made * world.size),
+                progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
             )
             files = [image_path(folder, int(i)) for i in ids]
             try:
@@ -359,34 +362,6 @@ def _agree(world: World, action: Callable[[], None]) -> None:
         error = shared[0]
     if error is not None:
         raise error
-
-
-@contextmanager
-def _progress_bar(num: int, there: int, active: bool) -> Iterator[Callable[[float], None]]:
-    """Images made of `num`, images a second and the time left, where a terminal shows them; `there`
-    of them were made before.
-    """
-    console = Console()
-    columns = (
-        TextColumn("sampling"),
-        BarColumn(bar_width=32),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} images"),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    shown = active and console.is_terminal
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task("", total=num, completed=there, rate="")
-        started, made = time.perf_counter(), float(there)
-
-        def advance(images: float) -> None:
-            nonlocal made
-            made = min(num, made + images)
-            rate = f"{(made - there) / max(time.perf_counter() - started, 1e-9):.1f} images/s"
-            bar.update(task, completed=made, rate=rate)
-
-        yield advance
 
 
 # Files -----------------------------------------------------------------------------------------

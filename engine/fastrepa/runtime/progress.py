@@ -1,17 +1,92 @@
-"""A progress bar around a loop."""
+"""The one progress bar: what is being done, how far it is, and the time that remains."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
+BYTES = "bytes"
 
 
-def shown(items: Collection[T], doing: str) -> Iterator[T]:
+class Bar:
+    """A bar on stderr; a context, which shows it.
+
+    total: of what, in `unit`: a word that follows the two numbers, BYTES, or "" for a share without
+    numbers. done: of it, before this began. rate: say how many a second. stays: its last state is
+    left behind, also where there is no terminal; otherwise it needs one and leaves nothing.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        total: float,
+        unit: str = "",
+        *,
+        shown: bool = True,
+        done: int = 0,
+        rate: bool = False,
+        stays: bool = False,
+        more: ProgressColumn | None = None,
+        console: Console | None = None,
+    ) -> None:
+        console = console or Console(stderr=True)
+        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+        columns.append(BarColumn(bar_width=32))
+        if unit == BYTES:
+            columns.append(DownloadColumn())
+        elif unit:
+            columns += [MofNCompleteColumn(), TextColumn(f"{unit}," if rate else unit)]
+        if rate:
+            columns.append(TextColumn("{task.fields[rate]}/s"))
+        columns += [*([more] if more else []), TimeRemainingColumn()]
+        hidden = not shown or not (stays or console.is_terminal)
+        self._progress = Progress(*columns, console=console, transient=not stays, disable=hidden)
+        self._unit, self._rated, self._before = unit, rate, done
+        self.done: float = done
+        self._began = time.monotonic()
+        self._task = self._progress.add_task(text, total=total, completed=done, **self._rate())
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def move(self, done: float, text: str | None = None, **fields: Any) -> None:
+        """Show that `done` of the total is done; `text` replaces what is being done."""
+        self.done = done
+        fields |= self._rate()
+        self._progress.update(self._task, completed=done, description=text, **fields)
+
+    def advance(self, more: float = 1) -> None:
+        """Show that so much more is done."""
+        self.move(self.done + more)
+
+    def _rate(self) -> dict[str, Any]:
+        if not self._rated:
+            return {}
+        per_second = (self.done - self._before) / max(time.monotonic() - self._began, 1e-3)
+        size = f"{per_second / 1e6:.1f} MB" if self._unit == BYTES else f"{per_second:.0f}"
+        return {"rate": size}
+
+
+def counted(items: Collection[T], doing: str) -> Iterator[T]:
     """The items one by one, with a bar where a terminal shows it."""
-    console = Console(stderr=True)
-    yield from track(items, doing, transient=True, console=console, disable=not console.is_terminal)
+    with Bar(doing, len(items)) as bar:
+        for item in items:
+            yield item
+            bar.advance()

@@ -19,21 +19,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
 from fastrepa.errors import FastrepaError
 from fastrepa.runtime.files import aside
+from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.regions import NAMES
 
 PACKAGES = (
@@ -121,7 +114,7 @@ class Telemetry:
         self.console = Console(quiet=not active, highlight=False)
         self._tensorboard: Any = None
         self._wandb: Any = None
-        self._progress: Progress | None = None
+        self._bar: Bar | None = None
         if not active:
             return
         self.metrics_path = run / "metrics.jsonl"
@@ -145,8 +138,8 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.__exit__()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -162,21 +155,14 @@ class Telemetry:
     def start(self, step: int) -> None:
         """Show the progress bar, where there is a terminal to show it on."""
         if self.active and self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                _Numbers(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self.console,
-            )
-            self._task = self._progress.add_task("training", total=self.steps, completed=step)
-            self._progress.start()
+            self._bar = Bar(
+                "training", self.steps, "steps", done=step, stays=True,
+                more=_Numbers(), console=self.console,
+            ).__enter__()  # fmt: skip
 
     def advance(self, step: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        if self._bar is not None:
+            self._bar.move(step)
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to every other listener.
@@ -210,8 +196,8 @@ class Telemetry:
             "skipped": f"{metrics['skipped_steps']:.0f}" if metrics["skipped_steps"] else None,
             "data wait": f"{100 * metrics['data_wait']:.0f}%",
         }
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, **shown)  # type: ignore[arg-type]
+        if self._bar is not None:
+            self._bar.move(step, **shown)
         else:
             rest = (self.steps - step) * metrics["step_seconds"]
             figures = " · ".join(f"{k} {v}" for k, v in shown.items() if v is not None)

@@ -21,7 +21,7 @@ from fastrepa.checkpoint.format import StoredTensors, checkpoints, damage, read_
 from fastrepa.checkpoint.kinds import WEIGHT
 from fastrepa.config import EmaConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.runtime.progress import shown
+from fastrepa.runtime.progress import counted
 from fastrepa.training.optimizer import power_gamma
 
 ENOUGH = 0.05  # of a profile that may be missing without a word
@@ -41,7 +41,7 @@ def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
     """Those of every undamaged checkpoint up to `until`, kept from the first update on."""
     found = []
     paths = [p for p in checkpoints(run) if p.name <= until.name]
-    for path in shown(paths, "verifying"):
+    for path in counted(paths, "verifying"):
         if path != until and damage(path) is not None:
             continue
         state = read_state(path)
@@ -104,7 +104,7 @@ def posthoc_ema(run: Path, newest: Path, sigma_rel: float) -> tuple[dict[str, Te
     trained, weights = StoredTensors(newest, "exp_avg"), StoredTensors(newest, WEIGHT)
     return {
         name: _sum(name, opened, x) if name in trained else weights[name]
-        for name in shown(weights, "combining")
+        for name in counted(weights, "combining")
     }, missed
 
 

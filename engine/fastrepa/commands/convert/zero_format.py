@@ -36,7 +36,7 @@ from fastrepa.checkpoint.kinds import EMA, MOMENTS, WEIGHT, ema_keys
 from fastrepa.config import Config, EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import Reference
-from fastrepa.runtime.progress import shown
+from fastrepa.runtime.progress import counted
 
 RECORD = "fastrepa"  # of ours among DeepSpeed's keys; load_checkpoint returns it as client state
 STATES = ("fp32", *MOMENTS)  # DeepSpeed's names
@@ -52,7 +52,7 @@ def write_zero(
     tag.mkdir(parents=True)
     step = torch.tensor(float(state.optimizer_step))
     weights, trained = kinds[WEIGHT], kinds[MOMENTS[0]]
-    for name in shown(weights, "writing"):
+    for name in counted(weights, "writing"):
         to = tag / "zero" / name
         to.mkdir(parents=True)
         torch.save({"param": weights[name]}, to / "fp32.pt")
@@ -153,7 +153,7 @@ def _read_universal(
     states: dict[str, dict[str, Tensor]] = {key: {} for key in STATES}
     step = _load(zero / "optimizer_state.pt")
     count = step.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step", 0)
-    for parameter in shown(sorted(p for p in zero.iterdir() if p.is_dir()), "reading"):
+    for parameter in counted(sorted(p for p in zero.iterdir() if p.is_dir()), "reading"):
         for key in STATES:
             if (parameter / f"{key}.pt").is_file():
                 value = _load(parameter / f"{key}.pt")
@@ -173,7 +173,7 @@ def _read_partitions(
     shapes = _shapes(main)
     pieces: dict[str, dict[str, list[Tensor]]] = {key: {n: [] for n in shapes} for key in STATES}
     step: Any = 0
-    for file in shown(files, "reading"):
+    for file in counted(files, "reading"):
         stored = _load(file)["optimizer_state_dict"]
         third = "fp32_flat_groups" in stored
         weights = stored["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]

@@ -29,6 +29,7 @@ from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
+from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, join_world, leave_world, of_first_rank
 from fastrepa.vision.codec import build_codec
 
@@ -191,18 +192,6 @@ def _run_source(
 @contextmanager
 def _bar(name: str, num: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Images taken of a source, where a terminal shows them; all ranks are as far as this one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn())
-    hidden = num is None or not (shown and console.is_terminal)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with Progress(*columns, Remaining(), console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(name, total=num)
-
-        def advance(images: int) -> None:
-            bar.update(task, advance=images * ranks)
-
-        yield advance
+    with Bar(name, num or 0, "images", shown=shown and num is not None) as bar:
+        yield lambda images: bar.advance(images * ranks)

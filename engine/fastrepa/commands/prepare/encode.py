@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastrepa.commands.prepare.column_files import (
@@ -51,6 +49,7 @@ from fastrepa.data.format.shards import (
 )
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.ranks import Ranks
 from fastrepa.vision.codec import build_codec
 from fastrepa.vision.registry import parse_encoders
@@ -307,22 +306,14 @@ def _encode(
     if not todo:
         return
     mine = "" if ranks.size == 1 else f", rank {ranks.rank + 1} of {ranks.size}"
-    columns = (
-        TextColumn(f"encoding{mine}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, {task.fields[rate]:.0f}/s"),
-        TimeRemainingColumn(),
-    )
     reads_images = any(maker.reads_images for maker in makers)
     show = progress and ranks.rank == 0
+    total = sum(data.shard_sizes[shard] for shard in todo)
     with (
-        Progress(*columns, console=Console(stderr=True), disable=not show) as bar,
+        Bar(f"encoding{mine}", total, "images", shown=show, rate=True, stays=True) as bar,
         _images(data, list(todo), batch_size, device, reads_images) as images,
         ThreadPoolExecutor(1, "column-writer") as writer,
     ):
-        task = bar.add_task("", total=sum(data.shard_sizes[shard] for shard in todo), rate=0.0)
-        started, done = time.monotonic(), 0
         waiting: list[Future[None]] = []
         for shard, missing in todo.items():
             size = data.shard_sizes[shard]
@@ -339,9 +330,7 @@ def _encode(
                         waiting.append(writer.submit(file.append, rows, cosine))
                     while len(waiting) > PENDING_WRITES:
                         waiting.pop(0).result()
-                    done += len(samples)
-                    rate = done / max(time.monotonic() - started, 1e-3)
-                    bar.update(task, completed=done, rate=rate)
+                    bar.advance(len(samples))
                 while waiting:
                     waiting.pop(0).result()
                 for file in files:

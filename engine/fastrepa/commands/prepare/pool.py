@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from fastrepa.commands.prepare.plan import Plan, open_plan
 from fastrepa.commands.prepare.writer import write_shard
 from fastrepa.data.format.partial import join_writers
 from fastrepa.errors import DataError
+from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.ranks import Ranks
 from fastrepa.runtime.spawn import clean_start, end_with_parent
 
@@ -77,25 +70,17 @@ class _Bar:
             s for s in range(plan.num_shards) if s % ranks.size != ranks.rank and s not in finished
         ]
         self._elsewhere, self._own, self._looked = 0, 0, 0.0
-        self._started = time.monotonic()
-        columns = (
-            TextColumn("preparing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[rate]:.0f}/s"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not visible)
+        self._bar = Bar(
+            "preparing", plan.samples, "images",
+            shown=visible, done=self._before, rate=True, stays=True,
+        )  # fmt: skip
 
     def __enter__(self) -> _Bar:
-        self._bar.start()
-        self._task = self._bar.add_task(
-            "", total=self._plan.samples, completed=self._before, rate=0.0
-        )
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
 
     def show(self, own: int) -> None:
         if not self._visible:
@@ -103,9 +88,7 @@ class _Bar:
         self._own, now = own, time.monotonic()
         if self._others and now - self._looked > _LOOK:
             self._look(now)
-        done = self._own + self._elsewhere
-        rate = done / max(now - self._started, 1e-3)
-        self._bar.update(self._task, completed=self._before + done, rate=rate)
+        self._bar.move(self._before + self._own + self._elsewhere)
 
     def tick(self) -> None:
         """While this rank waits for the others."""

@@ -17,18 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from fastrepa.data.format.partial import partial_folder
 from fastrepa.errors import DataError
+from fastrepa.runtime.progress import BYTES, Bar
 from fastrepa.runtime.spawn import clean_start, end_with_parent
 
 # What the training's decoder turns into RGB as it should.
@@ -107,20 +99,12 @@ def run_checks(
 
     Problems come in the order of the checks. DataError when a worker is killed from outside.
     """
-    columns = (
-        TextColumn("verifying"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     total = sum(check.num_bytes for check in checks)
-    progress = progress and total > 0
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("", total=total)
+    shown = progress and total > 0
+    with Bar("verifying", total, BYTES, shown=shown, rate=True, stays=True) as bar:
 
         def done(check: Check) -> None:
-            bar.advance(task, check.num_bytes)
+            bar.advance(check.num_bytes)
 
         if min(workers, len(checks)) > 1:
             results: Iterable[list[Problem]] = _in_workers(checks, min(workers, len(checks)), done)

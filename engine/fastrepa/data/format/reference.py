@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
 from fastrepa.data.format.store import Slots, read_exactly
 from fastrepa.errors import DataError
+from fastrepa.runtime.progress import Bar
 
 IMAGES, LATENTS, LABELS = "images", "vae-sd", "dataset.json"
 
@@ -300,14 +299,13 @@ def _check_files(
         if found := list(files):
             problems.setdefault(problem, []).extend(found)
 
-    columns = (TextColumn("opening"), BarColumn(), MofNCompleteColumn(), TextColumn("folders"),
-               TimeRemainingColumn())  # fmt: skip
     with (
         ThreadPoolExecutor(_STAT_THREADS) as pool,
-        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        Bar("opening", len(names), "folders", shown=progress, stays=True) as bar,
     ):
         found = pool.map(lambda name: _look(folder, name, size), names)
-        for name, there in zip(names, bar.track(found, total=len(names)), strict=True):
+        for name, there in zip(names, found, strict=True):
+            bar.advance()
             wanted = labels.get(name, {}).keys()
             image, latent = (
                 f"{IMAGES}/{name}/img{{}}.png",

@@ -18,13 +18,11 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.tars import BLOCK, is_header
 from fastrepa.errors import DataError
 from fastrepa.runtime.files import aside, settle, write_whole
+from fastrepa.runtime.progress import BYTES, Bar
 
 # Images hardly shrink: an archive that grows more than this, beyond the first part, is a bomb.
 MAX_EXPANSION = 200
@@ -38,12 +36,8 @@ COMPRESSIONS = ("gzip", "bzip2", "xz")
 @contextmanager
 def byte_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar over bytes; gives the function that takes how many are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(printable(text), total=total)
-        yield lambda done: bar.update(task, completed=min(done, total))
+    with Bar(printable(text), total, BYTES, shown=shown) as bar:
+        yield lambda done: bar.move(min(done, total))
 
 
 def identity(path: Path, **settings: Any) -> dict[str, Any]:
