@@ -347,7 +347,7 @@ def found(path: str) -> Path | None:
 
 
 def defined(file: Path) -> set[str]:
-    """What a module makes at its top: functions, classes, constants, and methods as `Class.name`."""
+    """Functions, classes and constants of a module, and methods as `Class.name`."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef):
@@ -368,7 +368,7 @@ def test_what_is_defined_is_found(tmp_path):
     assert defined(file) == {"A", "B", "f", "C", "C.m"}
 
 
-@pytest.mark.parametrize("page", [WHERE, CONTRIBUTING, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [CONTRIBUTING, *PAGES], ids=lambda page: page.stem)
 def test_the_code_that_the_text_names_is_there(page):
     for span in re.findall(r"`([\w./-]+\.py(?::[\w.]+)?)`", page.read_text()):
         path, _, name = span.partition(":")
@@ -386,9 +386,10 @@ def test_where_answers_every_question():
             assert found(folder), f"{question}: {folder}"
 
 
-@pytest.mark.parametrize("page, head", [
-    ("performance", "| kernels of a traced step | "), ("performance", "| forward and backward, ms | "),
-    ("testing", "| injected | "),
+@pytest.mark.parametrize(("page", "head"), [
+    ("performance", "| kernels of a traced step |"),
+    ("performance", "| forward and backward, ms |"),
+    ("testing", "| injected |"),
 ])  # fmt: skip
 def test_tables_are_those_that_the_report_prints(page, head, capsys):
     report.main([])
