@@ -50,6 +50,7 @@ Generator = TypeVar("Generator", bound=nn.Module)
 
 BATCH_SIZE = 32
 GRID_IMAGES = 64
+SAMPLE_BATCH = 16  # images per forward of a run's grids, the same for any number of ranks
 RECORD = "sampling.json"
 PNG_NAME = re.compile(r"\d{6,}\.png")
 _OURS = re.compile(

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from fastrepa.config import Config
+from fastrepa.generation.generate import SAMPLE_BATCH
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.world import World, of_first_rank
 from fastrepa.training.memory.sharding import (
@@ -31,7 +32,6 @@ from fastrepa.training.zero.settings import (
 )
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
-SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
 
 
 def resolve_memory(config: Config, world: World) -> Config:
