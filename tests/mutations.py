@@ -226,6 +226,16 @@ MUTATIONS = (
         "da = dh * s * (1.0 + a * rest)", "da = dh * s * (1.0 + a * s)",
         "tests/kernels/test_activation.py",
     ),
+    Mutation(
+        "bias left out of the product", "kernels/fastrepa_kernels/adaln_linear.py",
+        "out = torch.addmm(bias, _rows(y), weight.t())", "out = torch.mm(_rows(y), weight.t())",
+        PARITY,
+    ),
+    Mutation(
+        "float64 computed in float32", "kernels/fastrepa_kernels/launch.py",
+        "return torch.float64 if wide else torch.float32", "return torch.float32",
+        "tests/kernels/test_adaln.py::test_formula_gradcheck",
+    ),
     # Model.
     Mutation(
         "rows and columns of a patch swapped", "engine/fastrepa/model/sit.py",
@@ -300,6 +310,21 @@ MUTATIONS = (
         "return super().train(False)", "return super().train(mode)",
         "tests/vision/test_features.py::test_it_stays_in_eval_mode_whatever_is_called",
     ),
+    Mutation(
+        "an encoder's side at 512 px", "engine/fastrepa/vision/registry.py",
+        "return 224 * (resolution // 256)", "return 224", "tests/vision/test_registry.py",
+    ),
+    Mutation(
+        "CLIP's tokens are normed", "engine/fastrepa/vision/registry.py",
+        'order="resize-normalise",\n            norm=False',
+        'order="resize-normalise",\n            norm=True',
+        "tests/vision/test_registry.py",
+    ),
+    Mutation(
+        "pooled features of colours off their mean", "engine/fastrepa/vision/pooled.py",
+        "x = ((x - self.mean) / self.std)", "x = (x / self.std)",
+        "tests/vision/test_pooled.py",
+    ),
     # Data.
     Mutation(
         "mirrored samples inverted", "engine/fastrepa/data/pipeline.py",
@@ -338,6 +363,15 @@ MUTATIONS = (
         "(sample * files.views + view)", "(sample * files.views)",
         "tests/data/format/test_store.py",
     ),
+    Mutation(
+        "joined tars end early", "engine/fastrepa/data/sources/tars.py",
+        "position = following\n", "break\n",
+        "tests/data/sources/test_archives.py::test_joined_tars_are_read_to_the_end",
+    ),
+    Mutation(
+        "mirroring by another stream", "engine/fastrepa/randomness.py",
+        "FLIP = 6", "FLIP = 7", "tests/data/test_mirrored.py",
+    ),
     # Training beside the recipe.
     Mutation(
         "short gradients are stretched", "engine/fastrepa/training/optimizer.py",
@@ -375,6 +409,21 @@ MUTATIONS = (
     Mutation(
         "ZeRO: a gradient's tail shifts the next", "engine/fastrepa/training/zero/step.py",
         "pieces.append(p.new_zeros(rest))", "pieces.insert(0, p.new_zeros(rest))", PARITY,
+    ),
+    Mutation(
+        "gamma of another deviation", "engine/fastrepa/training/optimizer.py",
+        "[1, 7, 16 - t, 12 - t]", "[1, 7, 16 - t, 11 - t]",
+        "tests/training/test_optimizer.py::test_gamma_is_that_of_the_paper",
+    ),
+    Mutation(
+        "a new average starts from another", "engine/fastrepa/checkpoint/averages.py",
+        "sources[key] = found or WEIGHT", "sources[key] = found or EMA",
+        "tests/training/test_optimizer.py::test_what_a_resumed_average_starts_from",
+    ),
+    Mutation(
+        "buckets without the modulation", "engine/fastrepa/training/zero/settings.py",
+        "18 * config.model.width**2", "12 * config.model.width**2",
+        "tests/training/test_memory.py::test_auto_is_numbers_from_size_and_world",
     ),
     # Checkpoints.
     Mutation(
@@ -418,6 +467,23 @@ MUTATIONS = (
         "tests/generation/test_sampler.py",
     ),
     Mutation(
+        "all images from one noise", "engine/fastrepa/generation/generate.py",
+        "random.normal(Stream.SAMPLE_NOISE, 0, ids, shape)",
+        "random.normal(Stream.SAMPLE_NOISE, 0, ids * 0, shape)",
+        "tests/generation/test_generate.py::test_images_start_from_their_own_noise",
+    ),
+    Mutation(
+        "labels dropped while sampling", "engine/fastrepa/generation/generate.py",
+        "    model.eval()\n", "    model.train()\n",
+        "tests/generation/test_generate.py"
+        "::test_the_model_is_in_eval_mode_and_left_as_it_was",
+    ),
+    Mutation(
+        "ranks draw the same images", "engine/fastrepa/generation/generate.py",
+        "[rank::world_size]", "[rank:]",
+        "tests/generation/test_generate.py::test_rank_batches_share_out_every_image_once",
+    ),
+    Mutation(
         "covariance by N", "engine/fastrepa/commands/evaluate/metrics.py",
         "self.scatter / (self.count - 1)", "self.scatter / self.count",
         "tests/commands/evaluate/test_metrics.py",
@@ -433,6 +499,11 @@ MUTATIONS = (
         "tests/generation/test_pictures.py",
     ),
     # Commands.
+    Mutation(
+        "a trace's time of all steps", "engine/fastrepa/profiling/activity.py",
+        '"seconds": seconds / steps', '"seconds": seconds',
+        "tests/profiling/test_activity.py",
+    ),
     Mutation(
         "every tensor's own neighbour", "engine/fastrepa/commands/probe/similarity.py",
         "np.fill_diagonal(similar, -np.inf)", "np.fill_diagonal(similar, 0.0)",
