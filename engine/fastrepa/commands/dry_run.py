@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,3 +136,30 @@ def _memory(
         "codec": vae * width,
         "kept for backward": activations,
     }
+
+
+def print_dry_run(result: DryRun, global_batch: int) -> None:
+    """Print what the run computes on, and a table of its numbers."""
+    console = Console(highlight=False)
+    console.print(result.first_line, soft_wrap=True)
+    table = Table(title="dry run: one step at batch 2 on noise, random encoder weights")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("parameters", f"{result.parameters:,}")
+    table.add_row("  of them trained", f"{result.trained:,}")
+    table.add_row("FLOPs per image (with encoders and codec)", _si(result.flops_per_image))
+    table.add_row(f"FLOPs per step of {global_batch} images", _si(result.flops_per_step))
+    table.add_section()
+    for part, size in result.memory.items():
+        table.add_row(f"memory per rank: {part}", f"{size / 2**30:.2f} GiB")
+    table.add_row("memory per rank, estimate", f"{sum(result.memory.values()) / 2**30:.2f} GiB")
+    console.print(table)
+
+
+def _si(value: float) -> str:
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if value < 1000:
+            return f"{value:.2f}{unit}"
+        value /= 1000
+    return f"{value:.2f} E"

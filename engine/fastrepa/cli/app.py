@@ -1,0 +1,37 @@
+"""The command line's two groups, and what every command takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastrepa import __version__
+
+app = typer.Typer(
+    name="fastrepa",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train representation-aligned diffusion transformers.",
+)
+
+data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
+app.add_typer(data_app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastrepa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    # The deepspeed launcher passes --local_rank beside LOCAL_RANK, which is the one that counts.
+    pass

@@ -1,0 +1,188 @@
+"""Commands about a data set: prepare, data verify, data show, data encode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastrepa.cli.app import app, data_app
+
+CodecOption = Annotated[
+    str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
+]
+CodecWeightsOption = Annotated[
+    str | None, typer.Option(help="Of the codec: hub id or local folder; default: sd-vae-ft-mse.")
+]
+CacheFeaturesOption = Annotated[
+    str | None,
+    typer.Option(help="Encoders whose tokens to store: NAME[=WEIGHTS][@INPUT], with commas."),
+]
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Store those of the mirrored images too, for data.flip.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="bf16 or fp32: what codec and encoders compute in.")
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Images per forward of codec and encoders.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Class folders of images, a tar, tar.gz or zip of them, WebDataset tars, parquet "
+            "tables, or a set of REPA's layout."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
+    resolution: Annotated[int, typer.Option(help="Side of the square crops in pixels.")],
+    shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
+    image_format: Annotated[str, typer.Option("--format", help="png, jpeg or webp.")] = "png",
+    quality: Annotated[
+        int, typer.Option(help="JPEG and WebP quality, 1 to 100; WebP at 100 is lossless.")
+    ] = 95,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes per rank; default: one per core.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave unusable images out, named and counted.")
+    ] = False,
+    inside: Annotated[
+        str | None, typer.Option(help="Folder inside the source that holds the class folders.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="File that names the classes of a source with numbers.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
+    codec: CodecOption = None,
+    codec_weights: CodecWeightsOption = None,
+    cache_features: CacheFeaturesOption = None,
+    flip: FlipOption = False,
+    precision: PrecisionOption = "bf16",
+    batch_size: BatchSizeOption = 64,
+) -> None:
+    """Turn labelled images into shuffled, checksummed shards; under torchrun, on every rank.
+
+    A run that was killed goes on where it stopped. The set does not depend on processes or ranks.
+    Latents and features are made after the images, on every rank's GPU; `fastrepa data encode` adds
+    them to a finished set. Of REPA's layout the latents are taken over, unless --codec makes them.
+    """
+    from fastrepa.commands.prepare.prepare import prepare as make_shards
+    from fastrepa.commands.prepare.report import print_report
+    from fastrepa.runtime.ranks import Ranks
+
+    encode, encoded = None, []
+    stored = source if (source / "vae-sd" / "dataset.json").is_file() and not codec else None
+    if codec or codec_weights or cache_features or flip or stored:
+        # They bring torch, which the images alone do not need.
+        from fastrepa.commands.prepare.encode import check_networks, encode_columns, encode_settings
+        from fastrepa.commands.prepare.encode import print_encoded as print_columns
+
+        columns = encode_settings(
+            codec, codec_weights, cache_features, flip, precision, batch_size, stored
+        )
+        check_networks(resolution, columns)
+
+        def add_columns(folder: Path, ranks: Ranks) -> None:
+            encoded.append(encode_columns(folder, **columns, ranks=ranks))
+
+        encode = add_columns
+
+    done = make_shards(
+        source,
+        out,
+        resolution=resolution,
+        shard_size=shard_size,
+        image_format=image_format,  # type: ignore[arg-type]
+        quality=quality,
+        seed=seed,
+        workers=workers,
+        skip_bad=skip_bad,
+        inside=inside,
+        class_names=class_names,
+        image_column=image_column,
+        label_column=label_column,
+        encode=encode,
+    )
+    if done.is_first:
+        print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
+        for report in encoded:
+            print_columns(report, Console(highlight=False))
+
+
+@data_app.command("verify")
+def data_verify(
+    path: Annotated[Path, typer.Argument(help="A prepared set, or one of REPA's layout.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Files, sizes, indices and pairing; no contents.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs, and complete.")] = False,
+) -> None:
+    """List everything that is wrong with a data set; exit code 1 when anything is."""
+    from fastrepa.commands.verify.verify import print_report, verify
+
+    report = verify(path, workers=workers, quick=quick)
+    if json:
+        print(report.to_json())
+    else:
+        print_report(report, Console(highlight=False))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[Path, typer.Argument(help="A prepared set, or one of REPA's layout.")],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG or folder; default: NAME_show.png, here.")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", help="Images on the sheet.")] = 48,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names or numbers, separated by commas.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    features: Annotated[
+        int, typer.Option(help="Images shown beside their latents and features; 0: no picture.")
+    ] = 6,
+) -> None:
+    """Draw a contact sheet of a data set, and its latents and features as pictures."""
+    from fastrepa.commands.show.show import print_shown, show
+
+    wanted = [c for c in classes.split(",") if c.strip()] if classes else None
+    report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
+    print_shown(report, Console(highlight=False))
+
+
+@data_app.command("encode")
+def data_encode(
+    path: Annotated[Path, typer.Argument(help="A prepared set.")],
+    codec: CodecOption = None,
+    codec_weights: CodecWeightsOption = None,
+    cache_features: CacheFeaturesOption = None,
+    flip: FlipOption = False,
+    precision: PrecisionOption = "bf16",
+    batch_size: BatchSizeOption = 64,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make a column anew that has other settings.")
+    ] = False,
+) -> None:
+    """Add latents and an encoder's features to a prepared set; under torchrun, on every GPU.
+
+    A run that was killed goes on where it stopped. Training then needs neither the autoencoder's
+    encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
+    """
+    from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
+    from fastrepa.runtime.ranks import joined_ranks
+
+    settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
+    with joined_ranks() as ranks:
+        report = encode_columns(path, **settings, replace=replace, ranks=ranks)
+    if ranks.rank == 0:
+        print_encoded(report, Console(highlight=False))

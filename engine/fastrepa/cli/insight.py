@@ -1,0 +1,272 @@
+"""Commands that measure and explain: plan, profile, bench, report, probe, doctor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastrepa.cli.app import app
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "8,64",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    efficiency: Annotated[float, typer.Option(help="Of peak, the generator.")] = 0.4,
+    frozen_efficiency: Annotated[float, typer.Option(help="Of peak, encoders, codec.")] = 0.4,
+    hbm_efficiency: Annotated[float, typer.Option(help="Of HBM bandwidth.")] = 0.8,
+    link_efficiency: Annotated[float, typer.Option(help="Of link bandwidths.")] = 0.8,
+    overlap: Annotated[
+        float, typer.Option(help="Share of the compute that can hide communication.")
+    ] = 0.8,
+    nvlink_gbs: Annotated[
+        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+    ] = None,
+    network_gbs: Annotated[
+        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs that NVLink joins.")] = 8,
+    storage_gbs: Annotated[float, typer.Option(help="GB/s that each GPU's ranks read.")] = 0.25,
+    pcie_gbs: Annotated[float, typer.Option(help="Between GPU and host, per direction.")] = 25.0,
+    host_memory_gbs: Annotated[float, typer.Option(help="Of host memory, per GPU.")] = 25.0,
+    nvme_gbs: Annotated[float, typer.Option(help="Of NVMe, per GPU.")] = 1.5,
+    reserve_gb: Annotated[float, typer.Option(help="For CUDA, NCCL and fragmentation.")] = 4.0,
+    image_bytes: Annotated[
+        float | None, typer.Option(help="Of a stored image; default: the data set's mean.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw it here.")] = None,
+) -> None:
+    """Memory, time and cost of a recipe on GPUs that are not here, and the cheapest way that fits.
+
+    Nothing is trained and no GPU is used: it is arithmetic, and every assumption is printed.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
+    from fastrepa.commands.plan.report import print_plan
+
+    assumptions = Assumptions(
+        efficiency=efficiency,
+        frozen_efficiency=frozen_efficiency,
+        hbm_efficiency=hbm_efficiency,
+        link_efficiency=link_efficiency,
+        overlap=overlap,
+        nvlink=None if nvlink_gbs is None else 1e9 * nvlink_gbs,
+        network=None if network_gbs is None else 1e9 * network_gbs,
+        per_node=gpus_per_node,
+        storage=1e9 * storage_gbs,
+        pcie=1e9 * pcie_gbs,
+        host_memory=1e9 * host_memory_gbs,
+        nvme=1e9 * nvme_gbs,
+        reserve=1e9 * reserve_gb,
+        image_bytes=image_bytes,
+    )
+    result = make_plan(
+        resolved,
+        gpus=parse_gpus(gpus),
+        gpu=gpu,
+        assumptions=assumptions,
+    )
+    print_plan(result, as_json=json, picture=png)
+
+
+@app.command()
+def profile(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    against: Annotated[
+        str | None, typer.Option(help="eager: the eager kernels too, side by side.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_profile, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Where every millisecond of a training step goes: by region, part and kernel, with idle gaps.
+
+    Takes real steps and writes a trace, two pictures and profile.json into a folder; the run's own
+    folder is not touched. Data and encoder weights that are not here are replaced by random ones.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
+    from fastrepa.commands.profile.profile import profile_run
+    from fastrepa.commands.profile.report import print_profile
+    from fastrepa.runtime.world import join_world, leave_world
+
+    world = join_world(2 * resolved.survival.stall_seconds)
+    try:
+        with _progress("profiling", shown=world.is_first) as progress:
+            report = profile_run(
+                resolved,
+                world,
+                steps=steps,
+                warmup=warmup,
+                out=out or Path(f"{config.stem}_profile"),
+                against=against,
+                progress=progress,
+            )
+        if report is not None:
+            print_profile(report, as_json=json)
+    finally:
+        leave_world()
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ours+recompute, ours+compile, ours+graphs, eager, eager+compile, plain+compile "
+            "or reference; repeat for several. Default: the last four."
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16, fp16 (the reference's only); repeat.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Global batch; repeat for a sweep.")
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Processes; repeat to scale.")] = None,
+    sampling: Annotated[bool, typer.Option(help="Also images/s of ODE-50 and SDE-250.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of every contender.")] = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps of a turn.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_bench, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """The training step against its rivals: same weights, same batch, turn by turn in one run.
+
+    Appends to bench.jsonl in a folder and draws bench.png; nothing of a run or a data set is read.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.commands.bench.bench import DEFAULT_RIVALS
+    from fastrepa.commands.bench.bench import bench as measure
+    from fastrepa.commands.bench.report import print_bench
+
+    folder = out or Path(f"{config.stem}_bench")
+    with _progress("bench", shown=True) as progress:
+        results = measure(
+            resolved,
+            against=against if against is not None else list(DEFAULT_RIVALS),
+            precisions=precision or [resolved.training.precision],
+            batches=batch or [resolved.training.global_batch],
+            ranks=ranks or [1],
+            sampling=sampling,
+            rounds=rounds,
+            steps=steps,
+            warmup=warmup,
+            out=folder,
+            progress=progress,
+        )
+    print_bench(results, folder, as_json=json)
+    if any(result.failed for result in results if result.case.contender == "ours"):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(title: str, *, shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, where that is a terminal, moved by (what, share done)."""
+    from fastrepa.runtime.progress import Bar
+
+    with Bar(title, 1.0, shown=shown) as bar:
+        yield lambda what, share: bar.move(share, f"{title}: {what}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, up to eight.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file; default: NAME_report.html, here.")
+    ] = None,
+) -> None:
+    """Runs side by side as one HTML page: curves, samples, configurations, times, environments.
+
+    The page needs no network and no other file. Runs that are still going, or were cut off, count.
+    """
+    from fastrepa.commands.report.report import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command()
+def probe(
+    target: Annotated[
+        Path, typer.Argument(help="A run folder, a prepared data set, or a folder of images.")
+    ],
+    encoders: Annotated[
+        str | None,
+        typer.Option(help="NAME[=WEIGHTS][@INPUT], with commas; of a run by default its own."),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", "-n", help="Images; default: 500, of a run 1000.")
+    ] = None,
+    time: Annotated[
+        float | None, typer.Option(help="Of a run's noised inputs: 0 data, 1 noise; default: 0.5.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="A set the run has not seen; default: validation, beside its own."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Of a plain folder's images in pixels; default: 256.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of images, and of the noise.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: RUN/probe, or NAME_probe, here.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run's blocks know, step by step; or whether an encoder will help on your images.
+
+    A run: how far each block agrees with the encoder (CKNNA, linear CKA) and what a linear probe
+    reads from it, over all checkpoints. Images: every encoder beside random weights and raw pixels.
+    """
+    from fastrepa.commands.probe.probe import print_probe
+    from fastrepa.commands.probe.probe import probe as measure
+
+    with _progress("probe", shown=True) as progress:
+        probed = measure(
+            target,
+            encoders=encoders,
+            num=num,
+            time=time,
+            held_out=held_out,
+            resolution=resolution,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            progress=progress,
+        )
+    print_probe(probed, as_json=json)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Versions, devices, which fast paths are available here and what would enable the others."""
+    from fastrepa.commands.doctor import print_doctor
+
+    print_doctor(as_json=json)

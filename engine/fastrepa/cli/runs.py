@@ -1,0 +1,271 @@
+"""Commands about one run: train, sample, evaluate, convert."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastrepa.cli.app import app
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build everything, take one step on noise, write nothing."),
+    ] = False,
+) -> None:
+    """Train, or continue the run whose folder the configuration names.
+
+    One process by plain command, several under torchrun, deepspeed or srun. Ctrl-C, SIGTERM and
+    SIGUSR1 finish the step and save; the same command continues. Exit codes: 0 finished, 1 error,
+    130 after Ctrl-C, 75 after the other two (saved, start it again), 76 when another rank was lost.
+    """
+    from fastrepa.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
+    from fastrepa.runtime.survival import watched
+    from fastrepa.runtime.world import join_world, leave_world
+
+    make_deterministic(resolved.deterministic)
+    world = join_world(2 * resolved.survival.stall_seconds)
+    try:
+        from fastrepa.training.memory.decision import resolve_memory
+
+        resolved = resolve_memory(resolved, world)
+        if dry_run:
+            from fastrepa.commands.dry_run import dry_run as take_one_step
+            from fastrepa.commands.dry_run import print_dry_run
+
+            result = take_one_step(resolved, world)
+            if world.is_first:
+                print_dry_run(result, resolved.training.global_batch)
+            return
+        from fastrepa.training.run import Run
+
+        evaluator: Any = None
+        if resolved.evaluation.every:
+            from fastrepa.commands.evaluate.during_training import RunEvaluator
+
+            evaluator = RunEvaluator
+        with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
+            code = Run(resolved, world, watch.group, evaluator=evaluator).train(watch)
+    finally:
+        leave_world()
+    if code:
+        raise typer.Exit(code)
+
+
+EmaOption = Annotated[
+    str | None,
+    typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
+]
+SamplePrecisionOption = Annotated[
+    str | None, typer.Option(help="Of the generator: run (as it was trained), fp32, tf32 or bf16.")
+]
+SampleCompileOption = Annotated[
+    str | None, typer.Option(help="The generator under torch.compile: none, blocks or graphs.")
+]
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    num: Annotated[int | None, typer.Option("--num", "-n", help="How many images.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ode, heun or sde.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    precision: SamplePrecisionOption = None,
+    compile: SampleCompileOption = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names or numbers, separated by commas.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/generated.")] = None,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
+    ema: EmaOption = None,
+) -> None:
+    """Draw images from a run's averaged weights; settings left out are the run's own.
+
+    What was stopped goes on by the same command; --num may grow.
+    """
+    from fastrepa.generation.generate import sample_run
+
+    done = sample_run(
+        run,
+        out,
+        classes=[c for c in classes.split(",") if c.strip()] if classes else None,
+        seed=seed,
+        batch_size=batch_size,
+        npz=npz,
+        ema=ema,
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        cfg=cfg,
+        guidance_low=guidance_low,
+        guidance_high=guidance_high,
+        precision=precision,
+        compile=compile,
+    )
+    if done.is_first:
+        files = [str(p) for p in (done.grid, done.npz) if p]
+        there = f", {done.there} were there" if done.there else ""
+        print(
+            f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}"
+        )
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[
+        Path,
+        typer.Argument(
+            help="A run (it generates), a folder of images, an npz of ADM's, a prepared data set, "
+            "or an npz of statistics."
+        ),
+    ],
+    reference: Annotated[Path, typer.Argument(help="What they are compared with; any of these.")],
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="fid, sfid, inception_score, kid, precision, recall, clip_score, and fd_, kd_, "
+            "precision_ or recall_ with an encoder's space (fd_dinov2_vitb14), with commas. "
+            "Default: the encoders', or without any the first six."
+        ),
+    ] = None,
+    encoders: Annotated[
+        str | None,
+        typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas."),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="A local file; default: torch-fidelity's, downloaded once.")
+    ] = None,
+    clip: Annotated[
+        str, typer.Option(help="open_clip's NAME=WEIGHTS (a tag or file), or local-dir:FOLDER.")
+    ] = "ViT-L-14=openai",
+    num: Annotated[int | None, typer.Option("--num", "-n", help="Images of a run.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Of a run: ode, heun or sde.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
+    precision: SamplePrecisionOption = None,
+    compile: SampleCompileOption = None,
+    seed: Annotated[int, typer.Option(help="Of a run's images.")] = 0,
+    ema: EmaOption = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Images per forward.")
+    ] = 32,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where the reference's features are kept; default: REFERENCE.statistics."
+        ),
+    ] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Also write the reference's Inception statistics (npz).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs: one record.")] = False,
+) -> None:
+    """Measure how far generated images are from real ones; under torchrun, on every GPU.
+
+    Settings of a run's images that are left out are the run's own. Only on Inception's features
+    are distances called FID and KID.
+    """
+    from fastrepa.commands.evaluate.evaluate import evaluate as measure
+    from fastrepa.commands.evaluate.report import print_evaluation
+    from fastrepa.vision.registry import parse_encoders
+
+    model, _, weights = clip.partition("=")
+    done = measure(
+        samples,
+        reference,
+        metrics=[m.strip() for m in metrics.split(",") if m.strip()] if metrics else None,
+        encoders=parse_encoders(encoders, "--encoders") if encoders else (),
+        inception_weights=None if inception_weights is None else str(inception_weights),
+        clip=(model, weights or None),
+        batch_size=batch_size,
+        cache=cache,
+        save_statistics=save_statistics,
+        seed=seed,
+        ema=ema,
+        num=num,
+        sampler=sampler,
+        steps=steps,
+        cfg=cfg,
+        guidance_low=guidance_low,
+        guidance_high=guidance_high,
+        precision=precision,
+        compile=compile,
+    )
+    if done.is_first:
+        print_evaluation(done, as_json=json)
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
+    file: Annotated[
+        Path, typer.Argument(help="The file or folder to write, or with --from to read.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="reference (REPA's .pt), safetensors or zero (DeepSpeed's)."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="reference (a .pt of REPA's or bare weights) or zero (DeepSpeed's)."
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of safetensors: ema or raw.")] = "ema",
+    ema: EmaOption = None,
+    ema_sigma_rel: Annotated[
+        float | None,
+        typer.Option(
+            help="An EDM2 average that was not kept, made from the power-function averages that "
+            "the run's checkpoints have."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --from: the new run's YAML configuration.")
+    ] = None,
+) -> None:
+    """A run's newest checkpoint as other people's files, or theirs as a run to go on with.
+
+    zero is a universal checkpoint of DeepSpeed's: engines of stages 1 to 3 on any number of ranks
+    load it with "checkpoint": {"load_universal": true} in their configuration. Read are these and
+    plain ZeRO checkpoints.
+    """
+    from fastrepa.errors import ConfigError
+
+    if (to is None) == (source is None):
+        raise ConfigError(
+            "convert: give one of --to reference|safetensors|zero and --from reference|zero"
+        )
+    from fastrepa.commands.convert.exchange import export_run, import_reference
+
+    if to is not None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+        print(f"step {state.step} of {run} in {file}")
+    else:
+        assert source is not None
+        state = import_reference(file, run, config, source=source)
+        print(f"{run} starts at step {state.step}: fastrepa train {run}/config.yaml")
