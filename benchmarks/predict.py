@@ -7,12 +7,12 @@ where there is one. Its time, in ms:
 
     max(FLOPs / rate, bytes / (share x copy), launches x smallest kernel) + launches x gap
 
-Our kernels' shares of the copy rate are what aot.py estimates from their machine code; everything
-else is assumed, and the assumptions are printed (by default an H200's). Launches of the model are
-those tests/kernels/test_predict.py counts; of the optimiser's phase and of the draws, the most that
-tests allow. Weights and activations are bf16 around an fp32 residual stream, targets are cached,
-one GPU. `plain+compile` is commands/bench/plain_step.py: its blocks' bytes were counted in the code
-that Inductor (torch 2.11) made of two of them for sm_90.
+Our kernels' shares of the copy rate are what aot.py estimates from their machine code; the rates of
+copies, products and attention were measured on an H200; everything else is assumed, and printed.
+Launches of the model are those tests/kernels/test_predict.py counts; of the optimiser's phase and
+of the draws, the most that tests allow. Weights and activations are bf16 around an fp32 residual
+stream, targets are cached, one GPU. `plain+compile` is commands/bench/plain_step.py: its blocks'
+bytes were counted in the code that Inductor (torch 2.11) made of two of them for sm_90.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ INDUCTOR_FORWARD, INDUCTOR_BACKWARD = 46, 110
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the device; rates a second, times in seconds."""
+    """What is assumed of the device; rates a second, times in seconds.
 
-    copy: float = 4.3e12
-    products: float = 670e12
-    attention_forward: float = 270e12
-    attention_backward: float = 210e12
+    The first four are what an H200 did in the step that records/gpu_suite_h200* have: products and
+    cuDNN's attention over the time of their kernels. Alone and for a moment products reach 792e12.
+    """
+
+    copy: float = 4.25e12
+    products: float = 677e12
+    attention_forward: float = 209e12
+    attention_backward: float = 141e12
     torch_share: float = 0.80  # of the copy rate, by torch's and Inductor's pointwise kernels
     sums_share: float = 0.60  # by torch's sums over the rows of a tall matrix
     gap: float = 1.3e-6  # between one kernel and the next

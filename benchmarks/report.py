@@ -84,6 +84,33 @@ def markdown(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
+def operations(records: list[Record]) -> str:
+    """A line for each operation on a GPU: ours, torch.compile and eager, forward and backward."""
+    shown = ("ours", "compile", "eager")
+    of_gpu = [r for r in records if r.get("driver") and r["provider"] in shown]
+    parts = []
+    for (device, shape, dtype), group in _groups(of_gpu, ("device", "shape", "dtype")).items():
+        rows = []
+        for (case,), of_case in _groups(group, ("case",)).items():
+            found = {r["provider"]: r for r in of_case if r["direction"] == "both"} or {
+                r["provider"]: r for r in of_case
+            }
+            if found.keys() != set(shown):
+                continue
+            times = [found[name]["p50_ms"] for name in shown]
+            share, gain = found["ours"].get("share_of_floor"), times[1] / times[0]
+            cells = (f"`{case}`", *(f"{t:.2f}" for t in times), f"{gain:.2f}x")
+            rows.append(f"| {' | '.join(cells)} | {f'{share:.0%}' if share else ''} |")
+        if rows:
+            parts += [
+                f"### Operations at {shape}, {dtype}, {device}\n",
+                "| forward and backward, ms | ours | torch.compile | eager | compile over ours "
+                "| ours: share of the floor |\n|" + "---|" * 6,
+                *rows, "",
+            ]  # fmt: skip
+    return "\n".join(parts)
+
+
 def rates(records: list[Record]) -> str:
     """Samples per second (benchmarks/data.py), against the best of ours' rivals."""
     parts = []
@@ -112,8 +139,8 @@ def training_steps(records: list[Record]) -> str:
         device, _, run, precision, batch, ranks, sampler = of
         first = group[0]
         title = sampler or "training step"
-        modified = " (modified)" if first.get("git_dirty") else ""
-        commit = first.get("git_sha", "unknown")[:12] + modified
+        modified = " (modified)" if first.get("git_dirty") or first.get("dirty") else ""
+        commit = first.get("git_sha", first.get("git", "unknown"))[:12] + modified
         parts.append(f"### {title}, {precision}, batch of {batch}, {ranks} ranks\n")
         parts.append(
             f"{device}, torch {first['torch']}, {first['utc']}, commit {commit}\n\n{run}\n"
@@ -138,6 +165,36 @@ def training_steps(records: list[Record]) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+KERNELS = {
+    "products (cuBLAS)": ("nvjet", "cublas"),
+    "attention (cuDNN)": ("cudnn",),
+    "norms, ours": ("_norm_", "_sums_kernel"),
+    "GELU and SiLU, ours": ("_activation",),
+    "attention's gradients in one, ours": ("_stack",),
+    "AdamW and averages, ours": ("_adamw",),
+}
+"""What a kernel's name contains -> its line of a profile's table."""
+
+
+def profile(record: Record) -> str:
+    """The busy time of a traced step on a GPU by what its kernels are (the kit's profile.json)."""
+    milliseconds = dict.fromkeys([*KERNELS, "everything else"], 0.0)
+    for kernel in record["names"]:
+        within = (
+            line for line, marks in KERNELS.items() if any(m in kernel["name"] for m in marks)
+        )
+        milliseconds[next(within, "everything else")] += kernel["us"] / 1e3
+    busy = 1e3 * record["busy_seconds"]
+    milliseconds["everything else"] += busy - sum(milliseconds.values())
+    rows = [f"| {line} | {ms:.1f} | {ms / busy:.1%} |" for line, ms in milliseconds.items()]
+    idle = 1e3 * record["seconds"] - busy
+    return "\n".join([
+        f"### A step of {record['name']}, batch of {record['batch']}, traced\n",
+        "| kernels | ms | share of busy |\n|---|---|---|",
+        *rows, f"| nothing runs | {idle:.1f} | |", "",
+    ])  # fmt: skip
 
 
 def effect(records: list[Record]) -> str:
@@ -294,6 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
     counted = [r for r in records if "p50_images_per_s" in r]
     of_case = {name: [r for r in records if r["case"] == name] for name in ("faults", "effect")}
     parts = (
+        (operations, timed),
         (markdown, timed),
         (training_steps, contended),
         (rates, counted),
@@ -301,6 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         (effect, of_case["effect"]),
     )
     print("\n".join(make(part) for make, part in parts if part))
+    for path in sorted(options.records.glob("*_profile.json")):
+        print(f"{path.name}\n\n{profile(json.loads(path.read_text()))}")
     if options.plot is not None and timed:
         plot(timed, options.plot)
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,18 +16,21 @@ from torch import Tensor
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import Item, Record, Size
 from benchmarks.run import DTYPES, milliseconds, spread
-from fastrepa_kernels.cost import Ceilings, matmul_cost, measure_ceilings
+from fastrepa_kernels.cost import Ceilings, matmul_cost, measure_ceilings, median_seconds
 
 E4M3_MOST = torch.finfo(torch.float8_e4m3fn).max
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 """A block's Linears: in and out, in widths."""
 WAYS = ("forward", "dgrad", "wgrad")
+SUSTAINED = 3.0
+"""Seconds: power is averaged over about one."""
 
 
 def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
     device = torch.device(size.device)
     yield Item("device", partial(_device, device))
     yield Item("ceilings", partial(_ceilings, device, DTYPES[size.dtype]))
+    yield Item("sustained", partial(_sustained, size))
     for recipe in size.recipes:
         for layer in LAYERS:
             yield Item(f"{recipe} {layer}", partial(_products, recipe, layer, size), limit=30)
@@ -54,6 +59,41 @@ def _device(device: torch.device) -> Iterator[Record]:
 
 def _ceilings(device: torch.device, dtype: torch.dtype) -> Iterator[Record]:
     yield asdict(measure_ceilings(device, dtype))
+
+
+def _sustained(size: Size, turns: int = 6) -> Iterator[Record]:
+    """fc1's forward product again and again: what power allows, where a short trial allows more."""
+    device = torch.device(size.device)
+    into, outof = (part * size.width for part in LAYERS["fc1"])
+    work, _ = _product("bf16", "forward", size.rows, outof, into, device)
+    flops = matmul_cost(size.rows, outof, into, 2).flops
+    once = median_seconds(work, device, 5)
+    for turn in range(turns):
+        repeats = max(1, round(SUSTAINED / turns / once))
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        clocks = _clocks() if device.type == "cuda" else {}  # while it runs
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - began
+        yield {
+            "case": "sustained", "turn": turn, "mnk": [size.rows, outof, into],
+            "sustained_tflops": flops * repeats / took / 1e12, **clocks,
+        }  # fmt: skip
+
+
+def _clocks() -> Record:
+    """The SM clock in MHz, power in W and the driver's reasons for the clock, a bit mask."""
+    query = "clocks.sm,power.draw.instant,clocks_event_reasons.active"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
+    if done.returncode or len(said) != 3:
+        return {"clocks": done.stdout + done.stderr}
+    return {"sm_mhz": float(said[0]), "watts": float(said[1]), "clock_reasons": said[2]}
 
 
 def _products(recipe: str, layer: str, size: Size) -> Iterator[Record]:

@@ -22,7 +22,8 @@ def table(records: list[Record]) -> str:
     records = [r for r in records if all(r.get(k) == last.get(k) for k in ("git", "device"))]
     sections = (
         _failures(records), _device(records), _steps(records), _stages(records), _tests(records),
-        _correct(records), _decoding(records), _products(records), _launch_rows(records),
+        _correct(records), _decoding(records), _products(records), _sustained(records),
+        _launch_rows(records),
         _operations(records),
     )  # fmt: skip
     text = "\n".join(line for section in sections for line in section)
@@ -68,6 +69,15 @@ def _products(records: list[Record]) -> Iterator[str]:
         yield f"{name:18}" + "".join(
             f"{row[recipe]:16.0f}" if recipe in row else f"{'-':>16}" for recipe in recipes
         )
+
+
+def _sustained(records: list[Record]) -> Iterator[str]:
+    found = [r for r in records if "sustained_tflops" in r]
+    if found:
+        last = found[-1]
+        at = f" at {last['sm_mhz']:.0f} MHz, {last['watts']:.0f} W" if "sm_mhz" in last else ""
+        turns = " ".join(f"{r['sustained_tflops']:.0f}" for r in found)
+        yield f"fc1's product, sustained, TFLOP/s: {turns}{at}"
 
 
 def _correct(records: list[Record]) -> Iterator[str]:

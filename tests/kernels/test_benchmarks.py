@@ -130,6 +130,28 @@ def test_records_make_a_report(tmp_path):
     assert run.table(records).count("tiny") == 6
 
 
+def test_a_gpu_has_a_line_for_each_operation_and_a_table_of_its_step():
+    """Only where ours, torch.compile and eager are all there, both directions in one."""
+    context = {"driver": "1", "device": "a device", "shape": "s", "dtype": "bf16"}
+    of = {"ours": 2.0, "compile": 3.0, "eager": 5.0}
+    records = [
+        context
+        | {"case": "norm", "provider": p, "direction": d, "p50_ms": ms / (1 + (d != "both"))}
+        for p, ms in of.items()
+        for d in ("forward", "both")
+    ] + [context | {"case": "alone", "provider": "ours", "direction": "both", "p50_ms": 1.0}]
+    records[1] |= {"share_of_floor": 0.5}
+    assert "| `norm` | 2.00 | 3.00 | 5.00 | 1.50x | 50% |" in report.operations(records)
+    assert "alone" not in report.operations(records)
+    assert report.operations([r | {"driver": None} for r in records]) == ""
+    names = [{"name": "nvjet_x", "us": 6000.0}, {"name": "_norm_fwd_kernel", "us": 3000.0}]
+    traced = {"name": "a", "batch": 4, "names": names, "busy_seconds": 0.01, "seconds": 0.012}
+    table = report.profile(traced)
+    assert "| products (cuBLAS) | 6.0 | 60.0% |" in table
+    assert "| everything else | 1.0 | 10.0% |" in table
+    assert "| nothing runs | 2.0 | |" in table
+
+
 def test_without_a_gpu_a_sweep_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2

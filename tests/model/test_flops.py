@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import EncoderConfig, config_from_dict
 from fastrepa.generation.sampler import sample
+from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT
 from fastrepa.training.memory.workload import frozen_flops, measure_workload
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
@@ -71,3 +72,19 @@ def test_sampling(settings):
         sample(model, noise, labels, null_label=8, step_noise=lambda _: noise, **settings)
     counted = counter.get_total_flops() / 2
     assert measure_workload(config).sampling_flops == pytest.approx(counted, rel=0.01)
+
+
+def test_gradients_that_nobody_wants_are_not_counted():
+    """Those of the noisy latent and of the time's sines."""
+    shape = {"width": 32, "depth": 1, "heads": 2, "patch": 4, "num_classes": 8}
+    config = config_of(None, model=shape)
+    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
+
+    def counted(wanted):
+        x, t = (v.requires_grad_(wanted) for v in (torch.randn(2, 3, 32, 32), torch.rand(2)))
+        with FlopCounterMode(display=False) as counter:
+            model(x, t, torch.zeros(2, dtype=torch.int64)).sum().backward()
+        return counter.get_total_flops()
+
+    flops = model_flops(config, side=32, channels=3, encoder_widths=[])
+    assert 3 * flops.forward - flops.training == (counted(True) - counted(False)) / 2

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from fastrepa.config import load_config
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.runtime.determinism import make_deterministic
-from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import grad_norm, join_world, leave_world
+from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.training.run import Run
+from fastrepa.training.zero.engine import grad_norm
 from tests.runs import ROOT, SMALL
 
 
@@ -55,11 +56,12 @@ class Witness:
 
 def one_run(world, folder, steps, overrides):
     config = load_config(ROOT / "configs/quickstart.yaml", [f"run={folder}", *SMALL, *overrides])
-    make_deterministic(config)
-    trainer = Trainer(config, world)
+    make_deterministic(config.deterministic)
+    run = Run(config, world)
+    trainer = run.trainer
     witness, lines = Witness(trainer), []
     pipeline = DataPipeline(
-        trainer.shards, config.data, global_batch=config.training.global_batch,
+        run.data, config.data, global_batch=config.training.global_batch,
         micro_batch=trainer.micro, rank=world.rank, world=world.size, seed=config.seed,
         device=world.device,
     )  # fmt: skip

@@ -7,15 +7,17 @@ import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.config import load_config
 from fastrepa.runtime.hardware import GPUS, peak_flops
 from fastrepa.runtime.regions import NAMES, SAMPLING
+from fastrepa.runtime.world import World
+from fastrepa.training.messages import slow_precision
 from fastrepa.training.meters import ImageFlops, Meter
-from fastrepa.training.trainer import Trainer, slow_precision
+from fastrepa.training.random_batches import RandomBatches
+from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
-from fastrepa.training.zero.engine import World
+from fastrepa.training.zero import settings
 from fastrepa_kernels import launch
 from tests.runs import ROOT
 
@@ -44,7 +46,7 @@ def built(world, *overrides):
     sizes = (f"training.global_batch={BATCH}", f"training.micro_batch={BATCH // 2}")
     overrides = ("run=nowhere", "training.precision=fp32", *sizes, *overrides)
     config = load_config(ROOT / "configs/quickstart.yaml", overrides)
-    return Trainer(config, world, random_weights=True)
+    return Trainer(config, world)
 
 
 def batches_of(trainer):
@@ -101,7 +103,8 @@ def test_a_stall_of_the_data_is_named(trainer):
 
 
 def test_a_slow_collective_is_named_and_taken_off_the_region_around_it(world, monkeypatch):
-    monkeypatch.setattr(zero, "as_run", lambda config, ranks: config)  # or one rank would send none
+    for module in (zero, settings):  # or one rank would send none
+        monkeypatch.setattr(module, "as_run", lambda config, ranks: config)
     trainer = built(world)
     step(trainer)
     whole = TorchBackend.all_gather_into_tensor
