@@ -147,7 +147,7 @@ MUTATIONS = (
     ),
     # Kernels.
     Mutation(
-        "statistics of the unrounded residual", "kernels/fastrepa_kernels/adaln_torch.py",
+        "statistics of the unrounded residual", "kernels/fastrepa_kernels/adaln_kernels.py",
         "xw = kept.copy_(torch.addcmul(*update)).to(wide)",
         "kept.copy_(xw := torch.addcmul(*update))", ADALN_STATISTICS,
     ),
@@ -158,7 +158,7 @@ MUTATIONS = (
         ADALN_STATISTICS,
     ),
     Mutation(
-        "a trial's tolerance times ten", "kernels/fastrepa_kernels/attention_choice.py",
+        "a trial's tolerance times ten", "kernels/fastrepa_kernels/attention/choice.py",
         "allowed = 10 * torch.finfo", "allowed = 100 * torch.finfo",
         "tests/kernels/test_attention_trial.py",
     ),

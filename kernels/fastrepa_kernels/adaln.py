@@ -33,8 +33,9 @@ from fastrepa_kernels.adaln_kernels import (
     _residual_bwd_kernel,
     _residual_fwd_kernel,
     _sums_kernel,
+    norm_gradients_torch,
+    norm_modulate_torch,
 )
-from fastrepa_kernels.adaln_torch import norm_gradients_torch, norm_modulate_torch
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
 

@@ -31,7 +31,7 @@ from fastrepa_kernels import sass
 MODULES = (
     "adaln_kernels",
     "activation",
-    "attention_kernels",
+    "attention.backends",
     "projector_alignment_kernels",
     "adamw_ema",
     "keyed_random",

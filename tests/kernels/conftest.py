@@ -17,7 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastrepa_kernels import attention_backends, attention_choice, launch
+from fastrepa_kernels import launch
+from fastrepa_kernels.attention import backends, choice
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def unpoisoned(launches: list[str]) -> list[str]:
 def another_machine():
     """What was found out about one machine's attention is not true of the next test's."""
     torch.manual_seed(22)
-    refusal, loaded = attention_choice._refusal, dict(attention_backends._loaded)
+    refusal, loaded = choice._refusal, dict(backends._loaded)
     refusal.cache_clear()
     yield
     refusal.cache_clear()
-    attention_backends._loaded.clear()
-    attention_backends._loaded.update(loaded)
+    backends._loaded.clear()
+    backends._loaded.update(loaded)

@@ -10,8 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrepa_kernels import attention
-from fastrepa_kernels import attention_backends as backends
-from fastrepa_kernels import attention_choice as choices
 from fastrepa_kernels.attention import (
     BACKENDS,
     MODULES,
@@ -19,9 +17,11 @@ from fastrepa_kernels.attention import (
     SDPA,
     attention_cost,
     attention_reference,
+    backends,
     choose,
     refusal,
 )
+from fastrepa_kernels.attention import choice as choices
 from tests.kernels.accuracy import assert_as_good_as_eager, check
 
 pytestmark = pytest.mark.usefixtures("another_machine")

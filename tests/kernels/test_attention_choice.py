@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-from fastrepa_kernels import attention_backends as backends
-from fastrepa_kernels import attention_choice as choices
 from fastrepa_kernels import launch
-from fastrepa_kernels.attention import BACKENDS, FLASH, MODULES, PRIORITY, choose, order
+from fastrepa_kernels.attention import BACKENDS, FLASH, MODULES, PRIORITY, backends, choose, order
+from fastrepa_kernels.attention import choice as choices
 
 pytestmark = pytest.mark.usefixtures("another_machine")
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastrepa_kernels import attention_choice
+from fastrepa_kernels.attention import choice
 
 # Ten units of bf16: what TF32 products may do, and far less than a wrong kernel.
 BOUND = 10 * 2.0**-7
@@ -15,10 +15,10 @@ def trial(monkeypatch, factor):
     """Of a backend whose output is `factor` times the exact one, and whose gradient is with it."""
 
     def run(name, qkv, *_):
-        return factor * attention_choice.attention_reference(qkv)
+        return factor * choice.attention_reference(qkv)
 
-    monkeypatch.setattr(attention_choice, "run", run)
-    return attention_choice._trial("math", torch.device("cpu"), torch.float64, 16, False)
+    monkeypatch.setattr(choice, "run", run)
+    return choice._trial("math", torch.device("cpu"), torch.float64, 16, False)
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.0, True), (0.99, True), (1.01, False)])

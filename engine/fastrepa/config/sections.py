@@ -365,7 +365,7 @@ class ZeroConfig(_Section):
 
 
 class AttentionConfig(_Section):
-    """Which attention computes the training's; fastrepa_kernels/attention.py has the table."""
+    """Which attention computes the training's; fastrepa_kernels/attention/choice.py has it."""
 
     backend: Literal[
         "auto",

@@ -4,8 +4,8 @@ Shapes: B batch, T tokens, H heads, d head dimension; qkv [B,T,3,H,d] is what on
 as a view. q and k may be normalised over d first (LayerNorm with weight and bias: qk-norm).
 Saved for backward: qkv, the output and one log-sum per row; `math` keeps the T x T probabilities.
 
-A backend is chosen, called without copying q, k or v, and never silently. attention_choice.py says
-which one runs and why not the others; attention_backends.py has their names and their calls.
+A backend is chosen, called without copying q, k or v, and never silently. choice.py says which one
+runs and why not the others; backends.py has their names and their calls.
 
 On an H200 with torch 2.11 sdpa-cudnn, sdpa-flash, sdpa-efficient, math and sdpa ran and were right
 at SiT-XL/2's shape. cuDNN was the fastest: 1.74 ms forward and backward of 256 images of 256 tokens
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.attention_backends import (
+from fastrepa_kernels.attention.backends import (
     BACKENDS,
     FLASH,
     MODULES,
@@ -36,7 +36,7 @@ from fastrepa_kernels.attention_backends import (
     attention_reference,
     run,
 )
-from fastrepa_kernels.attention_choice import PRIORITY, Choice, choose, order, refusal
+from fastrepa_kernels.attention.choice import PRIORITY, Choice, choose, order, refusal
 from fastrepa_kernels.cost import Cost
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrepa_kernels import launch
-from fastrepa_kernels.attention_backends import (
+from fastrepa_kernels.attention.backends import (
     BACKENDS,
     FLASH,
     MODULES,
