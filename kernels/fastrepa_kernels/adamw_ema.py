@@ -196,7 +196,8 @@ def _step_triton(entry, averages, control, rates, betas, eps) -> None:
     size = entry[0].numel()
     flat = launch.FLAT["optimiser"][launch.generation(entry[0].device)]
     p, g, m, v, low = entry
-    e0, e1, e2, e3 = (*averages, *(None,) * (MAX_EMAS - len(averages)))
+    emas: list[Any] = [*averages, *[None] * (MAX_EMAS - len(averages))]
+    e0, e1, e2, e3 = emas
     weights = (*rates.ema_weights, *(0.0,) * (MAX_EMAS - len(rates.ema_weights)))
     _adamw_ema_kernel[(triton.cdiv(size, flat.block),)](
         p_ptr=p, g_ptr=g, m_ptr=m, v_ptr=v, low_ptr=low, e0_ptr=e0, e1_ptr=e1, e2_ptr=e2, e3_ptr=e3,
