@@ -147,7 +147,7 @@ MUTATIONS = (
     ),
     # Kernels.
     Mutation(
-        "statistics of the unrounded residual", "kernels/fastrepa_kernels/adaln.py",
+        "statistics of the unrounded residual", "kernels/fastrepa_kernels/adaln_kernels.py",
         "xw = kept.copy_(torch.addcmul(*update)).to(wide)",
         "kept.copy_(xw := torch.addcmul(*update))", ADALN_STATISTICS,
     ),
@@ -158,7 +158,7 @@ MUTATIONS = (
         ADALN_STATISTICS,
     ),
     Mutation(
-        "a trial's tolerance times ten", "kernels/fastrepa_kernels/attention.py",
+        "a trial's tolerance times ten", "kernels/fastrepa_kernels/attention/choice.py",
         "allowed = 10 * torch.finfo", "allowed = 100 * torch.finfo",
         "tests/kernels/test_attention_trial.py",
     ),
@@ -169,7 +169,7 @@ MUTATIONS = (
     ),
     Mutation(
         "clamp below eps ignored in backward, kernel",
-        "kernels/fastrepa_kernels/projector_alignment.py",
+        "kernels/fastrepa_kernels/projector_alignment_kernels.py",
         "tl.where(length < eps, 0.0, c * rz)", "c * rz",
         f"{ALIGNMENT_TESTS}::test_projections_below_eps",
     ),
@@ -180,26 +180,26 @@ MUTATIONS = (
         f"{ALIGNMENT_TESTS}::test_chunking_does_not_change_the_result",
     ),
     Mutation(
-        "targets' scale ignored", "kernels/fastrepa_kernels/projector_alignment.py",
+        "targets' scale ignored", "kernels/fastrepa_kernels/projector_alignment_kernels.py",
         "y *= tl.load(y_scale_ptr + row)\n", "y *= 2 * tl.load(y_scale_ptr + row) - y\n",
         f"{ALIGNMENT_TESTS}::test_int8_targets",
     ),
     Mutation(
         "second moment not corrected", "kernels/fastrepa_kernels/adamw_ema.py",
-        "root=1 / math.sqrt(1 - betas[1] ** step)", "root=1.0", PARITY,
+        "bias2_rsqrt=1 / math.sqrt(1 - betas[1] ** step)", "bias2_rsqrt=1.0", PARITY,
     ),
     Mutation(
         "weight decay ignored", "kernels/fastrepa_kernels/adamw_ema.py",
-        "decay=1 - lr * weight_decay,", "decay=1.0,", PARITY,
+        "decay_factor=1 - lr * weight_decay,", "decay_factor=1.0,", PARITY,
     ),
     Mutation(
         "eps inside the bias correction", "kernels/fastrepa_kernels/adamw_ema.py",
-        "(m / (tl.sqrt(v) * root + eps))", "(m / ((tl.sqrt(v) + eps) * root))",
+        "(m / (tl.sqrt(v) * bias2_rsqrt + eps))", "(m / ((tl.sqrt(v) + eps) * bias2_rsqrt))",
         "tests/kernels/test_adamw_ema.py::test_as_good_as_eager",
     ),
     Mutation(
         "EMA of the old weights", "kernels/fastrepa_kernels/adamw_ema.py",
-        "torch._foreach_lerp_(e, p, rest)", "torch._foreach_lerp_(e, p, rest * rest)",
+        "torch._foreach_lerp_(e, p, weight)", "torch._foreach_lerp_(e, p, weight * weight)",
         "tests/kernels/test_adamw_ema.py::test_several_averages_in_one_pass",
     ),
     Mutation(
@@ -223,7 +223,7 @@ MUTATIONS = (
     ),
     Mutation(
         "SiLU's slope", "kernels/fastrepa_kernels/activation.py",
-        "da = dh * s * (1.0 + a * rest)", "da = dh * s * (1.0 + a * s)",
+        "da = dh * s * (1.0 + a * one_minus_s)", "da = dh * s * (1.0 + a * s)",
         "tests/kernels/test_activation.py",
     ),
     Mutation(

@@ -1,4 +1,10 @@
-"""Fused operations for representation-aligned diffusion transformers: torch and triton only."""
+"""Fused operations for representation-aligned diffusion transformers: torch and triton only.
+
+The engine runs `adaln_linear`, `adaln_mlp`, `attention`, `projector_alignment`, `adamw_ema_` and
+`keyed_random`. The rest, `layernorm_modulate`, `gated_residual_layernorm_modulate`,
+`gated_residual` and `linear_gelu`, are only a library for other training scripts: they replace
+single parts of a block, as `patch_reference` does.
+"""
 
 from fastrepa_kernels.adaln import (
     gated_residual,

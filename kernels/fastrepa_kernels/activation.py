@@ -8,9 +8,9 @@ with s the logistic function and k = sqrt(2/pi): 0.5 (1 + tanh u) = s(2u). 1 - s
 sign: subtracted it would lose all its digits where GELU' multiplies it by a^3.
 
 Shapes: N rows, C columns; a, h, dh, da [N,C] contiguous, sums [C] fp32. Nothing is saved here:
-these are the pointwise halves of projector_alignment and linear_gelu, which own the autograd.
-`out` may be one of the inputs. Backward can write h once more in its pass. Column sums are
-two-stage, in a fixed order.
+these are the pointwise halves of projector_alignment, adaln_mlp and linear_gelu, which own the
+autograd. `out` may be one of the inputs. Backward can write h once more in its pass. Column sums
+are two-stage, in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastrepa_kernels.sass import Traffic
 
 @triton.jit
 def _logistic(z):
-    """(s(z), 1 - s(z)), both to their last digits."""
+    """Return (s(z), 1 - s(z)), both to their last digits."""
     e = tl.exp(-tl.abs(z))
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
@@ -42,10 +42,12 @@ def _twice_u(a):
 
 @triton.jit
 def _activation_fwd_kernel(a_ptr, h_ptr, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    a = tl.load(a_ptr + at, mask=at < size, other=0.0).to(tl.float32)  # [BLOCK]
+    pid = tl.program_id(0).to(tl.int64)
+    offs = pid * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    mask = offs < size
+    a = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     s, _ = _logistic(_twice_u(a) if GELU else a)  # backward makes the same bits again
-    tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=at < size)
+    tl.store(h_ptr + offs, (a * s).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -54,46 +56,47 @@ def _activation_bwd_kernel(
     GELU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    first = tl.program_id(1) * ROWS
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    """Walk down ROWS rows of BLOCK_C columns; sums [cdiv(N, ROWS), C]."""
+    pid_c, pid_n = tl.program_id(0), tl.program_id(1)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, ROWS, BLOCK_N):
-        n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        at = n.to(tl.int64)[:, None] * C + c[None, :]  # [BLOCK_N, BLOCK_C] int64
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        s, rest = _logistic(_twice_u(a) if GELU else a)
+        offs_n = pid_n * ROWS + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]  # [BLOCK_N, BLOCK_C] int64
+        mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+        a = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        dh = tl.load(dh_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        s, one_minus_s = _logistic(_twice_u(a) if GELU else a)
         if GELU:
             slope = 1.5957691216057308 * (1.0 + 0.134145 * a * a)
-            da = dh * (s + a * s * rest * slope)
+            da = dh * (s + a * s * one_minus_s * slope)
         else:
-            da = dh * s * (1.0 + a * rest)
+            da = dh * s * (1.0 + a * one_minus_s)
         if h_ptr is not None:
-            tl.store(h_ptr + at, (a * s).to(h_ptr.dtype.element_ty), mask=inside)
-        tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
+            tl.store(h_ptr + offs, (a * s).to(h_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptr + offs, da.to(da_ptr.dtype.element_ty), mask=mask)
         if SUMS:
-            total += da  # rows outside loaded dh = 0; reduced once, no barrier within the loop
+            acc += da  # masked rows loaded dh = 0; reduced once, no barrier within the loop
     if SUMS:
-        at = sums_ptr + (tl.program_id(1).to(tl.int64) * C + c)
-        tl.store(at, tl.sum(total, 0), mask=c < C)
+        offs = pid_n.to(tl.int64) * C + offs_c
+        tl.store(sums_ptr + offs, tl.sum(acc, 0), mask=offs_c < C)
 
 
 @triton.jit
 def _column_sums_kernel(
     t_ptr, sums_ptr, N, C, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Sums of ROWS rows at a time, [splits,C]."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    first = tl.program_id(1) * ROWS
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    """Sum ROWS rows at a time: sums [cdiv(N, ROWS), C]."""
+    pid_c, pid_n = tl.program_id(0), tl.program_id(1)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, ROWS, BLOCK_N):
-        n = first + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        at = n.to(tl.int64)[:, None] * C + c[None, :]  # [BLOCK_N, BLOCK_C] int64
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        total += tl.load(t_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    at = sums_ptr + (tl.program_id(1).to(tl.int64) * C + c)
-    tl.store(at, tl.sum(total, 0), mask=c < C)
+        offs_n = pid_n * ROWS + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]  # [BLOCK_N, BLOCK_C] int64
+        mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+        acc += tl.load(t_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = pid_n.to(tl.int64) * C + offs_c
+    tl.store(sums_ptr + offs, tl.sum(acc, 0), mask=offs_c < C)
 
 
 MOST_PARTS = 1024
@@ -107,8 +110,9 @@ def _twice_u_torch(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _gelu_torch(a: Tensor, out: Tensor) -> None:
-    """Block by block, by the logistic function, which costs a CPU a third of aten's tanh; `out` may
-    be `a`.
+    """Write GELU(a) to out, which may be `a`, block by block.
+
+    By the logistic function, which costs a CPU a third of aten's tanh.
     """
     s = a.new_empty(min(_BLOCK, a.numel()), dtype=launch.arithmetic_dtype(a))
     for x, h in zip(a.view(-1).split(_BLOCK), out.view(-1).split(_BLOCK), strict=True):
@@ -117,9 +121,10 @@ def _gelu_torch(a: Tensor, out: Tensor) -> None:
 
 
 def _gelu_backward_torch(dh: Tensor, a: Tensor, out: Tensor, again: Tensor | None) -> None:
-    """Block by block, one logistic function for GELU and its slope; `out` may be `dh` or `a`.
+    """Write dh GELU'(a) to out, which may be `dh` or `a`, and GELU(a) to again, block by block.
 
-    a 2u' = 3 (2u) - 2 k' a with k' = 2 k, so that GELU' = s + 3 s (1 - s) (2u - 2/3 k' a).
+    One logistic function serves both: a 2u' = 3 (2u) - 2 k' a with k' = 2 k, so that
+    GELU' = s + 3 s (1 - s) (2u - 2/3 k' a).
     """
     wide = launch.arithmetic_dtype(a)
     buffers = a.new_empty((3, min(_BLOCK, a.numel())), dtype=wide)
@@ -137,15 +142,15 @@ def _gelu_backward_torch(dh: Tensor, a: Tensor, out: Tensor, again: Tensor | Non
 
 
 def column_sums(t: Tensor) -> Tensor:
-    """t [N,C], contiguous, over its rows, in fp32 (float64 for float64)."""
+    """Sum t [N,C], contiguous, over its rows: [C] in fp32 (float64 for float64)."""
     wide = launch.arithmetic_dtype(t)
     if t.numel() and launch.use_triton(t):
         (n, c), table = t.shape, launch.COLUMNS["sums"][launch.generation(t.device)]
-        splits = triton.cdiv(n, table.rows)
-        parts = torch.empty((splits, c), dtype=wide, device=t.device)
-        _column_sums_kernel[(triton.cdiv(c, table.block_c), splits)](
-            t, parts, n, c, ROWS=table.rows, BLOCK_N=table.block_n, BLOCK_C=table.block_c,
-            num_warps=table.num_warps,
+        num_pid_c, num_pid_n = triton.cdiv(c, table.block_c), triton.cdiv(n, table.rows)
+        parts = torch.empty((num_pid_n, c), dtype=wide, device=t.device)
+        _column_sums_kernel[(num_pid_c, num_pid_n)](
+            t_ptr=t, sums_ptr=parts, N=n, C=c, ROWS=table.rows,
+            BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
         )  # fmt: skip
         return sum_of_parts(parts)
     if t.is_cuda or t.dtype == wide:
@@ -157,22 +162,23 @@ def column_sums(t: Tensor) -> Tensor:
 
 
 def sum_of_parts(parts: Tensor) -> Tensor:
-    """The column sums of partial sums [S,C] fp32. Where S is in the hundreds aten's kernel, made
-    for more rows, takes longer.
+    """Sum partial sums [S,C] over S: [C].
+
+    Where S is in the hundreds aten's kernel, made for more rows, takes longer than ours.
     """
     if not 0 < len(parts) <= MOST_PARTS or not launch.use_triton(parts):
         return parts.sum(0)
     (s, c), table = parts.shape, launch.COLUMNS["parts"][launch.generation(parts.device)]
     total = torch.empty(c, dtype=parts.dtype, device=parts.device)
     _column_sums_kernel[(triton.cdiv(c, table.block_c), 1)](
-        parts, total, s, c, ROWS=triton.cdiv(s, table.rows) * table.rows, BLOCK_N=table.block_n,
-        BLOCK_C=table.block_c, num_warps=table.num_warps,
+        t_ptr=parts, sums_ptr=total, N=s, C=c, ROWS=triton.cdiv(s, table.rows) * table.rows,
+        BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
     return total
 
 
 def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
-    """out = f(a), both contiguous and of one dtype."""
+    """Write f(a) to out: [N,C] both, contiguous and of one dtype; `out` may be `a`."""
     if not launch.use_triton(a):
         if gelu:
             _gelu_torch(a, out)
@@ -181,12 +187,13 @@ def activate(a: Tensor, out: Tensor, *, gelu: bool) -> None:
     elif a.numel():
         flat = launch.FLAT["activation"][launch.generation(a.device)]
         _activation_fwd_kernel[(triton.cdiv(a.numel(), flat.block),)](
-            a, out, a.numel(), GELU=gelu, BLOCK=flat.block, num_warps=flat.num_warps
-        )
+            a_ptr=a, h_ptr=out, size=a.numel(), GELU=gelu, BLOCK=flat.block,
+            num_warps=flat.num_warps,
+        )  # fmt: skip
 
 
 def partial_rows(a: Tensor, rows: int) -> int:
-    """How many rows of partial sums activate_backward gives for `rows` rows of a."""
+    """Return how many rows of partial sums activate_backward gives for `rows` rows of a [N,C]."""
     if not launch.use_triton(a):
         return 1
     return triton.cdiv(rows, launch.COLUMNS["activation"][launch.generation(a.device)].rows)
@@ -196,10 +203,11 @@ def activate_backward(
     dh: Tensor, a: Tensor, out: Tensor, *, gelu: bool, sums: bool, again: Tensor | None = None,
     parts: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """out = dh f'(a); returns the column sums of out in fp32 (float64 for float64) if `sums`.
+    """Write dh f'(a) to out: [N,C] all; if `sums`, return out's column sums [C].
 
-    again: receives f(a) in the same pass, where the forward's was not kept. parts
-    [partial_rows(a, N),C]: receives partial sums, and nothing is returned; the caller adds them up.
+    The sums are fp32 (float64 for float64). again [N,C]: receives f(a) in the same pass, where the
+    forward's was not kept. parts [partial_rows(a, N),C]: receives partial sums, and nothing is
+    returned; the caller adds them up.
     """
     if not launch.use_triton(a):
         if gelu:
@@ -215,18 +223,19 @@ def activate_backward(
     if not a.numel():
         return torch.zeros(c, device=a.device) if sums else None
     table = launch.COLUMNS["activation"][launch.generation(a.device)]
-    splits, given = triton.cdiv(n, table.rows), parts is not None
+    num_pid_c, num_pid_n = triton.cdiv(c, table.block_c), triton.cdiv(n, table.rows)
+    given = parts is not None
     if parts is None:
-        parts = torch.empty((splits, c) if sums else (0,), dtype=torch.float32, device=a.device)
-    _activation_bwd_kernel[(triton.cdiv(c, table.block_c), splits)](
-        dh, a, out, again, parts, n, c, GELU=gelu, SUMS=sums, ROWS=table.rows,
-        BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
+        parts = torch.empty((num_pid_n, c) if sums else (0,), dtype=torch.float32, device=a.device)
+    _activation_bwd_kernel[(num_pid_c, num_pid_n)](
+        dh_ptr=dh, a_ptr=a, da_ptr=out, h_ptr=again, sums_ptr=parts, N=n, C=c, GELU=gelu, SUMS=sums,
+        ROWS=table.rows, BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
     return sum_of_parts(parts) if sums and not given else None
 
 
 def activation_cost(n: int, c: int, itemsize: int, *, backward: bool = False) -> Cost:
-    """Forward reads a and writes h; backward reads dh and a and writes da."""
+    """Count a pass over [n,c]: forward reads a, writes h; backward reads dh, a, writes da."""
     return Cost(
         flops=(12 if backward else 6) * n * c, bytes=(3 if backward else 2) * n * c * itemsize
     )

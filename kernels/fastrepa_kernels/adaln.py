@@ -21,9 +21,6 @@ of each tensor, forward and backward, statistics in fp32. A row is held in one o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -36,6 +33,8 @@ from fastrepa_kernels.adaln_kernels import (
     _residual_bwd_kernel,
     _residual_fwd_kernel,
     _sums_kernel,
+    norm_gradients_torch,
+    norm_modulate_torch,
 )
 from fastrepa_kernels.cost import Cost
 from fastrepa_kernels.registration import differentiable, first_order
@@ -43,7 +42,6 @@ from fastrepa_kernels.registration import differentiable, first_order
 EPS = 1e-6
 # dx, dbranch, dshift, dscale, dgate
 NormGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_CPU_BLOCK = 1 << 18  # elements: five or so fp32 buffers of 1 MiB stay in a CPU's caches
 
 
 def layernorm_modulate_reference(
@@ -54,14 +52,23 @@ def layernorm_modulate_reference(
     eps: float = EPS,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The specification, in whatever dtype it is given (float64 in tests)."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    """The specification, in whatever dtype it is given (float64 in tests).
+
+    x [B,T,D]; shift, scale [B,D], widened to x's dtype before any arithmetic. Returns [B,T,D].
+    """
+    wide = torch.promote_types(x.dtype, torch.promote_types(scale.dtype, shift.dtype))
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    y = y * (1 + scale[:, None].to(wide)) + shift[:, None].to(wide)
     return y.to(out_dtype or shift.dtype)
 
 
 def gated_residual_reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """The specification of the residual update; the result keeps x's dtype."""
-    return (x + gate[:, None] * branch).to(x.dtype)
+    """The specification of the residual update: x, branch [B,T,D], gate [B,D] -> [B,T,D].
+
+    branch and gate are widened to x's dtype before any arithmetic; the result keeps it.
+    """
+    wide = torch.promote_types(x.dtype, torch.promote_types(gate.dtype, branch.dtype))
+    return (x + gate[:, None].to(wide) * branch.to(wide)).to(x.dtype)
 
 
 def gated_residual_layernorm_modulate_reference(
@@ -74,7 +81,7 @@ def gated_residual_layernorm_modulate_reference(
     eps: float = EPS,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification: the two above, one after the other."""
+    """The specification: the two above, one after the other. Returns (x_new, y), [B,T,D] each."""
     x_new = gated_residual_reference(x, branch, gate)
     y = layernorm_modulate_reference(x_new, shift, scale, eps=eps, out_dtype=out_dtype)
     return x_new, y
@@ -89,68 +96,26 @@ def _norm_modulate(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_new, y, mean, rstd); x_new is empty where there is no branch."""
+    """Return (x_new, y [B,T,D], mean, rstd [B,T]); x_new is empty where there is no branch."""
     b, t, d = x.shape
     gated = branch is not None and gate is not None
     if not launch.use_triton(x, d):
-        return _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype)
+        return norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype)
     x_new = torch.empty_like(x) if gated else x.new_empty(0)
     y = torch.empty_like(x, dtype=out_dtype)
     mean = torch.empty((b, t), dtype=torch.float32, device=x.device)
     rstd = torch.empty((b, t), dtype=torch.float32, device=x.device)
     if x.numel():
         row = launch.rows("norm_forward", d, x.device)
-        tiles = triton.cdiv(t, row.block_n)
-        _norm_fwd_kernel[(b * tiles,)](
-            x, branch, gate, shift, scale, x_new, y, mean, rstd,
-            gate.stride(0) if gate is not None else 0, shift.stride(0), scale.stride(0),
-            t, d, tiles, eps,
+        num_pid_t = triton.cdiv(t, row.block_n)
+        _norm_fwd_kernel[(b * num_pid_t,)](
+            x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale,
+            x_new_ptr=x_new, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+            stride_gate=0 if gate is None else gate.stride(0), stride_shift=shift.stride(0),
+            stride_scale=scale.stride(0), T=t, D=d, num_pid_t=num_pid_t, eps=eps,
             BLOCK_N=row.block_n, BLOCK_D=row.block_d, TAIL=row.tail, num_warps=row.num_warps,
         )  # fmt: skip
     return x_new, y, mean, rstd
-
-
-def _samples(x: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
-    """What a CPU handles at once: as many samples as stay in its caches, of each tensor."""
-    count = max(1, _CPU_BLOCK // max(1, x[:1].numel()))
-    for start in range(0, x.shape[0], count):
-        yield [None if t is None else t[start : start + count] for t in (x, *others)]
-
-
-def _norm_modulate_torch(x, branch, gate, shift, scale, eps, out_dtype):
-    wide = launch.arithmetic_dtype(x)
-    kept = torch.empty_like(x) if branch is not None else None
-    y = torch.empty_like(x, dtype=out_dtype)
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=wide) for _ in range(2))
-    for part in _samples(x, branch, gate, kept, shift, scale, y, mean, rstd):
-        _norm_modulate_part(*part, eps=eps, wide=wide)
-    return x.new_empty(0) if kept is None else kept, y, mean, rstd
-
-
-def _norm_modulate_part(x, branch, gate, kept, shift, scale, y, mean, rstd, *, eps, wide):
-    """Of some samples, into kept, y and the statistics."""
-    xw = x.to(wide)
-    if kept is not None:
-        update = xw, branch.to(wide), gate.to(wide)[:, None]
-        if kept.dtype == wide:
-            xw = torch.addcmul(*update, out=kept)
-        else:
-            xw = kept.copy_(torch.addcmul(*update)).to(wide)  # what backward will see
-    # In passes that ATen vectorises: its own layer norm takes a CPU more than twice as long.
-    h = torch.sub(xw, torch.mean(xw, -1, out=mean)[..., None])
-    torch.linalg.vector_norm(h, dim=-1, out=rstd)
-    rstd.square_().div_(xw.shape[-1]).add_(eps).rsqrt_()
-    _modulate_torch(h.mul_(rstd[..., None]), shift, scale, out=y, buffer=h)
-
-
-def _modulate_torch(h, shift, scale, out, buffer):
-    """out = h (1 + scale) + shift, through `buffer`, which may be h."""
-    torch.mul(h, 1 + scale.to(h.dtype)[:, None], out=buffer)
-    shift = shift.to(h.dtype)[:, None]
-    if out.dtype == h.dtype:
-        torch.add(buffer, shift, out=out)
-    else:
-        out.copy_(buffer.add_(shift))
 
 
 _norm_modulate_op = torch.library.custom_op("fastrepa::norm_modulate", mutates_args=())(
@@ -182,8 +147,10 @@ def _norm_gradients(
     sums: bool,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[NormGradients, Tensor]:
-    """((dx, dbranch, dshift, dscale, dgate), y): x is what was normalised; what nobody asked for is
-    empty. y is made again where `y_dtype` asks for it: everything it takes is at hand here.
+    """Return ((dx, dbranch [B,T,D], dshift, dscale, dgate [B,D]), y [B,T,D]).
+
+    x is what was normalised; what nobody asked for is empty. y is made again where `y_dtype` asks
+    for it: everything it takes is at hand here.
     """
     dx = torch.empty_like(x)
     dbranch = x.new_empty(0) if branch is None else torch.empty_like(branch)
@@ -193,7 +160,7 @@ def _norm_gradients(
     y = None if y_dtype is None else torch.empty_like(x, dtype=y_dtype)
     given = (dy, dx_new, x, branch, gate, shift, scale, mean, rstd, dx, dbranch, y)
     if not launch.use_triton(x, x.shape[-1]):
-        _norm_gradients_torch(*given, totals)
+        norm_gradients_torch(*given, totals)
     elif x.numel():
         _norm_gradients_triton(*given, totals, sums)
     else:
@@ -207,77 +174,34 @@ def _norm_gradients_triton(
 ):
     b, t, d = x.shape
     row = launch.rows("norm_backward", d, x.device)
-    per_split = launch.rows_per_split(b, t, row.split, launch.slots(row, x.device))
-    splits = triton.cdiv(t, per_split)
+    rows_per_split = launch.rows_per_split(b, t, row.split, launch.slots(row, x.device))
+    num_splits = triton.cdiv(t, rows_per_split)
     parts = None
     if sums:
-        shape = 2 if gate is None else 3, b * splits, d
+        shape = 2 if gate is None else 3, b * num_splits, d
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _norm_bwd_kernel[(b * splits,)](
-        dy, dx_new, x, branch, gate, None if y is None else shift, scale, mean, rstd,
-        dx, dbranch, y, parts,
-        0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
-        t, d, splits, b * splits * d, ROWS=per_split, BLOCK_D=row.block_d, TAIL=row.tail,
+    _norm_bwd_kernel[(b * num_splits,)](
+        dy_ptr=dy, dx_new_ptr=dx_new, x_ptr=x, branch_ptr=branch, gate_ptr=gate,
+        shift_ptr=None if y is None else shift, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd,
+        dx_ptr=dx, dbranch_ptr=dbranch, y_ptr=y, parts_ptr=parts,
+        stride_gate=0 if gate is None else gate.stride(0), stride_shift=shift.stride(0),
+        stride_scale=scale.stride(0), T=t, D=d, num_splits=num_splits,
+        stride_parts=b * num_splits * d, ROWS=rows_per_split, BLOCK_D=row.block_d, TAIL=row.tail,
         STAGES=row.stages, num_warps=row.num_warps,
     )  # fmt: skip
     if parts is not None:
-        _sum_splits(parts, totals if gate is not None else [*totals[:2], None], splits)
+        _sum_splits(parts, totals if gate is not None else [*totals[:2], None], num_splits)
 
 
-def _sum_splits(parts: Tensor, totals: list[Tensor | None], splits: int) -> None:
-    """totals, one [B,D] each, from parts [sums,B*splits,D]."""
+def _sum_splits(parts: Tensor, totals: list[Tensor | None], num_splits: int) -> None:
+    """Sum parts [up to 3, B * num_splits, D] into totals, [B,D] each."""
     _, rows, d = parts.shape
+    out0, out1, out2 = totals
     flat = launch.FLAT["norm_sums"][launch.generation(parts.device)]
-    _sums_kernel[(rows // splits, triton.cdiv(d, flat.block))](
-        parts, *totals, d, splits, rows * d, BLOCK_D=flat.block, num_warps=flat.num_warps
-    )
-
-
-def _norm_gradients_torch(
-    dy, dx_new, x, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, totals
-):
-    wide = launch.arithmetic_dtype(x)
-    dbranch = None if branch is None else dbranch
-    into = [v.to(wide) if v.numel() else None for v in totals]  # v itself where it is wide
-    for part in _samples(
-        x, dy, dx_new, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, *into
-    ):
-        _norm_gradients_part(*part, wide=wide)
-    for total, value in zip(totals, into, strict=True):
-        if value is not None and value is not total:
-            total.copy_(value)
-
-
-def _norm_gradients_part(
-    x, dy, dx_new, branch, gate, shift, scale, mean, rstd, dx, dbranch, y, dshift, dscale, dgate,
-    *, wide,
-):  # fmt: skip
-    """Of some samples, into dx, dbranch, y and the sums."""
-    x, dy = x.to(wide), dy.to(wide)
-    mean, rstd = mean[..., None], rstd[..., None]
-    g = dy * (1 + scale.to(wide)[:, None])
-    grad = torch.ops.aten.native_layer_norm_backward(
-        g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-    )[0]
-    if dx_new is None or dx_new.dtype != dx.dtype or dx.dtype != wide:
-        dx.copy_(grad if dx_new is None else grad.add_(dx_new))
-    else:
-        grad = torch.add(grad, dx_new, out=dx)
-    if dshift is not None or y is not None:
-        h = torch.sub(x, mean, out=g).mul_(rstd)  # g has done its work
-    if y is not None:
-        _modulate_torch(h, shift, scale, out=y, buffer=torch.empty_like(h))
-    if dshift is not None:
-        torch.sum(dy, 1, out=dshift)
-        torch.sum(h.mul_(dy), 1, out=dscale)
-    if dgate is not None:
-        torch.sum(torch.mul(branch.to(wide), grad, out=g), 1, out=dgate)
-    if dbranch is not None:
-        gate = gate.to(wide)[:, None]
-        if dbranch.dtype == wide:
-            torch.mul(grad, gate, out=dbranch)
-        else:
-            dbranch.copy_(torch.mul(grad, gate, out=g))
+    _sums_kernel[(rows // num_splits, triton.cdiv(d, flat.block))](
+        parts_ptr=parts, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, D=d, num_splits=num_splits,
+        stride_parts=rows * d, BLOCK_D=flat.block, num_warps=flat.num_warps,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("fastrepa::norm_modulate_backward", mutates_args=())
@@ -297,7 +221,7 @@ def _norm_modulate_backward(
 
 
 def _norm_gradient_shapes(x, branch, gate, shift, scale, sums):
-    """Fakes of (dx, dbranch, dshift, dscale, dgate)."""
+    """Return fakes of (dx, dbranch [B,T,D], dshift, dscale, dgate [B,D])."""
     wanted = (shift, scale, scale.new_empty(0) if gate is None else gate)
     return (
         torch.empty_like(x),
@@ -340,7 +264,7 @@ def _flowing(dx_new: Tensor | None, branch: Tensor | None) -> Tensor | None:
 
 
 def _in_order(grads, needs):
-    """(dx, dbranch, dshift, dscale, dgate) as x, branch, gate, shift, scale want them."""
+    """Return (dx, dbranch, dgate, dshift, dscale), None where `needs` says so."""
     dx, dbranch, dshift, dscale, dgate = grads
     wanted = zip((dx, dbranch, dgate, dshift, dscale), needs, strict=True)
     return tuple(g if need else None for g, need in wanted)
@@ -360,9 +284,10 @@ def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     x_new = torch.empty_like(x)
     if x.numel():
         table = launch.COLUMNS["residual"][launch.generation(x.device)]
-        tiles, strips = triton.cdiv(t, table.block_n), triton.cdiv(d, table.block_c)
-        _residual_fwd_kernel[(b * tiles * strips,)](
-            x, branch, gate, x_new, gate.stride(0), t, d, tiles, strips,
+        num_pid_t, num_pid_c = triton.cdiv(t, table.block_n), triton.cdiv(d, table.block_c)
+        _residual_fwd_kernel[(b * num_pid_t * num_pid_c,)](
+            x_ptr=x, branch_ptr=branch, gate_ptr=gate, x_new_ptr=x_new, stride_gate=gate.stride(0),
+            T=t, D=d, num_pid_t=num_pid_t, num_pid_c=num_pid_c,
             BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
         )  # fmt: skip
     return x_new
@@ -377,7 +302,7 @@ def _(x, branch, gate):
 def _gated_residual_backward(
     dx: Tensor, branch: Tensor, gate: Tensor, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dbranch, dgate); dgate is empty where nobody needs it."""
+    """Return (dbranch [B,T,D], dgate [B,D]); dgate is empty where nobody needs it."""
     b, t, d = branch.shape
     if not launch.use_triton(branch, d):
         wide = launch.arithmetic_dtype(dx)
@@ -388,16 +313,17 @@ def _gated_residual_backward(
     if not branch.numel():
         return dbranch, dgate.zero_()
     table = launch.COLUMNS["residual"][launch.generation(branch.device)]
-    splits = triton.cdiv(t, table.rows)
+    num_splits = triton.cdiv(t, table.rows)
     parts = None
     if sums:
-        parts = torch.empty((1, b * splits, d), dtype=torch.float32, device=branch.device)
-    _residual_bwd_kernel[(b * splits, triton.cdiv(d, table.block_c))](
-        dx, branch, gate, dbranch, parts, gate.stride(0), t, d, splits, ROWS=table.rows,
+        parts = torch.empty((1, b * num_splits, d), dtype=torch.float32, device=branch.device)
+    _residual_bwd_kernel[(b * num_splits, triton.cdiv(d, table.block_c))](
+        dx_ptr=dx, branch_ptr=branch, gate_ptr=gate, dbranch_ptr=dbranch, parts_ptr=parts,
+        stride_gate=gate.stride(0), T=t, D=d, num_splits=num_splits, ROWS=table.rows,
         BLOCK_N=table.block_n, BLOCK_C=table.block_c, num_warps=table.num_warps,
     )  # fmt: skip
     if parts is not None:
-        _sum_splits(parts, [dgate, None, None], splits)
+        _sum_splits(parts, [dgate, None, None], num_splits)
     return dbranch, dgate
 
 
@@ -456,7 +382,7 @@ def _check(name: str, x: Tensor, branch: Tensor | None, **per_sample: Tensor) ->
 
 
 def _row_major(per_sample: Tensor) -> Tensor:
-    """Any row stride will do, so that a chunk of [B, 6D] is read where it lies."""
+    """Return [B,D] with any row stride, so that a chunk of [B,6D] is read where it lies."""
     return per_sample if per_sample.stride(-1) == 1 else per_sample.contiguous()
 
 
@@ -468,7 +394,7 @@ def layernorm_modulate(
     eps: float = EPS,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LayerNorm without affine part, then a per-sample scale and shift (DiT's adaLN).
+    """Apply LayerNorm without affine part, then a per-sample scale and shift (DiT's adaLN).
 
     x: [B, T, D] float32, float16 or bfloat16 (float64 through torch). shift, scale: [B, D], any
     floating dtype. Returns [B, T, D] in `out_dtype`, by default shift's dtype (that of the matrix
@@ -492,11 +418,12 @@ def gated_residual_layernorm_modulate(
     eps: float = EPS,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual update and the next adaLN in one pass: (x + gate branch, its modulated norm).
+    """Update the residual and apply the next adaLN, in one pass.
 
     x: [B, T, D], the residual stream, float32 or a half dtype; branch: [B, T, D], any floating
-    dtype; gate, shift, scale: [B, D]. Returns x_new in x's dtype and y in `out_dtype` (shift's by
-    default). Raises ValueError where shapes, dtypes or devices do not fit.
+    dtype; gate, shift, scale: [B, D]. Returns x_new = x + gate branch in x's dtype and its
+    modulated norm in `out_dtype` (shift's by default), [B, T, D] each. Raises ValueError where
+    shapes, dtypes or devices do not fit.
     """
     name = "gated_residual_layernorm_modulate"
     _check(name, x, branch, gate=gate, shift=shift, scale=scale)
@@ -508,7 +435,7 @@ def gated_residual_layernorm_modulate(
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate branch with a per-sample gate; [B, T, D] in x's dtype, gate [B, D].
+    """Return x + gate branch, [B, T, D] in x's dtype; branch: [B, T, D], gate: [B, D].
 
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
@@ -519,7 +446,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def layernorm_modulate_cost(
     b: int, t: int, d: int, x_itemsize: int, y_itemsize: int, *, backward: bool = False
 ) -> Cost:
-    """Forward reads x and writes y; backward reads dy, x and writes dx; plus per-sample vectors."""
+    """Count: forward reads x, writes y; backward reads dy, x, writes dx; and per-sample vectors."""
     n = b * t
     tensors = (2 * x_itemsize + y_itemsize) if backward else (x_itemsize + y_itemsize)
     return Cost(
@@ -531,8 +458,10 @@ def layernorm_modulate_cost(
 def gated_residual_layernorm_modulate_cost(
     b: int, t: int, d: int, x_itemsize: int, y_itemsize: int, *, backward: bool = False
 ) -> Cost:
-    """Forward reads x, branch, writes x_new, y; backward reads dy, dx_new, x_new, branch and writes
-    dx, dbranch; branch has y's itemsize."""
+    """Count: forward reads x, branch, writes x_new, y; backward reads dy, dx_new, x_new, branch.
+
+    Backward writes dx, dbranch; branch has y's itemsize.
+    """
     n = b * t
     tensors = (3 * x_itemsize + 3 * y_itemsize) if backward else (2 * x_itemsize + 2 * y_itemsize)
     return Cost(
@@ -544,8 +473,10 @@ def gated_residual_layernorm_modulate_cost(
 def gated_residual_cost(
     b: int, t: int, d: int, x_itemsize: int, branch_itemsize: int, *, backward: bool = False
 ) -> Cost:
-    """Forward reads x, branch, writes x_new; backward reads dx_new, branch and writes dbranch (dx
-    is dx_new itself)."""
+    """Count: forward reads x, branch, writes x_new; backward reads dx_new, branch, writes dbranch.
+
+    dx is dx_new itself.
+    """
     tensors = x_itemsize + 2 * branch_itemsize if backward else 2 * x_itemsize + branch_itemsize
     vectors = (2 if backward else 1) * b * d * branch_itemsize
     return Cost(flops=(3 if backward else 2) * b * t * d, bytes=b * t * d * tensors + vectors)

@@ -44,7 +44,7 @@ from fastrepa_kernels.adaln import (
     _norm_modulate,
     _row_major,
     gated_residual_layernorm_modulate_cost,
-    gated_residual_layernorm_modulate_reference,
+    gated_residual_reference,
     layernorm_modulate_cost,
     layernorm_modulate_reference,
 )
@@ -65,14 +65,15 @@ def adaln_linear_reference(
     residual: Branch | None = None,
     eps: float = EPS,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The specification, in whatever dtype it is given (float64 in tests)."""
-    if residual is None:
-        y = layernorm_modulate_reference(x, shift, scale, eps=eps, out_dtype=weight.dtype)
-        return F.linear(y, weight, bias)
-    x_new, y = gated_residual_layernorm_modulate_reference(
-        x, *residual, shift, scale, eps=eps, out_dtype=weight.dtype
-    )
-    return x_new, F.linear(y, weight, bias)
+    """The specification, in whatever dtype it is given (float64 in tests).
+
+    Arguments, shapes and result as in `adaln_linear`.
+    """
+    if residual is not None:
+        x = gated_residual_reference(x, *residual)
+    y = layernorm_modulate_reference(x, shift, scale, eps=eps, out_dtype=weight.dtype)
+    out = F.linear(y, weight, bias)
+    return out if residual is None else (x, out)
 
 
 def adaln_mlp_reference(
@@ -83,15 +84,18 @@ def adaln_mlp_reference(
     *,
     residual: Branch | None = None,
     eps: float = EPS,
+    keep_h: bool = False,  # autograd keeps it anyway
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The specification, in whatever dtype it is given (float64 in tests)."""
+    """The specification, in whatever dtype it is given (float64 in tests).
+
+    Arguments, shapes and result as in `adaln_mlp`.
+    """
     w1, b1, w2, b2 = weights
-    first = adaln_linear_reference(x, shift, scale, w1, b1, residual=residual, eps=eps)
-    if residual is None:
-        assert isinstance(first, Tensor)
-        return F.linear(F.gelu(first, approximate="tanh"), w2, b2)
-    x_new, a = first
-    return x_new, F.linear(F.gelu(a, approximate="tanh"), w2, b2)
+    if residual is not None:
+        x = gated_residual_reference(x, *residual)
+    y = layernorm_modulate_reference(x, shift, scale, eps=eps, out_dtype=w1.dtype)
+    out = F.linear(F.gelu(F.linear(y, w1, b1), approximate="tanh"), w2, b2)
+    return out if residual is None else (x, out)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _first_shapes(x, branch):
-    """Fakes of (x_new, mean, rstd)."""
+    """Return fakes of (x_new [B,T,D], mean, rstd [B,T])."""
     statistics = launch.arithmetic_dtype(x)
     return (
         x.new_empty(0) if branch is None else torch.empty_like(x),
@@ -122,8 +126,10 @@ def _first_gradients(
     sums: bool,
     need_w: bool,
 ) -> tuple[NormGradients, Tensor]:
-    """((dx, dbranch, dshift, dscale, dgate), dw) of the product that reads y, from its gradient g
-    [N,M]; y is made again in the norm's backward, which is therefore between the two products.
+    """Return ((dx, dbranch, dshift, dscale, dgate), dw) of the product that reads y, from g [N,M].
+
+    g is the product's gradient, dw has its weight's shape [M,D]. y is made again in the norm's
+    backward, which is therefore between the two products.
     """
     dy = torch.mm(g, weight).view_as(x)
     norm, y = _norm_gradients(
@@ -152,7 +158,7 @@ def _adaln_linear(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_new, out, mean, rstd); x_new is empty where there is no branch."""
+    """Return (x_new [B,T,D], out [B,T,M], mean, rstd [B,T]); x_new is empty without a branch."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, weight.dtype)
         out = torch.addmm(bias, _rows(y), weight.t())
@@ -180,7 +186,7 @@ def _adaln_linear_backward(
     sums: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch, dshift, dscale, dgate, dw, db); x is what was normalised."""
+    """Return (dx, dbranch, dshift, dscale, dgate, dw, db); x is what was normalised."""
     need_w, need_b = needs
     with launch.without_autocast(x):
         g = _rows(dout)
@@ -231,8 +237,10 @@ _adaln_linear_call = differentiable(
 
 
 def _tall_product(g: Tensor, h: Tensor) -> Tensor:
-    """g^T h, [N,D] and [N,F]: on a GPU with F > D as (h^T g)^T, for which cuBLAS has faster kernels
-    (on an H200 12% at SiT-XL/2's MLP, records/gpu_suite_h200.jsonl), and a small transposition.
+    """Multiply g^T [D,N] by h [N,F]: on a GPU with F > D as (h^T g)^T and a small transposition.
+
+    cuBLAS has faster kernels for that: on an H200 12% at SiT-XL/2's MLP
+    (benchmarks/records/gpu_suite_h200.jsonl).
     """
     if g.is_cuda and h.shape[1] > g.shape[1]:
         return torch.mm(h.t(), g).t().contiguous()
@@ -257,7 +265,7 @@ def _adaln_mlp(
     keep: bool,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h [N,F] unless `keep_h`."""
+    """Return (x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h unless `keep_h`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
         h, a = _linear_gelu(_rows(y), w1, b1, keep)
@@ -293,7 +301,7 @@ def _adaln_mlp_backward(
     sums: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch, dshift, dscale, dgate, dw1, db1, dw2, db2); x is what was normalised."""
+    """Return (dx, dbranch, dshift, dscale, dgate, dw1, db1, dw2, db2); x was normalised."""
     need_w1, need_b1, need_w2, need_b2 = needs
     with launch.without_autocast(x):
         g = _rows(dout)
@@ -363,7 +371,7 @@ def _prepared(
     residual: Branch | None,
     products: dict[str, Tensor],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Checked and laid out: ([x, branch, gate, shift, scale], weights and biases)."""
+    """Check and lay out: ([x, branch, gate, shift, scale], weights and biases)."""
     cast = launch.autocast_dtype(x)
     if cast is not None:
         products = {key: value.to(cast) for key, value in products.items()}
@@ -401,7 +409,7 @@ def adaln_linear(
     residual: Branch | None = None,
     eps: float = EPS,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Modulated LayerNorm, then a Linear: `linear(LN(x) (1 + scale) + shift)`.
+    """Apply a modulated LayerNorm, then a Linear: `linear(LN(x) (1 + scale) + shift)`.
 
     x: [B, T, D] float32, float16 or bfloat16 (float64 through torch); shift, scale: [B, D], any
     floating dtype; weight: [M, D], bias: [M], of one dtype, in which the norm's output is rounded
@@ -425,7 +433,7 @@ def adaln_mlp(
     eps: float = EPS,
     keep_h: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Modulated LayerNorm, then a transformer's MLP: `w2 GELU(w1 y + b1) + b2`, tanh form.
+    """Apply a modulated LayerNorm, then a transformer's MLP `w2 GELU(w1 y + b1) + b2`, tanh form.
 
     weights: w1 [F, D], b1 [F], w2 [M, F], b2 [M], of one dtype; everything else as in
     `adaln_linear`. keep_h: h [B T, F], in the weights' dtype, lives until backward and is not made
@@ -445,7 +453,7 @@ def adaln_linear_cost(
     b: int, t: int, d: int, m: int, x_itemsize: int, y_itemsize: int,
     *, residual: bool = False, backward: bool = False,
 ) -> Cost:  # fmt: skip
-    """The norm and one product; backward writes y once more and takes two products."""
+    """Count the norm and one product; backward writes y once more and takes two products."""
     norm = gated_residual_layernorm_modulate_cost if residual else layernorm_modulate_cost
     n, product = b * t, 2 * b * t * d * m
     moved = y_itemsize * (n * d + n * m + d * m + m)
@@ -460,7 +468,7 @@ def adaln_mlp_cost(
     b: int, t: int, d: int, f: int, x_itemsize: int, y_itemsize: int,
     *, residual: bool = False, backward: bool = False, keep_h: bool = False,
 ) -> Cost:  # fmt: skip
-    """The norm and an MLP back to width d; backward makes y again, and h unless it was kept."""
+    """Count the norm and an MLP back to width d; backward makes y again, and h unless kept."""
     n = b * t
     second = Cost(2 * n * f * d, y_itemsize * (n * f + n * d + f * d + d))
     if not backward:

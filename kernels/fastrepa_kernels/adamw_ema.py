@@ -62,7 +62,10 @@ def adamw_ema_reference(
     ema_decay: float | Sequence[float],
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """The specification, out of place: (param, exp_avg, exp_avg_sq, *emas), in any dtype."""
+    """The specification, out of place and in any dtype: (param, exp_avg, exp_avg_sq, *emas).
+
+    All tensors have param's shape, whatever it is; so have the results.
+    """
     g = grad.to(param.dtype) * grad_scale
     m = betas[0] * exp_avg + (1 - betas[0]) * g
     v = betas[1] * exp_avg_sq + (1 - betas[1]) * g * g
@@ -73,73 +76,81 @@ def adamw_ema_reference(
 
 
 def power_decay(step: Any, gamma: float) -> Any:
-    """The decay of EDM2's power-function average at update `step` (an int, or a tensor, from 1):
-    (1 - 1/t)^(gamma + 1) (Karras et al. 2024, equation 2). Its first update takes the weights.
+    """Return the decay of EDM2's power-function average at update t = `step`, from 1.
+
+    (1 - 1/t)^(gamma + 1), Karras et al. 2024, equation 2; an int or a tensor, as step is. The first
+    update takes the weights.
     """
     return (1 - 1 / step) ** (gamma + 1)
 
 
 class _Rates(NamedTuple):
-    """What changes from step to step. `control` on the device holds a flag and the same, flat."""
+    """The numbers that change with the step; `control` on the device is a flag and these, flat."""
 
     grad_scale: float
-    decay: float  # 1 - lr * weight_decay
+    decay_factor: float  # 1 - lr * weight_decay
     step_size: float  # lr / (1 - b1^t)
-    root: float  # 1 / sqrt(1 - b2^t)
-    ema_rests: tuple[float, ...]  # 1 - ema_decay of each average
+    bias2_rsqrt: float  # 1 / sqrt(1 - b2^t)
+    ema_weights: tuple[float, ...]  # 1 - ema_decay of each average
 
     @classmethod
     def of(cls, flat: Sequence[float]) -> _Rates:
+        """Read the numbers from a flat list of them."""
         return cls(flat[0], flat[1], flat[2], flat[3], tuple(flat[4:]))
+
+
+@triton.jit
+def _control_or(control_ptr, i: tl.constexpr, value):
+    """Load number i of the control tensor, or take the host's value where there is none."""
+    return value if control_ptr is None else tl.load(control_ptr + i)
+
+
+@triton.jit
+def _ema_weight(control_ptr, i: tl.constexpr, e_ptr, weight):
+    """Do the same for an average, which may be absent."""
+    return weight if e_ptr is None else _control_or(control_ptr, i, weight)
 
 
 @triton.jit
 def _adamw_ema_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr, low_ptr, e0_ptr, e1_ptr, e2_ptr, e3_ptr, control_ptr,
-    size, beta1, rest1, beta2, rest2, eps, grad_scale, decay, step_size, root,
-    ema_rest0, ema_rest1, ema_rest2, ema_rest3,
+    size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
+    grad_scale, decay_factor, step_size, bias2_rsqrt,
+    ema_weight0, ema_weight1, ema_weight2, ema_weight3,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Step BLOCK elements; control [5 + averages] fp32 is as `_control` lays it out."""
     if control_ptr is not None:
         size = tl.where(tl.load(control_ptr) != 0.0, size, 0)  # a bad step has no elements
-        grad_scale = tl.load(control_ptr + 1)
-        decay = tl.load(control_ptr + 2)
-        step_size = tl.load(control_ptr + 3)
-        root = tl.load(control_ptr + 4)
-        if e0_ptr is not None:
-            ema_rest0 = tl.load(control_ptr + 5)
-        if e1_ptr is not None:
-            ema_rest1 = tl.load(control_ptr + 6)
-        if e2_ptr is not None:
-            ema_rest2 = tl.load(control_ptr + 7)
-        if e3_ptr is not None:
-            ema_rest3 = tl.load(control_ptr + 8)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    inside = at < size
-    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * grad_scale  # [BLOCK]
-    m = tl.load(m_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    p = tl.load(p_ptr + at, mask=inside, other=0.0)
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * (g * g)
-    p = decay * p - step_size * (m / (tl.sqrt(v) * root + eps))
-    tl.store(m_ptr + at, m, mask=inside)
-    tl.store(v_ptr + at, v, mask=inside)
-    tl.store(p_ptr + at, p, mask=inside)
-    if e0_ptr is not None:
-        e = tl.load(e0_ptr + at, mask=inside, other=0.0)
-        tl.store(e0_ptr + at, e + ema_rest0 * (p - e), mask=inside)
-    if e1_ptr is not None:
-        e = tl.load(e1_ptr + at, mask=inside, other=0.0)
-        tl.store(e1_ptr + at, e + ema_rest1 * (p - e), mask=inside)
-    if e2_ptr is not None:
-        e = tl.load(e2_ptr + at, mask=inside, other=0.0)
-        tl.store(e2_ptr + at, e + ema_rest2 * (p - e), mask=inside)
-    if e3_ptr is not None:
-        e = tl.load(e3_ptr + at, mask=inside, other=0.0)
-        tl.store(e3_ptr + at, e + ema_rest3 * (p - e), mask=inside)
+    grad_scale = _control_or(control_ptr, 1, grad_scale)
+    decay_factor = _control_or(control_ptr, 2, decay_factor)
+    step_size = _control_or(control_ptr, 3, step_size)
+    bias2_rsqrt = _control_or(control_ptr, 4, bias2_rsqrt)
+    ema_ptrs = (e0_ptr, e1_ptr, e2_ptr, e3_ptr)
+    ema_weights = (
+        _ema_weight(control_ptr, 5, e0_ptr, ema_weight0),
+        _ema_weight(control_ptr, 6, e1_ptr, ema_weight1),
+        _ema_weight(control_ptr, 7, e2_ptr, ema_weight2),
+        _ema_weight(control_ptr, 8, e3_ptr, ema_weight3),
+    )
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    mask = offs < size
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * grad_scale  # [BLOCK]
+    m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0)
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    p = decay_factor * p - step_size * (m / (tl.sqrt(v) * bias2_rsqrt + eps))
+    tl.store(m_ptr + offs, m, mask=mask)
+    tl.store(v_ptr + offs, v, mask=mask)
+    tl.store(p_ptr + offs, p, mask=mask)
+    for i in tl.static_range(4):  # MAX_EMAS, a literal: Triton 3.6 has no len() where one is None
+        if ema_ptrs[i] is not None:
+            e = tl.load(ema_ptrs[i] + offs, mask=mask, other=0.0)
+            tl.store(ema_ptrs[i] + offs, e + ema_weights[i] * (p - e), mask=mask)
     if low_ptr is not None:
-        tl.store(low_ptr + at, p.to(low_ptr.dtype.element_ty), mask=inside)
+        tl.store(low_ptr + offs, p.to(low_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op(
@@ -184,11 +195,17 @@ def _(params, grads, exp_avg, exp_avg_sq, emas, low_precision, control, rates, b
 def _step_triton(entry, averages, control, rates, betas, eps) -> None:
     size = entry[0].numel()
     flat = launch.FLAT["optimiser"][launch.generation(entry[0].device)]
-    missing = MAX_EMAS - len(averages)
-    rests = (*rates.ema_rests, *(0.0,) * (MAX_EMAS - len(rates.ema_rests)))
+    p, g, m, v, low = entry
+    emas: list[Any] = [*averages, *[None] * (MAX_EMAS - len(averages))]
+    e0, e1, e2, e3 = emas
+    weights = (*rates.ema_weights, *(0.0,) * (MAX_EMAS - len(rates.ema_weights)))
     _adamw_ema_kernel[(triton.cdiv(size, flat.block),)](
-        *entry, *averages, *(None,) * missing, control, size, betas[0], 1 - betas[0], betas[1],
-        1 - betas[1], eps, *rates[:4], *rests, BLOCK=flat.block, num_warps=flat.num_warps,
+        p_ptr=p, g_ptr=g, m_ptr=m, v_ptr=v, low_ptr=low, e0_ptr=e0, e1_ptr=e1, e2_ptr=e2, e3_ptr=e3,
+        control_ptr=control, size=size, beta1=betas[0], one_minus_beta1=1 - betas[0],
+        beta2=betas[1], one_minus_beta2=1 - betas[1], eps=eps, grad_scale=rates.grad_scale,
+        decay_factor=rates.decay_factor, step_size=rates.step_size, bias2_rsqrt=rates.bias2_rsqrt,
+        ema_weight0=weights[0], ema_weight1=weights[1], ema_weight2=weights[2],
+        ema_weight3=weights[3], BLOCK=flat.block, num_warps=flat.num_warps,
     )  # fmt: skip
 
 
@@ -220,7 +237,7 @@ def _step_torch(entries, control, rates, betas, eps) -> None:
 
 
 def _pieces(entry):
-    """A piece of each tensor at a time, the last perhaps not whole in CPU_LINE."""
+    """Yield a piece of each tensor at a time, the last perhaps not whole in CPU_LINE."""
     size = entry[0].numel()
     whole = size - size % CPU_LINE
     if size <= CPU_PIECE and whole in (0, size):
@@ -256,16 +273,16 @@ def _step_group(group, rates, betas, eps) -> None:
     if rates.grad_scale != 1.0:
         g = list(torch._foreach_mul(g, rates.grad_scale))
     # ATen's bias corrections come from the step, and are 1 at infinity. Ours are in the rates:
-    # step_size m / (sqrt(v) root + eps) is lr m / (sqrt(v) + eps / root) with this lr.
-    lr = rates.step_size / rates.root
+    # step_size m / (sqrt(v) rsqrt + eps) is lr m / (sqrt(v) + eps / rsqrt) with this lr.
+    lr = rates.step_size / rates.bias2_rsqrt
     steps = [torch.full((), torch.inf, device=p[0].device)] * len(p)
     torch._fused_adamw_(
         p, g, m, v, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
-        weight_decay=(1 - rates.decay) / lr if lr else 0.0, eps=eps / rates.root,
+        weight_decay=(1 - rates.decay_factor) / lr if lr else 0.0, eps=eps / rates.bias2_rsqrt,
         amsgrad=False, maximize=False,
     )  # fmt: skip
-    for e, rest in zip(averages, rates.ema_rests, strict=True):
-        torch._foreach_lerp_(e, p, rest)
+    for e, weight in zip(averages, rates.ema_weights, strict=True):
+        torch._foreach_lerp_(e, p, weight)
     if low[0] is not None:
         torch._foreach_copy_(low, p)
 
@@ -273,16 +290,15 @@ def _step_group(group, rates, betas, eps) -> None:
 def _rates(step, lr, betas, weight_decay, grad_scale, decays) -> _Rates:
     return _Rates(
         grad_scale=grad_scale,
-        decay=1 - lr * weight_decay,
+        decay_factor=1 - lr * weight_decay,
         step_size=lr / (1 - betas[0] ** step),
-        root=1 / math.sqrt(1 - betas[1] ** step),
-        ema_rests=tuple(1 - d for d in decays),
+        bias2_rsqrt=1 / math.sqrt(1 - betas[1] ** step),
+        ema_weights=tuple(1 - d for d in decays),
     )
 
 
 def _control(device, step, lr, betas, weight_decay, grad_scale, decays, skip) -> Tensor:
-    """[keep, grad_scale, decay, step_size, root, *ema_rests] in fp32, from device scalars, without
-    a sync.
+    """Return [keep, *_Rates], flat, in fp32 on the device, from device scalars without a sync.
 
     Computed in float64: 1 - b2^t cancels to a thousandth at t = 1.
     """
@@ -363,7 +379,7 @@ def adamw_ema_(
     skip: Tensor | None = None,
     low_precision: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
-    """One AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMAs, in place.
+    """Take one AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMAs, in place.
 
     params, exp_avg, exp_avg_sq, ema: a flat tensor or a list, fp32, contiguous; ema may be None.
     With a list of up to MAX_EMAS decays, ema is a list of as many of these.
@@ -404,12 +420,12 @@ def adamw_ema_(
     _adamw_ema_(
         lists["params"], lists["grads"], lists["exp_avg"], lists["exp_avg_sq"],
         [t for tensors in emas.values() for t in tensors], lists["low_precision"], control,
-        [*rates[:4], *rates.ema_rests], list(betas), eps,
+        [*rates[:4], *rates.ema_weights], list(betas), eps,
     )  # fmt: skip
 
 
 def adamw_ema_cost(n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, emas: int = 1) -> Cost:
-    """p, m, v and each EMA are read and written, grad is read, the low-precision copy written."""
+    """Count n elements: p, m, v and each EMA read and written, grad read, the low copy written."""
     return Cost(
         flops=(13 + 3 * emas) * n,
         bytes=n * (24 + 8 * emas + grad_itemsize + low_itemsize),
@@ -419,8 +435,8 @@ def adamw_ema_cost(n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, ema
 def _aot_cases() -> list[AotCase]:
     fp, bf, f = "*fp32", "*bf16", "fp32"
     floats = (
-        "beta1", "rest1", "beta2", "rest2", "eps", "grad_scale", "decay", "step_size", "root",
-        *(f"ema_rest{i}" for i in range(MAX_EMAS)),
+        "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "grad_scale", "decay_factor",
+        "step_size", "bias2_rsqrt", *(f"ema_weight{i}" for i in range(MAX_EMAS)),
     )  # fmt: skip
     emas = [f"e{i}_ptr" for i in range(MAX_EMAS)]
     types = {

@@ -31,8 +31,8 @@ from fastrepa_kernels import sass
 MODULES = (
     "adaln_kernels",
     "activation",
-    "attention",
-    "projector_alignment",
+    "attention.backends",
+    "projector_alignment_kernels",
     "adamw_ema",
     "keyed_random",
 )
@@ -40,7 +40,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class AotCase:
-    """One kernel, one launch row, one generation, and the budget that it must keep."""
+    """A kernel at one launch row and one generation, and the budget that it must keep."""
 
     kernel: Callable
     label: str
@@ -65,6 +65,8 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Report:
+    """The resources and the machine code's counts of a compiled case, and what is wrong with it."""
+
     name: str
     registers: int
     spills: int
@@ -136,7 +138,7 @@ def _speed(case: AotCase, counted: sass.Pass, programs: int) -> dict[str, Any]:
 
 
 def assemble(ptx: str, generation: int, *, fp_fusion: bool = True) -> tuple[int, int]:
-    """(registers per thread, bytes spilled) as ptxas reports them."""
+    """Return (registers per thread, bytes spilled) as ptxas reports them."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     tool, arch = get_ptxas(generation).path, sm_arch_from_capability(generation)
@@ -158,7 +160,7 @@ def assemble(ptx: str, generation: int, *, fp_fusion: bool = True) -> tuple[int,
 
 
 def wide_loads(ptx: str) -> int:
-    """Global loads of at least 16 bytes: vector loads, and cp.async or bulk copies of 16 bytes."""
+    """Count global loads of at least 16 bytes: vector loads, and cp.async or bulk copies."""
     vectors = re.findall(r"ld\.global[.\w:]*\.v(\d)\.[bfu](\d+)", ptx)
     count = sum(int(lanes) * int(bits) >= 128 for lanes, bits in vectors)
     count += len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10\b", ptx))
@@ -166,7 +168,7 @@ def wide_loads(ptx: str) -> int:
 
 
 def offset_widths(ttir: str) -> dict[str, set[int]]:
-    """For every pointer argument, the widths in bits of the integers first added to it."""
+    """Return for every pointer argument the widths in bits of the integers first added to it."""
     widths: dict[str, set[int]] = {}
     for pointer, bits in re.findall(r"tt\.addptr %(\w+), %\w+ : !tt\.ptr<\w+>, i(\d+)", ttir):
         widths.setdefault(pointer, set()).add(int(bits))
@@ -200,6 +202,7 @@ def _faults(case: AotCase, report: Report, ttir: str) -> Iterable[str]:
 
 
 def all_cases() -> list[AotCase]:
+    """Return the cases of every kernel module."""
     cases: list[AotCase] = []
     for name in MODULES:
         cases += importlib.import_module(f"fastrepa_kernels.{name}").AOT_CASES
@@ -218,6 +221,7 @@ def _line(report: Report) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print a line or a JSON object per case; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastrepa_kernels.aot", description=__doc__)
     parser.add_argument("--only", default="", help="compile cases whose name contains this text")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

@@ -16,6 +16,8 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
+    """The FLOPs of an operation and the least bytes that it moves."""
+
     flops: int
     bytes: int
 
@@ -28,24 +30,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device was measured to do: copy bandwidth (read + write) and matrix-product rate."""
+    """The measured rates of a device: copy bandwidth (read + write) and matrix products."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def floor_seconds(self, cost: Cost) -> float:
+        """Return the least time that `cost` can take at these rates."""
         return max(cost.flops / self.flops_per_second, cost.bytes / self.bytes_per_second)
 
 
 def matmul_cost(m: int, n: int, k: int, itemsize: int) -> Cost:
-    """[m, k] times [k, n]."""
+    """Count [m, k] times [k, n]."""
     return Cost(flops=2 * m * n * k, bytes=itemsize * (m * k + k * n + m * n))
 
 
 def diffusion_transformer_flops(
     batch: int, tokens: int, width: int, depth: int, *, mlp_ratio: int = 4, patch_values: int = 16
 ) -> int:
-    """Forward FLOPs of the matrix products of a class-conditional SiT/DiT (no projector).
+    """Count the forward FLOPs of a class-conditional SiT/DiT's matrix products (no projector).
 
     Per token and block: qkv 3 D^2, attention 2 T D, out D^2, MLP 2 ratio D^2; per image and block:
     the 6 D^2 of adaLN; plus patch embedding, time embedding (256 -> D -> D) and final layer.
@@ -57,7 +60,7 @@ def diffusion_transformer_flops(
 
 
 def mfu(flops: float, seconds: float, ceilings: Ceilings) -> float:
-    """Model FLOPs utilisation: the share of the measured matrix-product rate."""
+    """Return the model FLOPs utilisation: the share of the measured matrix-product rate."""
     return flops / seconds / ceilings.flops_per_second
 
 
@@ -81,7 +84,7 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype = torch.bflo
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median duration of `work`, timed with device events on CUDA, after three warm-up calls."""
+    """Return the median seconds of `work`, by device events on CUDA, after three warm-up calls."""
     for _ in range(3):
         work()
     times = []

@@ -128,7 +128,7 @@ def _check_children(name: str, module: nn.Module, children: Sequence[str]) -> No
 
 
 def _plain_gelu_mlp(mlp: nn.Module) -> bool:
-    """fc1, tanh-GELU, fc2 and nothing that does anything between them."""
+    """Tell whether `mlp` is fc1, tanh-GELU, fc2 and nothing that does anything between them."""
     act, fc1 = getattr(mlp, "act", None), getattr(mlp, "fc1", None)
     between = [m for n, m in mlp.named_children() if n not in ("fc1", "act", "fc2")]
     return (
@@ -142,7 +142,7 @@ def _plain_gelu_mlp(mlp: nn.Module) -> bool:
 
 
 def _plain_attention(attn: nn.Module) -> bool:
-    """timm's Attention as DiT and SiT use it: nothing between qkv and proj but its norms."""
+    """Tell whether `attn` is timm's as DiT and SiT use it: only norms between qkv and proj."""
     parts = dict(attn.named_children())
     norms: list[Any] = [parts.pop(name, nn.Identity()) for name in ("q_norm", "k_norm")]
     qkv, proj = parts.pop("qkv", None), parts.pop("proj", None)
@@ -169,7 +169,7 @@ def _plain_attention(attn: nn.Module) -> bool:
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """Every module to patch and its new forward; raises before anything has been changed."""
+    """Yield every module to patch and its new forward; raise before anything has been changed."""
     _check_children("model", model, ("blocks", "final_layer"))
     blocks: Any = model.blocks
     for i, block in enumerate(blocks):

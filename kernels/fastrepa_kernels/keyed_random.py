@@ -62,7 +62,7 @@ _DTYPES = {
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words (0 <= word < 2^32), of any one shape.
+    """Apply Philox4x32-10 to int64 tensors of 32-bit words (0 <= word < 2^32), of any one shape.
 
     Source: Salmon et al. 2011; agrees with the known answers of their Random123 library.
     """
@@ -102,7 +102,7 @@ def keyed_random_reference(
 def values_of(
     draw: str, words: tuple[Tensor, Tensor, Tensor, Tensor], count: int, dtype: torch.dtype
 ) -> Tensor:
-    """The first `count` elements [B, count] that blocks of words, each [B, blocks], make."""
+    """Return the first `count` elements [B, count] that blocks of words, each [B, blocks], make."""
     w0, w1, w2, w3 = words
     if draw == "normal":
         lanes = [*_box_muller(w0, w1), *_box_muller(w2, w3)]
@@ -114,14 +114,14 @@ def values_of(
 
 
 def _cell(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """The middle of a word's cell, one of 2^23 or, with a second word, of 2^52 in (0, 1)."""
+    """Return the middle of a word's cell: one of 2^23 in (0, 1) or, by two words, of 2^52."""
     if dtype == torch.float32:
         return ((high >> 9).double() + 0.5) * 2.0**-23
     return (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """c0 + c1 x + c2 x^2 + ... by Horner's rule, one rounding per operation."""
+    """Return c0 + c1 x + c2 x^2 + ... by Horner's rule, one rounding per operation."""
     value = torch.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient
@@ -129,7 +129,7 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def _log(x: Tensor) -> Tensor:
-    """Natural logarithm of positive, normal float64 values, to a few 1e-16 relative."""
+    """Return the natural logarithm of positive, normal float64 values, to a few 1e-16 relative."""
     mantissa, exponent = torch.frexp(x)  # mantissa in [1/2, 1)
     small = mantissa < _SQRT_HALF.value
     mantissa = torch.where(small, mantissa * 2.0, mantissa)  # [sqrt(1/2), sqrt(2))
@@ -139,7 +139,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root of positive, normal float64 values, to a few 1e-16 relative."""
+    """Return the square root of positive, normal float64 values, to a few 1e-16 relative."""
     mantissa, exponent = torch.frexp(x)
     half = exponent.long() >> 1
     mantissa = torch.where(exponent & 1 == 1, mantissa * 2.0, mantissa)  # [1/2, 2)
@@ -150,7 +150,7 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals (float64) from two 32-bit words per element."""
+    """Return two independent standard normals (float64) from two 32-bit words per element."""
     u = (radius.double() + 0.5) * 2.0**-32  # open interval: the logarithm is finite
     r = _sqrt(_log(u) * -2.0)
     # The low 30 bits pick a point on the quarter circle around angle 0, symmetric about it;
@@ -173,7 +173,7 @@ def _horner(x, C: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _frexp_of(x):
-    """(mantissa in [1/2, 1), int64 exponent) of positive, normal float64 values, by their bits."""
+    """Return (mantissa in [1/2, 1), int64 exponent) of positive, normal float64, by their bits."""
     bits = x.to(tl.int64, bitcast=True)
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | (1022 << 52)).to(tl.float64, bitcast=True)
     return mantissa, (bits >> 52) - 1022
@@ -211,8 +211,8 @@ def _box_muller_of(radius, angle):
 
 
 @triton.jit
-def _cell_of(high, low, WIDE: tl.constexpr):
-    if WIDE:
+def _cell_of(high, low, FLOAT64: tl.constexpr):
+    if FLOAT64:
         cell = (high.to(tl.int64) << 20) | (low >> 12).to(tl.int64)
         return (cell.to(tl.float64) + 0.5) * 2.0**-52
     else:
@@ -220,10 +220,10 @@ def _cell_of(high, low, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _values_of(w0, w1, w2, w3, DRAW: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of blocks of words [BLOCK]: [BLOCK, 2] or [BLOCK, 4]."""
+def _values_of(w0, w1, w2, w3, DRAW: tl.constexpr, FLOAT64: tl.constexpr):
+    """Return the elements of blocks of words [BLOCK]: [BLOCK, 2] or [BLOCK, 4]."""
     if DRAW == "uniform":
-        return tl.join(_cell_of(w0, w1, WIDE), _cell_of(w2, w3, WIDE))
+        return tl.join(_cell_of(w0, w1, FLOAT64), _cell_of(w2, w3, FLOAT64))
     else:
         if DRAW == "normal":
             v0, v1 = _box_muller_of(w0, w1)
@@ -239,29 +239,31 @@ def _values_of(w0, w1, w2, w3, DRAW: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["key0", "key1", "stream", "step"])
 def _keyed_random_kernel(
     samples_ptr, step_ptr, out_ptr, key0: tl.uint32, key1: tl.uint32, stream: tl.uint32,
-    step: tl.uint32, count, chunks, stride,
+    step: tl.uint32, count, num_pid_n, stride_samples,
     DRAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    block = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    """Draw BLOCK counters of one sample, EACH elements of each; out [B, count]."""
+    pid = tl.program_id(0)
+    row = (pid // num_pid_n).to(tl.int64)
+    offs_block = (pid % num_pid_n).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
     if step_ptr is not None:
         step = tl.load(step_ptr)
-    sample = tl.load(samples_ptr + row * stride)
-    nothing = block.to(tl.uint32) * 0  # [BLOCK]
+    sample = tl.load(samples_ptr + row * stride_samples)
+    zeros = offs_block.to(tl.uint32) * 0  # [BLOCK]
     w0, w1, w2, w3 = tl.philox_impl(
-        block.to(tl.uint32),
-        nothing + sample.to(tl.uint32),
-        nothing + step.to(tl.uint32),
-        nothing + ((sample >> 32).to(tl.uint32) | (stream.to(tl.uint32) << 24)),
+        offs_block.to(tl.uint32),
+        zeros + sample.to(tl.uint32),
+        zeros + step.to(tl.uint32),
+        zeros + ((sample >> 32).to(tl.uint32) | (stream.to(tl.uint32) << 24)),
         key0.to(tl.uint32),
         key1.to(tl.uint32),
     )
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    values = _values_of(w0, w1, w2, w3, DRAW, kind == tl.float64)
-    if (kind == tl.bfloat16) or (kind == tl.float16):
+    out_dtype: tl.constexpr = out_ptr.dtype.element_ty
+    values = _values_of(w0, w1, w2, w3, DRAW, out_dtype == tl.float64)
+    if (out_dtype == tl.bfloat16) or (out_dtype == tl.float16):
         values = values.to(tl.float32)  # torch rounds a float64 twice on its way to a half dtype
-    element = block[:, None] * EACH + tl.arange(0, EACH)[None, :]  # [BLOCK, EACH] int64
-    tl.store(out_ptr + (row * count + element), values.to(kind), mask=element < count)
+    offs_n = offs_block[:, None] * EACH + tl.arange(0, EACH)[None, :]  # [BLOCK, EACH] int64
+    tl.store(out_ptr + (row * count + offs_n), values.to(out_dtype), mask=offs_n < count)
 
 
 @torch.library.custom_op("fastrepa::keyed_random", mutates_args=())
@@ -282,10 +284,12 @@ def _keyed_random(
     out = torch.empty((samples.shape[0], count), dtype=dtype, device=samples.device)
     if out.numel():
         flat = launch.FLAT["keyed_random"][launch.generation(samples.device)]
-        chunks = triton.cdiv(count, flat.block * _EACH[draw])
-        _keyed_random_kernel[(samples.shape[0] * chunks,)](
-            samples, step_at, out, *key, stream, step, count, chunks, samples.stride(0), DRAW=draw,
-            EACH=_EACH[draw], BLOCK=flat.block, num_warps=flat.num_warps, enable_fp_fusion=False,
+        num_pid_n = triton.cdiv(count, flat.block * _EACH[draw])
+        _keyed_random_kernel[(samples.shape[0] * num_pid_n,)](
+            samples_ptr=samples, step_ptr=step_at, out_ptr=out, key0=key[0], key1=key[1],
+            stream=stream, step=step, count=count, num_pid_n=num_pid_n,
+            stride_samples=samples.stride(0), DRAW=draw, EACH=_EACH[draw], BLOCK=flat.block,
+            num_warps=flat.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -304,7 +308,7 @@ def keyed_random(
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`count` values of each sample, [B, count] of `dtype` on the samples' device.
+    """Draw `count` values of each sample: [B, count] of `dtype` on the samples' device.
 
     draw: "normal" (fp32, float64, bf16, fp16; float64 values, rounded), "uniform" in the open
     interval (0, 1) (fp32, float64) or "words", raw and 32 bits long (int64). seed: 0 .. 2^64 - 1.
@@ -343,7 +347,7 @@ def keyed_random(
 
 
 def keyed_random_cost(n: int, itemsize: int) -> Cost:
-    """n normal values: written once; 44 float64 operations each, a quotient counted as one."""
+    """Count n normal values, written once: 44 float64 operations each, a quotient being one."""
     return Cost(flops=44 * n, bytes=n * itemsize)
 
 
@@ -363,7 +367,10 @@ def _aot_cases() -> list[AotCase]:
                 _keyed_random_kernel, f"{draw} {out[1:]}{'' if absent else ', step on the device'}",
                 generation,
                 {"samples_ptr": "*i64", "step_ptr": "*i64", "out_ptr": out, **words},
-                {"DRAW": draw, "EACH": _EACH[draw], "BLOCK": flat.block, "stride": 1, **absent},
+                {
+                    "DRAW": draw, "EACH": _EACH[draw], "BLOCK": flat.block, "stride_samples": 1,
+                    **absent,
+                },
                 flat.num_warps, registers=64, shared=2048, wide_loads=0, fp_fusion=False,
                 long_offsets=("out_ptr",),
             ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where every operation's path (Triton or torch) and block sizes are decided, and nowhere else.
+"""This module alone decides every operation's path (Triton or torch) and block sizes.
 
 Path: Triton for CUDA tensors, the torch path elsewhere and for float64. `with backend("triton")`
 forces Triton (CPU tensors then need TRITON_INTERPRET=1), `with backend("torch")` forces torch.
@@ -6,8 +6,10 @@ forces Triton (CPU tensors then need TRITON_INTERPRET=1), `with backend("torch")
 Block sizes: an explicit table per kernel family, keyed by device generation (80 Ampere, 90 Hopper,
 100 Blackwell) and padded width. There is no run-time autotuning: a table gives the same numbers,
 the same speed and the same bits in every run. `python -m benchmarks.tune` proposes new rows.
-No row has been timed on a GPU yet: the values come from register counts (see aot.py) and from
-the bytes one multiprocessor must keep in flight.
+The rows of most families were swept on an H200 at SiT-XL/2's size, the norms' also at SiT-B's
+(benchmarks/records/gpu_suite_h200.jsonl). Other widths, and the generations for which nothing else
+is written, have these or come from register counts (see aot.py) and from the bytes one
+multiprocessor must keep in flight.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def use_triton(x: Tensor, width: int = 1) -> bool:
-    """Whether an operation on x, whose row kernels span `width`, runs Triton kernels."""
+    """Tell whether an operation on x, whose row kernels span `width`, runs Triton kernels.
+
+    Raises ValueError where x is on a CUDA device that is not the current one.
+    """
     if _forced == "torch" or x.dtype == torch.float64 or width > WIDEST_ROW:
         return False
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -55,7 +60,7 @@ def use_triton(x: Tensor, width: int = 1) -> bool:
 
 
 def generation(device: torch.device) -> int:
-    """The table to use: the newest known generation that the device can stand in for."""
+    """Return the table to use: the newest known generation that the device can stand in for."""
     if device.type != "cuda":
         return 90  # the interpreter: any table computes the same thing
     major = torch.cuda.get_device_capability(device)[0]
@@ -64,7 +69,7 @@ def generation(device: torch.device) -> int:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype torch.autocast wants for matrix products on x's device; None outside autocast."""
+    """Return the dtype torch.autocast wants for products on x's device; None outside autocast."""
     kind = x.device.type
     if kind == "meta":  # shapes without numbers, which torch.autocast does not know
         return None
@@ -72,19 +77,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Inside an op's body the dtypes are decided: autocast must not change them again."""
+    """Turn autocast off: inside an op's body the dtypes are decided and must not change again."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def arithmetic_dtype(*operands: Tensor | None) -> torch.dtype:
-    """The dtype arithmetic runs in: float64 where any operand is, float32 otherwise."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in operands)
-    return torch.float64 if wide else torch.float32
+    """Return the dtype arithmetic runs in: float64 where any operand is, float32 otherwise."""
+    any64 = any(t is not None and t.dtype == torch.float64 for t in operands)
+    return torch.float64 if any64 else torch.float32
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has fast matrix products of `dtype`: of a half dtype oneDNN has, where the
-    instructions are there (AVX-512 for bfloat16).
+    """Tell whether this CPU has fast matrix products of `dtype`.
+
+    oneDNN has them of a half dtype where the instructions are there (AVX-512 for bfloat16).
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
@@ -98,7 +104,7 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """A kernel that holds whole rows, block_n at a time.
+    """The launch row of a kernel that holds whole rows, block_n at a time.
 
     A row is held in one piece, block_d wide, or in two, the second `tail` wide: widths are rarely
     powers of two, and in one piece 1152 would be padded to 2048, 44% of it nothing. Where a program
@@ -116,13 +122,13 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """The widest row that fits."""
+        """The widest row that fits, in elements."""
         return self.block_d + self.tail
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A kernel that walks down `rows` rows of a strip of columns and sums each column."""
+    """The launch row of a kernel that walks down `rows` rows of block_c columns and sums each."""
 
     block_n: int
     block_c: int
@@ -132,7 +138,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Flat:
-    """A pointwise kernel over a flat tensor."""
+    """The launch row of a pointwise kernel over a flat tensor."""
 
     block: int
     num_warps: int
@@ -140,7 +146,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Gemm:
-    """A matrix-product kernel: one block_m x block_n tile of the result per program."""
+    """The launch row of a matrix product: a program makes one block_m x block_n tile of it."""
 
     block_m: int
     block_n: int
@@ -215,13 +221,13 @@ CHUNK_SHARE = 1 / 128
 
 
 def rows(family: str, width: int, device: torch.device) -> Rows:
-    """The narrowest launch row of a row kernel that holds `width`, which is at most WIDEST_ROW."""
+    """Return the narrowest launch row of a row kernel that holds `width`, at most WIDEST_ROW."""
     table = ROWS[family][generation(device)]
     return table[min(held for held in table if held >= width)]
 
 
 def rows_per_split(batch: int, tokens: int, most: int = 64, slots: int = 0) -> int:
-    """Rows that one program of a two-stage reduction sums: few on small inputs, for parallelism.
+    """Return how many rows a program of a two-stage reduction sums: few on small inputs.
 
     The partial sums cost 8/rows bytes per element and sum; 512 programs fill any current device.
     slots: programs that run at once, where that is known: then at most 1.5 `most`, such that the
@@ -238,14 +244,14 @@ def rows_per_split(batch: int, tokens: int, most: int = 64, slots: int = 0) -> i
 
 
 def slots(row: Rows, device: torch.device) -> int:
-    """Programs of `row` that run at once, 0 where that is not known."""
+    """Return how many programs of `row` run at once, 0 where that is not known."""
     if device.type != "cuda":
         return 0
     return row.resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def chunk_rows(device: torch.device, row_bytes: int) -> int:
-    """Rows of a chunk whose buffers take `row_bytes` a row."""
+    """Return the rows of a chunk whose buffers take `row_bytes` a row."""
     if device.type != "cuda":
         return CPU_CHUNK_ROWS
     allowed = CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory
@@ -253,7 +259,7 @@ def chunk_rows(device: torch.device, row_bytes: int) -> int:
 
 
 def cosine_rows(rows: int) -> int:
-    """Rows that one program of the cosine kernel walks down: few where there are few.
+    """Return how many rows a program of the cosine kernel walks down: few where there are few.
 
     Its partial sums cost 4 bytes an element for every such walk; 2,048 programs fill any device.
     """

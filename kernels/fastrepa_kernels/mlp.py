@@ -25,12 +25,12 @@ from fastrepa_kernels.registration import differentiable, first_order
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The specification, in whatever dtype it is given (float64 in tests)."""
+    """The specification, in whatever dtype it is given (float64 in tests): [..., D] -> [..., F]."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """(y, a); a is empty unless `keep`."""
+    """Return (y, a), [N,F] each, of x [N,D]; a is empty unless `keep`."""
     with launch.without_autocast(x):
         a = torch.addmm(bias, x, weight.t())
         y = torch.empty_like(a) if keep else a
@@ -51,7 +51,7 @@ def _(x, weight, bias, keep):
 def _linear_gelu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, db); what `needs` leaves out is empty."""
+    """Return (dx [N,D], dw [F,D], db [F]) of dy [N,F]; what `needs` leaves out is empty."""
     need_x, need_w, need_b = needs
     with launch.without_autocast(x):
         da = torch.empty_like(a)
@@ -113,7 +113,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x weight^T + bias) with the tanh form of GELU.
+    """Compute GELU(x weight^T + bias) with the tanh form of GELU.
 
     x: [..., D]; weight: [F, D]; bias: [F]; one dtype (float32, float16 or bfloat16; under
     torch.autocast all three are cast to its dtype). Returns [..., F] in that dtype.
@@ -131,7 +131,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gelu_cost(n: int, d: int, f: int, itemsize: int, *, backward: bool = False) -> Cost:
-    """Forward reads x, w, b and writes a, y; backward reads dy, a, x, w and writes dx, dw, db."""
+    """Count: forward reads x, w, b, writes a, y; backward reads dy, a, x, w, writes dx, dw, db."""
     product, weights = 2 * n * d * f, d * f + f
     if backward:
         moved = 2 * n * f + 2 * n * d + weights + d * f

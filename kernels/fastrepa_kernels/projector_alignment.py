@@ -1,4 +1,4 @@
-"""Projector MLP + normalised cosine loss of REPA, forward and backward in one go, chunk by chunk.
+"""The projector MLP and normalised cosine loss of REPA, forward and backward at once, in chunks.
 
     a1 = x w1^T + b1;  h1 = SiLU(a1);  a2 = h1 w2^T + b2;  h2 = SiLU(a2);  z = h2 w3^T + b3
     c = <n(z), n(y)>,  n(u) = u / max(|u|, eps);      loss = - sum_n v_n c_n / sum_n v_n
@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
@@ -39,13 +38,23 @@ from fastrepa_kernels.activation import (
     partial_rows,
     sum_of_parts,
 )
-from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.projector_alignment_kernels import (
+    _cosine_kernel,
+    _cosine_sums_gemm_kernel,
+    _scale_kernel,
+)
 from fastrepa_kernels.registration import differentiable, first_order
-from fastrepa_kernels.sass import Traffic
 
 EPS = 1e-12
 NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
+
+
+def projector_reference(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Project x [..., D] by the three Linears: z [..., Z], in the weights' dtype."""
+    w1, b1, w2, b2, w3, b3 = weights
+    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
+    return F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
 
 
 def projector_alignment_reference(
@@ -57,10 +66,12 @@ def projector_alignment_reference(
     row_weight: Tensor | None = None,
     target_scale: Tensor | None = None,
 ) -> Tensor:
-    """The specification, vectorised eager, in whatever dtype it is given (float64 in tests)."""
-    w1, b1, w2, b2, w3, b3 = weights
-    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
-    z = F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
+    """The specification, vectorised eager, in whatever dtype it is given (float64 in tests).
+
+    Arguments, shapes and result as in `projector_alignment`, but rows must be weighted by
+    something: `row_weight` sums to more than 0.
+    """
+    z = projector_reference(x, weights)
     wide = launch.arithmetic_dtype(x, *weights)
     y = target.to(wide)
     if target_scale is not None:
@@ -71,97 +82,16 @@ def projector_alignment_reference(
     return -(c * row_weight.to(wide)).sum() / row_weight.to(wide).sum()
 
 
-@triton.jit
-def _cosine_kernel(
-    z_ptr, y_ptr, y_scale_ptr, weight_ptr, cos_ptr, sums_ptr, N, Z, eps,
-    GRAD: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Per row: cos = v c, and dz written over z."""
-    first = tl.program_id(0) * ROWS
-    k = tl.arange(0, BLOCK_D)
-    inside = k < Z
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for n in range(first, tl.minimum(first + ROWS, N)):
-        row = tl.full((), 0, tl.int64) + n
-        z = tl.load(z_ptr + (row * Z + k), mask=inside, other=0.0).to(tl.float32)  # [BLOCK_D]
-        y = tl.load(y_ptr + (row * Z + k), mask=inside, other=0).to(tl.float32)  # [BLOCK_D]
-        if y_scale_ptr is not None:
-            y *= tl.load(y_scale_ptr + row)
-        weight = 1.0
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + row)
-        length = tl.sqrt(tl.sum(z * z, 0))
-        rz = 1.0 / tl.maximum(length, eps)
-        ry = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), eps)
-        c = tl.sum(z * y, 0) * rz * ry
-        tl.store(cos_ptr + row, weight * c)
-        if GRAD:
-            along = tl.where(length < eps, 0.0, c * rz)  # below eps the norm is a constant
-            dz = weight * rz * (y * ry - along * z)
-            tl.store(z_ptr + (row * Z + k), dz.to(z_ptr.dtype.element_ty), mask=inside)
-            if SUMS:
-                total += dz
-    if SUMS:
-        tl.store(sums_ptr + (tl.program_id(0).to(tl.int64) * Z + k), total, mask=inside)
-
-
-@triton.jit
-def _cosine_sums_gemm_kernel(
-    h_ptr, w_ptr, b_ptr, y_ptr, y_scale_ptr, sums_ptr, N, P, Z, tiles_n, tiles_z, sum_stride,
-    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of z = h w^T + b, never written: its row sums of z^2, z y and y^2 are."""
-    pid = tl.program_id(0)
-    in_group = GROUP_M * tiles_z  # neighbours share weight tiles in L2
-    first = pid // in_group * GROUP_M
-    height = tl.minimum(tiles_n - first, GROUP_M)
-    tile_n = first + pid % in_group % height
-    tile_z = pid % in_group // height
-    n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = n.to(tl.int64)  # [BLOCK_M]
-    col = tile_z * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    # Rows and columns past the end read others again, unmasked, and are not stored.
-    row_in, col_in = (n % N).to(tl.int64), (col % Z).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(tl.cdiv(P, BLOCK_K)):
-        at = start * BLOCK_K + k
-        h = tl.load(
-            h_ptr + (row_in[:, None] * P + at[None, :]), mask=(at < P)[None, :], other=0.0
-        )  # [BLOCK_M, BLOCK_K]
-        w = tl.load(
-            w_ptr + (col_in[None, :] * P + at[:, None]), mask=(at < P)[:, None], other=0.0
-        )  # [BLOCK_K, BLOCK_N]
-        z = tl.dot(h, w, z)
-    z += tl.load(b_ptr + col, mask=col < Z, other=0.0).to(tl.float32)[None, :]
-    inside = (n < N)[:, None] & (col < Z)[None, :]
-    z = tl.where(inside, z, 0.0)  # wrapped columns hold other columns' projections
-    y = tl.load(y_ptr + (row[:, None] * Z + col[None, :]), mask=inside, other=0).to(tl.float32)
-    if y_scale_ptr is not None:
-        y *= tl.load(y_scale_ptr + row, mask=n < N, other=0.0)[:, None]
-    out = sums_ptr + (tile_z.to(tl.int64) * N + row)  # sums is [3, tiles_z, N]
-    tl.store(out, tl.sum(z * z, 1), mask=n < N)
-    tl.store(out + sum_stride, tl.sum(z * y, 1), mask=n < N)
-    tl.store(out + 2 * sum_stride, tl.sum(y * y, 1), mask=n < N)
-
-
-@triton.jit
-def _scale_kernel(x_ptr, factor_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)  # [BLOCK]
-    y = x * tl.load(factor_ptr)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
-
-
 @dataclass(frozen=True)
 class _Rows:
-    """What belongs to one chunk of rows: target, its scale and the weight of each row."""
+    """One chunk of rows: target [n,Z], its scale [n] and the weight of each row [n]."""
 
     target: Tensor
     scale: Tensor | None
     weight: Tensor | None
 
     def part(self, rows: slice) -> _Rows:
+        """Return some of the rows."""
         return _Rows(
             self.target[rows],
             None if self.scale is None else self.scale[rows],
@@ -169,23 +99,25 @@ class _Rows:
         )
 
 
-def _cosine_parts(z: Tensor, walk: int, rows: int) -> int:
-    """How many rows of partial sums _cosine_ gives for `rows` rows of z."""
-    return triton.cdiv(rows, walk) if launch.use_triton(z, z.shape[1]) else 1
+def _cosine_parts(z: Tensor, rows_per_program: int, rows: int) -> int:
+    """Return how many rows of partial sums _cosine_ gives for `rows` rows of z [N,Z]."""
+    return triton.cdiv(rows, rows_per_program) if launch.use_triton(z, z.shape[1]) else 1
 
 
 def _cosine_(
-    z: Tensor, rows: _Rows, cos: Tensor, eps: float, walk: int, grad: bool, parts: Tensor | None
-) -> None:
-    """cos = v c; with `grad`, z becomes dz, and parts receives partial column sums of dz."""
+    z: Tensor, rows: _Rows, cos: Tensor, eps: float, rows_per_program: int, grad: bool,
+    parts: Tensor | None,
+) -> None:  # fmt: skip
+    """Write v c to cos [N]; with `grad`, dz over z [N,Z], and its partial column sums to parts."""
     n, width = z.shape
     if not launch.use_triton(z, width):
         _cosine_torch_(z, rows, cos, eps, grad, parts)
         return
     row = launch.rows("cosine", width, z.device)
-    _cosine_kernel[(triton.cdiv(n, walk),)](
-        z, rows.target, rows.scale, rows.weight, cos, cos if parts is None else parts, n, width,
-        eps, GRAD=grad, SUMS=parts is not None, ROWS=walk, BLOCK_D=row.block_d,
+    _cosine_kernel[(triton.cdiv(n, rows_per_program),)](
+        z_ptr=z, y_ptr=rows.target, y_scale_ptr=rows.scale, weight_ptr=rows.weight, cos_ptr=cos,
+        sums_ptr=cos if parts is None else parts, N=n, Z=width, eps=eps,
+        GRAD=grad, SUMS=parts is not None, ROWS=rows_per_program, BLOCK_D=row.block_d,
         num_warps=row.num_warps,
     )  # fmt: skip
 
@@ -213,13 +145,14 @@ def _cosine_torch_(z, rows, cos, eps, grad, parts):
 def _cosine_of_last_product(
     h2: Tensor, w3: Tensor, b3: Tensor, rows: _Rows, cos: Tensor, eps: float
 ):
-    """cos = v c without writing z (no gradient wanted)."""
+    """Write v c to cos [N] without writing z (no gradient wanted); h2 [N,P], w3 [Z,P], b3 [Z]."""
     (n, p), width = h2.shape, w3.shape[0]
     table = launch.GEMM["cosine_sums"][launch.generation(h2.device)]
-    tiles_n, tiles_z = triton.cdiv(n, table.block_m), triton.cdiv(width, table.block_n)
-    sums = torch.empty((3, tiles_z, n), dtype=torch.float32, device=h2.device)
-    _cosine_sums_gemm_kernel[(tiles_n * tiles_z,)](
-        h2, w3, b3, rows.target, rows.scale, sums, n, p, width, tiles_n, tiles_z, tiles_z * n,
+    num_pid_m, num_pid_n = triton.cdiv(n, table.block_m), triton.cdiv(width, table.block_n)
+    sums = torch.empty((3, num_pid_n, n), dtype=torch.float32, device=h2.device)
+    _cosine_sums_gemm_kernel[(num_pid_m * num_pid_n,)](
+        h_ptr=h2, w_ptr=w3, b_ptr=b3, y_ptr=rows.target, y_scale_ptr=rows.scale, sums_ptr=sums,
+        M=n, N=width, K=p, num_pid_m=num_pid_m, num_pid_n=num_pid_n, stride_sums=num_pid_n * n,
         GROUP_M=table.group_m, BLOCK_M=table.block_m, BLOCK_N=table.block_n,
         BLOCK_K=table.block_k, num_warps=table.num_warps, num_stages=table.num_stages,
     )  # fmt: skip
@@ -229,7 +162,10 @@ def _cosine_of_last_product(
 
 
 def _accumulate_(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total (nothing where `first`) += left^T right, in total's dtype: fp32 for half operands."""
+    """Add left^T right, [N,P] and [N,D], to total [P,D], or write it where `first`.
+
+    In total's dtype: fp32 for half operands.
+    """
     beta = 0 if first else 1
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right, beta=beta)
@@ -263,26 +199,29 @@ class _Chunks:
             make(w.shape if need else (0,), dtype=self.wide, device=x.device)
             for w, need in zip(weights[::2], needs[1::2], strict=True)
         ]
-        self.walk = launch.cosine_rows(rows)
-        self.each = self._partial_rows(rows)
+        self.rows_per_program = launch.cosine_rows(rows)
+        self.part_rows = self._partial_rows(rows)
         # Partial sums of every chunk's bias gradients, one below the other; added up at the end.
         full, rest = divmod(len(x), chunk)
-        heights = [
-            full * each + (last if rest else 0)
-            for each, last in zip(self.each, self._partial_rows(rest), strict=True)
+        all_rows = [
+            full * count + (last if rest else 0)
+            for count, last in zip(self.part_rows, self._partial_rows(rest), strict=True)
         ]
         self.parts = [
             torch.empty((n, len(b)) if need else (0,), dtype=self.wide, device=x.device)
-            for n, b, need in zip(heights, weights[1::2], needs[2::2], strict=True)
+            for n, b, need in zip(all_rows, weights[1::2], needs[2::2], strict=True)
         ]
 
     def _partial_rows(self, rows: int) -> tuple[int, int, int]:
-        """Rows of partial sums that `rows` rows give for db1, db2 and db3."""
+        """Return the rows of partial sums that `rows` rows give for db1, db2 and db3."""
         silu = partial_rows(self.h1, rows)
-        return silu, silu, _cosine_parts(self.z, self.walk, rows)
+        return silu, silu, _cosine_parts(self.z, self.rows_per_program, rows)
 
     def run(self, i: int, x: Tensor, dx: Tensor, rows: _Rows, cos: Tensor, eps: float) -> None:
-        """Forward of chunk number i, then (where a gradient is wanted) its backward."""
+        """Run the forward of chunk number i, then (where a gradient is wanted) its backward.
+
+        x, dx: [rows,D]; cos: [rows].
+        """
         w1, b1, w2, b2, w3, b3 = self.weights
         m = x.shape[0]
         x = x.to(w1.dtype)
@@ -296,10 +235,10 @@ class _Chunks:
             return
         torch.addmm(b3, h2, w3.t(), out=z)
         parts = [
-            t[i * each : (i + 1) * each] if need else None
-            for t, each, need in zip(self.parts, self.each, self.needs[2::2], strict=True)
+            t[i * count : (i + 1) * count] if need else None
+            for t, count, need in zip(self.parts, self.part_rows, self.needs[2::2], strict=True)
         ]
-        _cosine_(z, rows, cos, eps, self.walk, self.grad, parts[2])
+        _cosine_(z, rows, cos, eps, self.rows_per_program, self.grad, parts[2])
         if self.grad:
             self._backward(i == 0, x, dx, a1, h1, a2, h2, z, parts)
 
@@ -325,7 +264,7 @@ class _Chunks:
             torch.mm(a1, w1, out=dx)
 
     def gradients(self) -> list[Tensor]:
-        """[dw1, db1, dw2, db2, dw3, db3]; what is not needed is empty."""
+        """Return [dw1, db1, dw2, db2, dw3, db3]; what is not needed is empty."""
         sums = [
             sum_of_parts(parts) if need else parts
             for parts, need in zip(self.parts, self.needs[2::2], strict=True)
@@ -349,7 +288,7 @@ def _projector_alignment(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, factor, dx, dw1, db1, dw2, db2, dw3, db3); what `needs` leaves out is empty.
+    """Return (loss, factor, dx, dw1, db1, dw2, db2, dw3, db3); what `needs` leaves out is empty.
 
     chunk: rows, 0 for what launch.py says.
     """
@@ -385,14 +324,15 @@ def _(x, w1, b1, w2, b2, w3, b3, target, target_scale, row_weight, eps, chunk, n
 
 @torch.library.custom_op("fastrepa::scaled", mutates_args=())
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor in `dtype`: the product in factor's precision, without a copy of x in it."""
+    """Return x * factor, of x's shape, in `dtype`: multiplied in factor's, without a copy in it."""
     out = torch.empty_like(x, dtype=dtype)
     if launch.use_triton(x):  # in one vectorised pass, which aten's, by a scalar on the GPU, is not
         if x.numel():
             flat = launch.FLAT["activation"][launch.generation(x.device)]
             _scale_kernel[(triton.cdiv(x.numel(), flat.block),)](
-                x, factor, out, x.numel(), BLOCK=flat.block, num_warps=flat.num_warps
-            )
+                x_ptr=x, factor_ptr=factor, y_ptr=out, size=x.numel(), BLOCK=flat.block,
+                num_warps=flat.num_warps,
+            )  # fmt: skip
         return out
     # A 0-dim factor would be rounded to a half operand's dtype first, where 1/N may be nothing.
     if x.dtype == factor.dtype:
@@ -494,7 +434,7 @@ def projector_alignment(
     row_weight: Tensor | None = None,
     target_scale: Tensor | None = None,
 ) -> Tensor:
-    """REPA's alignment loss: the mean over rows of -cos(projector(x), target), in [-1, 1].
+    """Return REPA's alignment loss: the mean of -cos(projector(x), target) over rows, in [-1, 1].
 
     x: [..., D], any floating dtype; it is cast to the weights' dtype chunk by chunk. weights:
     (w1, b1, w2, b2, w3, b3) of Linear(D,P) SiLU Linear(P,P) SiLU Linear(P,Z). target: [..., Z],
@@ -531,7 +471,7 @@ def projector_alignment_cost(
     n: int, d: int, p: int, z: int, itemsize: int, *, x_itemsize: int | None = None,
     x_grad: bool = True, weight_grad: bool = True,
 ) -> Cost:  # fmt: skip
-    """Three products forward; each again for the gradient of its input and of its weight.
+    """Count three products forward, each again for the gradients of its input and its weight.
 
     Bytes: x, target and the weights read once; dx and the weight gradients (fp32) written once.
     """
@@ -547,50 +487,3 @@ def projector_alignment_cost(
         + (n * d * x_itemsize if x_grad else 0)
         + (weights * 4 if weight_grad else 0),
     )
-
-
-def _aot_cases() -> list[AotCase]:
-    bf, fp = "*bf16", "*fp32"
-    cases = []
-    for generation in launch.GENERATIONS:
-        for width, row in launch.ROWS["cosine"][generation].items():
-            for target in ("bf16", "int8"):
-                absent = {} if target == "int8" else {"y_scale_ptr": None, "weight_ptr": None}
-                cases.append(AotCase(
-                    _cosine_kernel, f"{target} target width {width}", generation,
-                    {
-                        "z_ptr": bf, "y_ptr": "*i8" if target == "int8" else bf, "y_scale_ptr": fp,
-                        "weight_ptr": fp, "cos_ptr": fp, "sums_ptr": fp, "eps": "fp32",
-                    },
-                    {
-                        "GRAD": True, "SUMS": True, "ROWS": 16, "BLOCK_D": row.block_d,
-                        **absent,
-                    },
-                    row.num_warps, registers=96, shared=32768,
-                    wide_loads=1 if target == "int8" else 2, long_offsets=("z_ptr", "y_ptr"),
-                    traffic=Traffic((3 if target == "int8" else 4) * width, 2 * width),
-                ))  # fmt: skip
-        table = launch.GEMM["cosine_sums"][generation]
-        cases.append(AotCase(
-            _cosine_sums_gemm_kernel, f"{table.block_m}x{table.block_n}x{table.block_k}",
-            generation,
-            {"h_ptr": bf, "w_ptr": bf, "b_ptr": bf, "y_ptr": bf, "sums_ptr": fp},
-            {
-                "y_scale_ptr": None, "GROUP_M": table.group_m, "BLOCK_M": table.block_m,
-                "BLOCK_N": table.block_n, "BLOCK_K": table.block_k,
-            },
-            table.num_warps, num_stages=table.num_stages, registers=255,
-            shared=99 * 1024 if generation == 80 else 227 * 1024, wide_loads=4, wgmma=True,
-            long_offsets=("h_ptr", "w_ptr", "y_ptr"),
-        ))  # fmt: skip
-        flat = launch.FLAT["activation"][generation]
-        cases.append(AotCase(
-            _scale_kernel, f"block {flat.block}", generation,
-            {"x_ptr": bf, "factor_ptr": fp, "y_ptr": bf}, {"BLOCK": flat.block}, flat.num_warps,
-            registers=64, shared=0, wide_loads=2, long_offsets=("x_ptr", "y_ptr"),
-            traffic=Traffic(2 * flat.block, 2 * flat.block),
-        ))  # fmt: skip
-    return cases
-
-
-AOT_CASES = _aot_cases()

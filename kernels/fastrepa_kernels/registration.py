@@ -20,7 +20,7 @@ def differentiable(op: Any, *, setup_context: Callable, backward: Callable) -> C
 
 
 def first_order(op: Any) -> Callable:
-    """The callable for an op that only a backward uses: its own gradient is not defined."""
+    """Return the callable for an op that only a backward uses: it has no gradient of its own."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{op._qualname}: second derivatives are not implemented")

@@ -1,4 +1,4 @@
-"""What a kernel's machine code says about its speed, without a GPU: an ESTIMATE, never a record.
+"""Estimate a kernel's speed from its machine code, without a GPU: an ESTIMATE, never a record.
 
 A pass is one turn of the loop that loads, or the whole program where there is none; it reads and
 writes the bytes its case declares, at the real width. Of the machine code are counted, in program
@@ -44,7 +44,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Pass:
-    """Counted in one pass, for one warp."""
+    """The counts of one pass, for one warp."""
 
     instructions: int
     mufu: int
@@ -53,11 +53,12 @@ class Pass:
 
     @property
     def cycles(self) -> int:
+        """The cycles that issuing the pass takes of one scheduler."""
         return max(self.instructions, MUFU_CYCLES * self.mufu)
 
 
 def disassemble(cubin: bytes) -> str:
-    """The machine code as text, by the cuobjdump that comes with Triton."""
+    """Return the machine code as text, by the cuobjdump that comes with Triton."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -73,19 +74,19 @@ def disassemble(cubin: bytes) -> str:
 
 
 def hot_pass(sass: str) -> Pass:
-    """The counts of the longest loop that loads, or of the whole program."""
+    """Count the longest loop that loads, or the whole program."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S[^;]*?)\s*;", sass)
     if not code:
         raise ValueError("sass: no instructions in what cuobjdump printed")
-    at = [int(address, 16) for address, _ in code]
+    addresses = [int(address, 16) for address, _ in code]
     names = [text for _, text in code]
     last = max((i for i, name in enumerate(names) if name.startswith("EXIT")), default=len(names))
     hot = names[: last + 1]
     loops = []
     for end, name in enumerate(names):
         target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", name)
-        if target and int(target[1], 16) < at[end]:
-            loop = names[at.index(int(target[1], 16)) : end + 1]
+        if target and int(target[1], 16) < addresses[end]:
+            loop = names[addresses.index(int(target[1], 16)) : end + 1]
             if any(name.startswith("LDG") for name in loop):
                 loops.append(loop)
     return _counted(max(loops, key=len, default=hot))
@@ -105,23 +106,23 @@ def _counted(code: list[str]) -> Pass:
 
 
 def programs(generation: int, registers: int, shared: int, warps: int) -> int:
-    """Programs that an SM holds at once: by registers, shared memory, warps and their number."""
+    """Count the programs that an SM holds at once: by registers, shared memory, warps, number."""
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     return min(by_registers, SHARED[generation] // (shared + 1024), 64 // warps, 32)
 
 
 def in_flight(counted: Pass, traffic: Traffic, resident: int) -> float:
-    """Bytes of loads on their way to an SM at once: a pass's reads come in `trips` portions."""
+    """Return the bytes of loads on their way to an SM: a pass's reads come in `trips` portions."""
     return resident * traffic.reads / max(1, counted.trips)
 
 
 def issue_cycles(counted: Pass, traffic: Traffic, warps: int) -> float:
-    """Cycles a row takes of an SM's schedulers."""
+    """Return the cycles a row takes of an SM's schedulers."""
     return counted.cycles * warps / 4 / traffic.rows
 
 
 def copy_share(counted: Pass, traffic: Traffic, resident: int, warps: int) -> float:
-    """The estimated share of an H200's copy bandwidth, by the arithmetic above."""
+    """Estimate the share of an H200's copy bandwidth, by the arithmetic above."""
     moved = traffic.reads + traffic.writes
     turn = counted.trips * LATENCY + counted.cycles * max(1, warps / 4) / CLOCK
     flight = resident * moved / turn

@@ -1,7 +1,7 @@
 """Where the kernel tests run, and buffers that show what was never written.
 
-`pytest -m gpu` runs the same tests on a CUDA device (T3). They are written and have never been run:
-no GPU was at hand.
+`pytest -m gpu` runs the same tests on a CUDA device (T3), as they have run on an H200
+(benchmarks/records/gpu_suite_h200.jsonl).
 
 Without a GPU the kernels run in Triton's interpreter. TRITON_INTERPRET must be set before triton
 is imported by anything in the process; outside these tests it changes nothing, because launch.py
@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastrepa_kernels import launch
+from fastrepa_kernels.attention import backends, choice
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,15 @@ def poisoned_buffers(monkeypatch):
 def unpoisoned(launches: list[str]) -> list[str]:
     """A list of launches (tests/launches.py) without those that `poisoned_buffers` made."""
     return [name for name in launches if name != "aten.fill_.Scalar"]
+
+
+@pytest.fixture
+def another_machine():
+    """What was found out about one machine's attention is not true of the next test's."""
+    torch.manual_seed(22)
+    refusal, loaded = choice._refusal, dict(backends._loaded)
+    refusal.cache_clear()
+    yield
+    refusal.cache_clear()
+    backends._loaded.clear()
+    backends._loaded.update(loaded)

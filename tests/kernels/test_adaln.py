@@ -11,7 +11,7 @@ the variance or of sum g h; y without its shift; the last split left out of a su
 import pytest
 import torch
 
-from fastrepa_kernels import adaln, launch
+from fastrepa_kernels import adaln, adaln_kernels, launch
 from fastrepa_kernels.adaln import (
     gated_residual,
     gated_residual_cost,
@@ -206,7 +206,7 @@ def test_a_cpu_takes_some_samples_at_a_time(monkeypatch, residual_dtype, branch_
         return (*outputs, *torch.autograd.grad(outputs, leaves, [dx_new, dy]))
 
     whole = run()
-    monkeypatch.setattr(adaln, "_CPU_BLOCK", 2 * 7 * 24)
+    monkeypatch.setattr(adaln_kernels, "_CPU_BLOCK", 2 * 7 * 24)
     for one, parts in zip(whole, run(), strict=True):
         torch.testing.assert_close(parts, one)
 

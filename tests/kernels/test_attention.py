@@ -1,10 +1,8 @@
-"""attention: each backend that runs here against float64, the choice, and calls that cannot run."""
+"""attention: each backend that runs here against float64, and calls that cannot run."""
 
-import importlib
 import inspect
 import itertools
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,30 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrepa_kernels import attention
 from fastrepa_kernels.attention import (
     BACKENDS,
-    FLASH,
+    MODULES,
+    PACKED,
+    SDPA,
     attention_cost,
     attention_reference,
+    backends,
     choose,
-    order,
     refusal,
 )
+from fastrepa_kernels.attention import choice as choices
 from tests.kernels.accuracy import assert_as_good_as_eager, check
 
-module = importlib.import_module("fastrepa_kernels.attention")  # the package's name is the function
+pytestmark = pytest.mark.usefixtures("another_machine")
 CPU = torch.device("cpu")
-A100, H100, B200, OLD = (8, 0), (9, 0), (10, 0), (7, 5)
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """What was found out about one machine is not true of the next test's."""
-    torch.manual_seed(22)
-    found, loaded = module._refusal, dict(module._loaded)
-    found.cache_clear()
-    yield
-    found.cache_clear()
-    module._loaded.clear()
-    module._loaded.update(loaded)
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -89,7 +77,7 @@ def test_a_long_sequence(backend):
 
 
 def test_a_chunk_does_not_change_its_samples(monkeypatch):
-    monkeypatch.setattr(module, "_product_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(backends, "_product_dtype", lambda dtype: torch.float32)
     (qkv,), (grad,) = problem(64, 32, torch.bfloat16, norm=False, batch=7)
 
     def run():
@@ -99,14 +87,14 @@ def test_a_chunk_does_not_change_its_samples(monkeypatch):
 
     whole = run()
     for matrices in (6, 2):  # two samples, and one at the end; two heads, and one
-        monkeypatch.setattr(module, "CPU_CHUNK", matrices * 64 * 64 * 4)
+        monkeypatch.setattr(backends, "CPU_CHUNK", matrices * 64 * 64 * 4)
         for a, b in zip(run(), whole, strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_chunks_have_float32_products_where_a_cpu_has_no_others(monkeypatch, dtype):
-    monkeypatch.setattr(module, "_product_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(backends, "_product_dtype", lambda dtype: torch.float32)
     agree("math-chunked", 100, 64, dtype)
 
 
@@ -151,7 +139,10 @@ COPIES = {"clone", "copy_", "cat", "stack", "contiguous", "_to_copy", "empty_lik
 
 def test_nothing_is_copied_on_the_way_in_or_out():
     (qkv,), (grad,) = problem(64, 72, torch.float32, norm=False)
-    op, backward_op = module._packed_attention._init_fn, module._packed_attention_backward._init_fn
+    op, backward_op = (
+        backends._packed_attention._init_fn,
+        backends._packed_attention_backward._init_fn,
+    )
     with Operations(grad.numel()) as forward:
         out, sums = op(qkv, None, "sdpa-flash", False)
         out.view(*out.shape[:2], -1)  # [B,T,H d] as it is
@@ -183,7 +174,7 @@ def test_a_bias_is_refused_where_its_gradient_is_not_made(stand_in):
     (qkv, *norm), _ = problem(16, 8, torch.float32, norm=True)
     with pytest.raises(ValueError, match=r"attention: bias needs q and k without norms .*norms$"):
         attention(qkv, q_norm=norm[:2], backend="sdpa-flash", bias=torch.zeros(72))
-    if name in module.PACKED:
+    if name in PACKED:
         qkv.requires_grad_()
         bias = torch.zeros(72, requires_grad=True)
         attention(qkv, backend=name, bias=bias).square().sum().backward()
@@ -193,22 +184,22 @@ def test_a_bias_is_refused_where_its_gradient_is_not_made(stand_in):
         attention(qkv, backend=name, bias=torch.zeros(72))
 
 
-@pytest.mark.parametrize("name", module.SDPA)
+@pytest.mark.parametrize("name", SDPA)
 def test_torch_takes_the_calls_for_a_gpu(name):
     """Their arguments and results' shapes, by torch's own shape functions: nothing is computed."""
     b, t, h, d = 2, 40, 3, 24
     qkv = torch.empty(b, t, 3, h, d, dtype=torch.bfloat16, device="meta")
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    out, sums = module._aten(name, q, k, v)
+    out, sums = backends._aten(name, q, k, v)
     assert out.transpose(1, 2).is_contiguous()  # as the op hands it on, without a copy
-    assert (sums.shape, sums.dtype) == (module._sums_shape(name, b, t, h), torch.float32)
-    for x in module._aten_backward(name, [torch.empty_like(out), q, k, v, out], sums):
+    assert (sums.shape, sums.dtype) == (backends._sums_shape(name, b, t, h), torch.float32)
+    for x in backends._aten_backward(name, [torch.empty_like(out), q, k, v, out], sums):
         assert x.shape == out.shape
         assert x.transpose(1, 2).is_contiguous()  # read where it lies by the pass that stacks
 
 
 def test_nothing_is_summed_for_a_bias_that_is_frozen(monkeypatch):
-    monkeypatch.setattr(module, "column_sums", None)
+    monkeypatch.setattr(backends, "column_sums", None)
     qkv = problem(16, 8, torch.float32, norm=False)[0][0].requires_grad_()
     attention(qkv, backend="sdpa-flash", bias=torch.zeros(72)).sum().backward()
     assert qkv.grad is not None
@@ -220,7 +211,7 @@ def test_one_pass_stacks_and_sums(place, shape, sums):
     """Also from strides that no backend gives."""
     b, t, h, d = shape
     grads = [place.randn(b, h, t, d).transpose(1, 2), place.randn(*shape), place.randn(*shape)]
-    dqkv, dbias = module._stacked(grads, sums)
+    dqkv, dbias = backends._stacked(grads, sums)
     assert torch.equal(dqkv, torch.stack(grads, 2))
     assert dqkv.is_contiguous()
     if not sums:
@@ -229,143 +220,6 @@ def test_one_pass_stacks_and_sums(place, shape, sums):
     assert dbias.dtype == torch.float32
     rows = dqkv.view(b * t, -1)
     assert_as_good_as_eager("sums", dbias, rows.float().sum(0), rows.double().sum(0))
-
-
-# The choice ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """A GPU of a capability with some packages, on which whatever is tried works."""
-
-    def make(capability, *packages, failing=()):
-        module._refusal.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(
-            module, "_import", lambda name: "" if name in packages else "not installed"
-        )
-        monkeypatch.setattr(
-            module, "_trial", lambda name, *_: "fails on this device" if name in failing else ""
-        )
-        return torch.device("cuda", 0)
-
-    return make
-
-
-ALL = tuple(module.MODULES)
-
-
-@pytest.mark.parametrize(
-    ("capability", "packages", "dtype", "dim", "expected"),
-    [
-        (A100, ALL, torch.bfloat16, 64, "flash-attn-2"),
-        (A100, ALL, torch.bfloat16, 72, "flash-attn-2"),
-        (A100, (), torch.bfloat16, 72, "sdpa-flash"),
-        (A100, ("xformers",), torch.float32, 72, "xformers"),
-        (A100, (), torch.float32, 72, "sdpa-efficient"),
-        ((8, 9), ("flash-attn-3", "flash-attn-4"), torch.float16, 64, "sdpa-flash"),
-        (H100, ALL, torch.bfloat16, 64, "flash-attn-3"),
-        (H100, ALL, torch.bfloat16, 72, "sdpa-cudnn"),
-        (H100, ("flash-attn-2",), torch.bfloat16, 64, "sdpa-cudnn"),
-        (H100, ("flash-attn-3",), torch.bfloat16, 256, "flash-attn-3"),
-        (B200, ALL, torch.bfloat16, 72, "flash-attn-4"),
-        (B200, ("flash-attn-3",), torch.bfloat16, 64, "sdpa-cudnn"),
-        (B200, ("flash-attn-2",), torch.bfloat16, 256, "flash-attn-2"),
-        ((12, 0), ("flash-attn-4",), torch.bfloat16, 64, "sdpa-flash"),
-        (OLD, ALL[:3], torch.float16, 64, "sdpa-efficient"),
-        (H100, ALL, torch.float64, 64, "math"),
-        (H100, (), torch.bfloat16, 60, "math"),
-    ],
-)
-def test_first_of_the_table_that_can_run(machine, capability, packages, dtype, dim, expected):
-    choice = choose(machine(capability, *packages), dtype, dim)
-    assert choice.backend == expected
-    tried = order(torch.device("cuda", 0), dtype, dim)
-    passed = [name for name, _ in choice.passed_over]
-    assert [*passed, expected] == list(tried[: len(passed) + 1])
-    assert all(why for _, why in choice.passed_over)
-
-
-def test_tables_are_complete():
-    for built, padded in module.PRIORITY.values():
-        for names in (built, padded):
-            assert names[-1] == "math"
-            assert len(set(names)) == len(names)
-            assert set(names) <= set(BACKENDS)
-            flash = [name in FLASH for name in names]
-            assert flash == sorted(flash, reverse=True)  # nothing less before any of FLASH
-    assert set(module.PRIORITY) == set(module.launch.GENERATIONS)
-    on_gpus = set(itertools.chain(*itertools.chain(*module.PRIORITY.values())))
-    assert on_gpus == set(BACKENDS) - {"math-chunked", "sdpa"}
-
-
-def test_deterministic_runs_leave_out_what_is_not(machine):
-    device = machine(H100)
-    assert choose(device, torch.bfloat16, 72).backend == "sdpa-cudnn"
-    assert choose(device, torch.bfloat16, 72, deterministic=True).backend == "sdpa-flash"
-    with pytest.raises(ValueError, match="'sdpa-cudnn' cannot run here: its backward is not det"):
-        choose(device, torch.bfloat16, 72, backend="sdpa-cudnn", deterministic=True)
-
-
-def test_what_fails_its_trial_is_passed_over_with_the_reason(machine):
-    device = machine(B200, *ALL, failing=("flash-attn-4", "sdpa-cudnn"))
-    choice = choose(device, torch.bfloat16, 64)
-    assert choice.backend == "flash-attn-2"
-    assert choice.passed_over == (
-        ("flash-attn-4", "fails on this device"), ("sdpa-cudnn", "fails on this device"),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="backend: 'flash-attn-4' cannot run here: fails on this"):
-        choose(device, torch.bfloat16, 64, backend="flash-attn-4")
-
-
-def test_flash_required_is_flash_or_an_error(machine):
-    device = machine(H100, "xformers")
-    for dtype, dim in itertools.product((torch.float16, torch.bfloat16), (64, 72, 128)):
-        assert choose(device, dtype, dim, require="flash").backend in FLASH
-    words = r"require: 'flash', but nothing of it runs here \(.*sdpa-flash: does not take float32"
-    with pytest.raises(ValueError, match=words):
-        choose(device, torch.float32, 64, require="flash")
-    with pytest.raises(ValueError, match="require: 'flash' does not allow backend 'xformers'"):
-        choose(device, torch.bfloat16, 64, backend="xformers", require="flash")
-    assert choose(CPU, torch.float32, 64, require="flash").backend == "sdpa-flash"
-    with pytest.raises(ValueError, match="require: 'flash', but nothing of it runs here"):
-        choose(CPU, torch.float64, 64, require="flash")
-
-
-def test_the_real_choice_on_a_cpu():
-    for dtype, expected in (
-        (torch.float32, "sdpa-flash"), (torch.bfloat16, "math-chunked"),
-        (torch.float16, "math-chunked"), (torch.float64, "math"),
-    ):  # fmt: skip
-        assert choose(CPU, dtype, 72).backend == expected
-    assert choose(CPU, torch.bfloat16, 72, require="flash").backend == "sdpa-flash"
-    assert choose(torch.device("meta"), torch.float32, 72).backend == "math"
-    for name in ("flash-attn-2", "sdpa-cudnn", "sdpa-efficient", "xformers"):
-        with pytest.raises(ValueError, match=f"'{name}' cannot run here: needs a GPU, not cpu"):
-            choose(CPU, torch.float32, 64, backend=name)
-
-
-def test_packages_that_are_absent_or_do_not_load(monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.setattr(module.importlib.util, "find_spec", lambda name: None)
-        assert module._import("flash-attn-3") == "not installed"
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
-        monkeypatch.delitem(sys.modules, name)
-    (tmp_path / "flash_attn").mkdir()  # as flash-attn-4 alone leaves it
-
-    def imported(name, file, text):
-        (tmp_path / file).write_text(text)
-        module.importlib.invalidate_caches()
-        return module._import(name)
-
-    assert imported("flash-attn-2", "other.py", "") == "not installed"
-    needs = "import flash_attn_2_cuda"
-    why = imported("flash-attn-2", "flash_attn/flash_attn_interface.py", needs)
-    assert why == "flash_attn_2_cuda is missing"
-    why = imported("flash-attn-3", "flash_attn_interface.py", "raise OSError('libcudart.so.11.0')")
-    assert why == "does not load (OSError: libcudart.so.11.0)"
-    sys.modules.pop("flash_attn", None)
 
 
 # Packages that cannot run here: stand-ins with their signatures -----------------------------------
@@ -419,12 +273,12 @@ class Package:
         return grads_of(query, key, value, output, grad, lse)
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=MODULES)
 def stand_in(request, monkeypatch):
     """A package that computes what it should, on the CPU."""
     name, package = request.param, Package()
-    monkeypatch.setattr(module, "rule", lambda *_: "")
-    monkeypatch.setitem(module._loaded, name, package)
+    monkeypatch.setattr(choices, "rule", lambda *_: "")
+    monkeypatch.setitem(backends._loaded, name, package)
     return name, package
 
 
@@ -452,22 +306,23 @@ def test_a_trial_sees_what_is_wrong_or_fails(stand_in, monkeypatch):
     name, _ = stand_in
     tried = (name, CPU, torch.float32, 72, False)
     before = torch.get_rng_state()
-    assert module._trial(*tried) == ""
+    assert choices._trial(*tried) == ""
     assert torch.equal(torch.get_rng_state(), before)
-    sums = module.column_sums
+    sums = backends.column_sums
     with monkeypatch.context() as patch:  # the gradient of the bias is tried too
-        patch.setattr(module, "column_sums", lambda t: sums(t) * 1.2)
-        assert module._trial(*tried).startswith("is wrong on" if name in module.PACKED else "")
+        patch.setattr(backends, "column_sums", lambda t: sums(t) * 1.2)
+        assert choices._trial(*tried).startswith("is wrong on" if name in PACKED else "")
     forward = as_flash_attn
     monkeypatch.setitem(globals(), "as_flash_attn", lambda q, k, v: forward(q, k, v.flip(1)))
-    assert module._trial(*tried).startswith("is wrong on this device by")
+    assert choices._trial(*tried).startswith("is wrong on this device by")
 
     def raises(*_):
         raise RuntimeError("\nno kernel image is available\nmore")
 
     monkeypatch.setitem(globals(), "as_flash_attn", raises)
     assert (
-        module._trial(*tried) == "fails on this device (RuntimeError: no kernel image is available)"
+        choices._trial(*tried)
+        == "fails on this device (RuntimeError: no kernel image is available)"
     )
 
 
@@ -481,13 +336,13 @@ def test_compiled_graph_is_whole_and_agrees(backend, monkeypatch):
 
 
 def assert_compiles(backend, monkeypatch):
-    refusal_of = module._refusal.__wrapped__
+    refusal_of = choices._refusal.__wrapped__
 
     def untraceable(*args):
         torch._dynamo.graph_break()  # a trial on a GPU could not be traced either
         return refusal_of(*args)
 
-    monkeypatch.setattr(module, "_refusal", untraceable)
+    monkeypatch.setattr(choices, "_refusal", untraceable)
     given, _ = problem(37, 72, torch.float32, norm=True)
 
     def function(qkv, qw, qb, kw, kb):
@@ -507,7 +362,7 @@ def assert_compiles(backend, monkeypatch):
 
 @pytest.mark.parametrize("name", ["flash-attn-4", "xformers", "sdpa-flash", "math-chunked"])
 def test_registration(name, monkeypatch):
-    monkeypatch.setitem(module._loaded, name, Package())
+    monkeypatch.setitem(backends._loaded, name, Package())
     (qkv,), (grad,) = problem(16, 8, torch.float32, norm=False)
     leaf, bias = qkv.clone().requires_grad_(), torch.randn(72, requires_grad=True)
     ops = torch.ops.fastrepa
@@ -532,7 +387,7 @@ def test_the_stand_ins_have_the_packages_names():
         "xformers": {"memory_efficient_attention_forward_requires_grad": (),
                      "memory_efficient_attention_backward": ()},
     }.items():  # fmt: skip
-        package = SimpleNamespace() if module._import(name) else module._loaded[name]
+        package = SimpleNamespace() if backends.load(name) else backends._loaded[name]
         for function, arguments in used.items():
             real = getattr(package, function, getattr(Package, function))
             assert set(arguments) <= set(inspect.signature(real).parameters), (name, function)
@@ -569,8 +424,8 @@ def test_packages_see_autocasts_dtype_also_after_a_norm(monkeypatch):
             seen.append({q.dtype, k.dtype, v.dtype})
             return q
 
-    monkeypatch.setattr(module, "rule", lambda *_: "")
-    monkeypatch.setitem(module._loaded, "flash-attn-2", Seeing())
+    monkeypatch.setattr(choices, "rule", lambda *_: "")
+    monkeypatch.setitem(backends._loaded, "flash-attn-2", Seeing())
     qkv, norm = torch.randn(2, 16, 3, 2, 8), (torch.ones(8), torch.zeros(8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention(qkv, backend="flash-attn-2")

@@ -44,30 +44,31 @@ DRAWS = {
 
 @triton.jit
 def _philox_kernel(counter_ptr, out_ptr, key0: tl.uint32, key1: tl.uint32, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK) * 4
+    offs = tl.arange(0, BLOCK) * 4
     words = tl.philox_impl(
-        tl.load(counter_ptr + at).to(tl.uint32),
-        tl.load(counter_ptr + at + 1).to(tl.uint32),
-        tl.load(counter_ptr + at + 2).to(tl.uint32),
-        tl.load(counter_ptr + at + 3).to(tl.uint32),
+        tl.load(counter_ptr + offs).to(tl.uint32),
+        tl.load(counter_ptr + offs + 1).to(tl.uint32),
+        tl.load(counter_ptr + offs + 2).to(tl.uint32),
+        tl.load(counter_ptr + offs + 3).to(tl.uint32),
         key0.to(tl.uint32),
         key1.to(tl.uint32),
     )
     for i in tl.static_range(4):
-        tl.store(out_ptr + at + i, words[i].to(tl.int64))
+        tl.store(out_ptr + offs + i, words[i].to(tl.int64))
 
 
 @triton.jit
 def _values_kernel(
-    w_ptr, out_ptr, DRAW: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
-):
-    at = tl.arange(0, BLOCK)
-    w0 = tl.load(w_ptr + at * 4).to(tl.uint32)
-    w1 = tl.load(w_ptr + at * 4 + 1).to(tl.uint32)
-    w2 = tl.load(w_ptr + at * 4 + 2).to(tl.uint32)
-    w3 = tl.load(w_ptr + at * 4 + 3).to(tl.uint32)
-    values = _values_of(w0, w1, w2, w3, DRAW, WIDE)
-    tl.store(out_ptr + at[:, None] * EACH + tl.arange(0, EACH)[None, :], values)
+    w_ptr, out_ptr,
+    DRAW: tl.constexpr, FLOAT64: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.arange(0, BLOCK)
+    w0 = tl.load(w_ptr + offs * 4).to(tl.uint32)
+    w1 = tl.load(w_ptr + offs * 4 + 1).to(tl.uint32)
+    w2 = tl.load(w_ptr + offs * 4 + 2).to(tl.uint32)
+    w3 = tl.load(w_ptr + offs * 4 + 3).to(tl.uint32)
+    values = _values_of(w0, w1, w2, w3, DRAW, FLOAT64)
+    tl.store(out_ptr + offs[:, None] * EACH + tl.arange(0, EACH)[None, :], values)
 
 
 def padded(rows, device):
@@ -81,7 +82,9 @@ def philox(rows, key, device):
     if not launch.use_triton(counter):
         return torch.stack(philox4x32(tuple(counter.unbind(1)), key), 1)[: len(rows)].tolist()
     out = torch.zeros_like(counter)
-    _philox_kernel[(1,)](counter, out, *key, BLOCK=len(counter))
+    _philox_kernel[(1,)](
+        counter_ptr=counter, out_ptr=out, key0=key[0], key1=key[1], BLOCK=len(counter)
+    )
     return out[: len(rows)].tolist()
 
 
@@ -93,8 +96,9 @@ def made_of(words, draw, device):
         return values_of(draw, blocks, each, torch.float64)[: len(words)].cpu()
     out = torch.full((len(given), each), float("nan"), dtype=torch.float64, device=device)
     _values_kernel[(1,)](
-        given, out, DRAW=draw, WIDE=True, EACH=each, BLOCK=len(given), enable_fp_fusion=False
-    )
+        w_ptr=given, out_ptr=out, DRAW=draw, FLOAT64=True, EACH=each, BLOCK=len(given),
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return out[: len(words)].cpu()
 
 

@@ -82,6 +82,6 @@ def test_an_operation_without_a_deterministic_implementation_is_named():
 
 
 def test_our_kernels_add_in_a_fixed_order():
-    sources = sorted((ROOT / "kernels/fastrepa_kernels").glob("*.py"))
+    sources = sorted((ROOT / "kernels/fastrepa_kernels").rglob("*.py"))
     assert len(sources) > 5
     assert [p.name for p in sources if "tl.atomic" in p.read_text()] == []

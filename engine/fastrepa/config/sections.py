@@ -365,7 +365,7 @@ class ZeroConfig(_Section):
 
 
 class AttentionConfig(_Section):
-    """Which attention computes the training's; fastrepa_kernels/attention.py has the table."""
+    """The attention of training; fastrepa_kernels/attention/choice.py has the table."""
 
     backend: Literal[
         "auto",
