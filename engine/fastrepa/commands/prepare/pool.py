@@ -71,7 +71,7 @@ class _Bar:
     def __init__(
         self, plan: Plan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
     ) -> None:
-        self._plan, self._folder, self._ranks, self._visible = plan, folder, ranks, visible
+        self._plan, self._folder, self._visible = plan, folder, visible
         self._before = sum(len(plan.keys(shard)) for shard in finished)
         self._others = [
             s for s in range(plan.num_shards) if s % ranks.size != ranks.rank and s not in finished
