@@ -16,7 +16,7 @@ IMAGE_READY := $(GPU_IMAGE)/.ready
 help:
 	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
-	@echo "make lint types   ruff and mypy"
+	@echo "make lint types   ruff, the laws of imports (pyproject.toml), and mypy"
 	@echo "make gpu-wheels   .gpu-wheels: what a borrowed GPU machine lacks (DALI=1: .gpu-dali too)"
 	@echo "make gpu-rehearsal  what is measured there, at toy shapes on this CPU, with what can go wrong"
 
@@ -37,6 +37,7 @@ test: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@PYTHONPATH=engine:kernels $(BIN)/lint-imports
 
 types: $(READY)
 	@$(BIN)/mypy engine kernels

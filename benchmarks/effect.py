@@ -51,9 +51,10 @@ from torch import Tensor
 
 from benchmarks.run import RECORDS, append, environment
 from fastrepa.checkpoint.format import StoredTensors, checkpoints, load_ema_model, read_state
+from fastrepa.checkpoint.kinds import EMA
+from fastrepa.commands.probe.images import read_images
 from fastrepa.config import Config, load_config
 from fastrepa.data.gallery import Gallery
-from fastrepa.data.image_sample import read_images
 from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.generation.generate import image_path, write_png
 from fastrepa.model.conversion import load_weights
@@ -61,7 +62,6 @@ from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.launch import outside_the_world
 from fastrepa.training.objective import Objective, lognormal_time
-from fastrepa.training.optimizer import EMA
 from fastrepa.vision.codec import build_codec
 
 ROOT = RECORDS.parents[1]

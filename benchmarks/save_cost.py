@@ -21,8 +21,8 @@ import torch
 
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import join_world, leave_world
 
 
 def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     world = join_world()
     began: list[float] = []
     saves: list[tuple[float, dict[str, float]]] = []
-    with watched(resolved, world) as watch:
+    with watched(Path(resolved.run), resolved.survival, world) as watch:
         trainer = Trainer(resolved, world, watch.group)
         step, save = trainer.train_step, trainer.save
 

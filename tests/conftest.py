@@ -71,7 +71,7 @@ def world() -> Any:
     """This process alone. Its group stays to the end, and so does the environment it was made
     with: DeepSpeed holds on to both, and cannot meet again in the same process.
     """
-    from fastrepa.training.zero.engine import join_world
+    from fastrepa.runtime.world import join_world
 
     return join_world()
 

@@ -86,9 +86,9 @@ def _rate(size: Size, decode: str) -> Iterator[Record]:
 
 def _step(size: Size) -> Iterator[Record]:
     """A step whose images DALI decodes for the encoder, against the same step fed with noise."""
-    from fastrepa.commands.dry_run import RandomBatches
+    from fastrepa.runtime.world import join_world, leave_world
+    from fastrepa.training.random_batches import RandomBatches
     from fastrepa.training.trainer import Trainer
-    from fastrepa.training.zero.engine import join_world, leave_world
 
     config, world = _config(size), join_world()
     try:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -72,9 +72,9 @@ def train(
     resolved = load_config(config, overrides or [])
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import watched
-    from fastrepa.training.zero.engine import join_world, leave_world
+    from fastrepa.runtime.world import join_world, leave_world
 
-    make_deterministic(resolved)
+    make_deterministic(resolved.deterministic)
     world = join_world(2 * resolved.survival.stall_seconds)
     try:
         from fastrepa.training.memory.decision import resolve_memory
@@ -89,8 +89,13 @@ def train(
             return
         from fastrepa.training.trainer import Trainer
 
-        with watched(resolved, world) as watch, refusals_by_name():
-            code = Trainer(resolved, world, watch.group).train(watch)
+        evaluator: Any = None
+        if resolved.evaluation.every:
+            from fastrepa.commands.evaluate.during_training import RunEvaluator
+
+            evaluator = RunEvaluator
+        with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
+            code = Trainer(resolved, world, watch.group, evaluator=evaluator).train(watch)
     finally:
         leave_world()
     if code:
@@ -209,7 +214,7 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
     from fastrepa.commands.profile.profile import profile_run
     from fastrepa.commands.profile.report import print_profile
-    from fastrepa.training.zero.engine import join_world, leave_world
+    from fastrepa.runtime.world import join_world, leave_world
 
     world = join_world(2 * resolved.survival.stall_seconds)
     try:

@@ -28,11 +28,12 @@ from fastrepa.checkpoint.format import (
 )
 from fastrepa.checkpoint.fragments import shares
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
+from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.sit import SiT
-from fastrepa.training.zero.engine import KINDS, WholeTensors, start_engine
+from fastrepa.training.zero.engine import WholeTensors, start_engine
 from tests.runs import ROOT, SMALL, environment
 
 SHAPES = st.dictionaries(

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from fastrepa.config import load_config
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.runtime.determinism import make_deterministic
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import grad_norm, join_world, leave_world
+from fastrepa.training.zero.engine import grad_norm
 from tests.runs import ROOT, SMALL
 
 
@@ -55,7 +56,7 @@ class Witness:
 
 def one_run(world, folder, steps, overrides):
     config = load_config(ROOT / "configs/quickstart.yaml", [f"run={folder}", *SMALL, *overrides])
-    make_deterministic(config)
+    make_deterministic(config.deterministic)
     trainer = Trainer(config, world)
     witness, lines = Witness(trainer), []
     pipeline = DataPipeline(

@@ -22,6 +22,7 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import TrainingConfig, load_config
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.optimizer import power_gamma
 from fastrepa.training.zero import engine as zero
 from tests.runs import ROOT, SMALL
@@ -50,7 +51,7 @@ def near(ours, expected, what):
 
 
 def main(run):
-    world = zero.join_world()
+    world = join_world()
     group = dist.new_group(backend="gloo")
     previous, expected = None, {}  # str(average) -> name -> float64
     for number, (stage, precision, kernels, emas, said) in enumerate(LEGS):
@@ -91,7 +92,7 @@ def main(run):
         writer.settle(required=True)
         previous = checkpoint_path(Path(run), step)
         dist.barrier(group=group)
-    zero.leave_world()
+    leave_world()
 
 
 def train(engine, optimizer, whole, world, config, chosen, expected, number):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import join_world, leave_world
 from tests.runs import ROOT, SMALL
 
 STEPS, NUM = 6, 10
@@ -48,8 +49,8 @@ def main(folder):
             f"run={folder / name}", *SMALL, f"training.steps={STEPS}", "zero.stage=3",
             "training.log_every=3", f"evaluation.reference={folder / 'validation'}", *settings,
         ])  # fmt: skip
-        with watched(config, world) as watch:
-            Trainer(config, world, watch.group).train(watch)
+        with watched(Path(config.run), config.survival, world) as watch:
+            Trainer(config, world, watch.group, evaluator=RunEvaluator).train(watch)
     leave_world()
 
 

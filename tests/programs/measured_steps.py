@@ -15,6 +15,7 @@ import torch
 from fastrepa.commands.bench.peak_memory import highest, storages
 from fastrepa.config import config_from_dict
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.zero import engine as zero
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def with_settings(plain, settings, config, size):
 
 
 def main():
-    world = zero.join_world()
+    world = join_world()
     plain = zero.deepspeed_config
     for text in sys.argv[1:]:
         case = json.loads(text)
@@ -101,7 +102,7 @@ def main():
         result = measure(case, world)
         if world.is_first:
             print("MEASURED " + json.dumps(result), flush=True)
-    zero.leave_world()
+    leave_world()
 
 
 if __name__ == "__main__":

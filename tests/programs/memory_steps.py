@@ -7,8 +7,10 @@ import json
 
 import torch
 
+from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.config import config_from_dict
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.zero import engine as zero
 
 SIDE, WIDTHS, MICRO = 16, [40], 4
@@ -66,7 +68,7 @@ class Engine:
         return [*losses, float(zero.grad_norm(self.engine))]
 
     def state(self):
-        out = {(k, n): self.whole.get(n, k).clone() for k in zero.KINDS for n in self.whole.params}
+        out = {(k, n): self.whole.get(n, k).clone() for k in KINDS for n in self.whole.params}
         self.whole.let_go()
         return out
 
@@ -112,7 +114,7 @@ def compare_offload(world, stage, precision, forwards, settings):
     out = {
         "losses": losses,
         "difference": {k: difference(*({i: s[i] for i in s if i[0] == k} for s in
-                       (plain.state(), state))) for k in zero.KINDS},
+                       (plain.state(), state))) for k in KINDS},
         "moved": difference(weights(Engine(config, world).state()), weights(state)),
         "device": str(there.engine.zero_offload_optimizer().device),
     }  # fmt: skip
@@ -127,7 +129,7 @@ def compare_offload(world, stage, precision, forwards, settings):
 
 
 def main():
-    world = zero.join_world()
+    world = join_world()
     cpu = {"offload": "cpu"}
     jobs = [
         ("recompute", compare_bits, (stage, *rest, {"recompute": 2 if stage == 2 else 1}))
@@ -149,7 +151,7 @@ def main():
         if world.is_first:
             case = {"kind": kind, "stage": arguments[0], "precision": arguments[1]}
             print("COMPARED " + json.dumps({**case, **result}), flush=True)
-    zero.leave_world()
+    leave_world()
 
 
 if __name__ == "__main__":

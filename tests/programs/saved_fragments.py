@@ -19,7 +19,8 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import TrainingConfig, load_config
 from fastrepa.model.sit import SiT
-from fastrepa.training.zero.engine import WholeTensors, join_world, start_engine
+from fastrepa.runtime.world import join_world
+from fastrepa.training.zero.engine import WholeTensors, start_engine
 from tests.runs import ROOT, SMALL
 
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fastrepa.config import load_config
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.world import join_world, leave_world
 from fastrepa.training.zero.engine import (
     deepspeed,
-    join_world,
-    leave_world,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
 )

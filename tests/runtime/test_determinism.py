@@ -31,24 +31,24 @@ def as_it_was(monkeypatch):
 
 def test_every_library_is_told():
     torch.backends.cudnn.benchmark = True
-    make_deterministic(config())
+    make_deterministic(config().deterministic)
     assert CUBLAS not in os.environ
     assert not torch.are_deterministic_algorithms_enabled()
-    make_deterministic(config("deterministic=true"))
+    make_deterministic(config("deterministic=true").deterministic)
     assert os.environ[CUBLAS] == ":4096:8"
     assert os.environ[INDUCTOR] == "1"
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
-    make_deterministic(config("deterministic=true"))  # once more is no error
+    make_deterministic(config("deterministic=true").deterministic)  # once more is no error
 
 
 @pytest.mark.parametrize("value", [":4096:8", ":16:8"])
 def test_what_the_user_exported_is_kept(monkeypatch, value):
     monkeypatch.setenv(CUBLAS, value)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    make_deterministic(config("deterministic=true"))
+    make_deterministic(config("deterministic=true").deterministic)
     assert os.environ[CUBLAS] == value
 
 
@@ -56,10 +56,10 @@ def test_a_workspace_that_promises_nothing_or_comes_late_is_refused(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         with pytest.raises(ConfigError, match=f"CUDA has started without {CUBLAS}"):
-            make_deterministic(config("deterministic=true"))
+            make_deterministic(config("deterministic=true").deterministic)
     monkeypatch.setenv(CUBLAS, ":0:0")
     with pytest.raises(ConfigError, match=f"{CUBLAS} is ':0:0'; export :4096:8 or :16:8"):
-        make_deterministic(config("deterministic=true"))
+        make_deterministic(config("deterministic=true").deterministic)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -71,7 +71,7 @@ def test_decoding_goes_to_the_cpu():
 
 
 def test_an_operation_without_a_deterministic_implementation_is_named():
-    make_deterministic(config("deterministic=true"))
+    make_deterministic(config("deterministic=true").deterministic)
     target = torch.zeros(3)
     words = "deterministic: put_ has no deterministic implementation"
     with pytest.raises(TrainingError, match=words), refusals_by_name():

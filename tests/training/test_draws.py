@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import load_config
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa_kernels import launch
 from tests.launches import SYNC, counted, interpreted

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.evaluate import evaluate
 from fastrepa.config import EncoderConfig, config_from_dict, load_config
-from fastrepa.errors import FastrepaError
-from fastrepa.training.evaluation import Evaluations
+from fastrepa.errors import ConfigError, FastrepaError
+from fastrepa.training.trainer import Trainer
 from tests.programs.evaluated_runs import NUM, STEPS
-from tests.runs import ROOT, environment, metrics, tensors
+from tests.runs import ROOT, SMALL, environment, metrics, tensors
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, worl
     def refused(match, **settings):
         config = config_from_dict({**tree, "evaluation": {"every": 1, **settings}})
         with pytest.raises(FastrepaError, match=match):
-            Evaluations(config, world, None, ["a", "b"])
+            RunEvaluator(config, world, None, ["a", "b"])
 
     np.savez(folder / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     encoders = [{"name": "resnet10t", "weights": "random"}]
@@ -89,3 +90,11 @@ def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, worl
             reference=str(folder / "validation"), encoders=encoders)  # fmt: skip
     refused("'fd_dinov2_vitb15' is not known", metrics=["fd_dinov2_vitb15"])
     refused(r"evaluation.reference: .*plain is a run", reference=str(folder / "plain"))
+
+
+def test_a_run_that_wants_scores_does_not_start_without_an_evaluator(tmp_path, world):
+    settings = [f"run={tmp_path / 'run'}", *SMALL, "evaluation.every=2"]
+    trainer = Trainer(load_config(ROOT / "configs/quickstart.yaml", settings), world)
+    with pytest.raises(ConfigError, match=r"evaluation\.every: this run was given nothing"):
+        trainer.train(None)
+    assert not (tmp_path / "run").exists()

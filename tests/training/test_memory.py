@@ -7,13 +7,18 @@ import sys
 import pytest
 from torch.nn import functional
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import deepspeed_config
 from fastrepa.training.zero.offload import check_offload
-from fastrepa.training.zero.settings import MOST_BUCKET, NVME_SUB_GROUP, auto_settings, resolve_zero
+from fastrepa.training.zero.settings import (
+    MOST_BUCKET,
+    NVME_SUB_GROUP,
+    auto_settings,
+    deepspeed_config,
+    resolve_zero,
+)
 from tests.runs import ROOT, SMALL, environment, metrics, train
 
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.config import load_config
 from fastrepa.runtime.hardware import GPUS, peak_flops
 from fastrepa.runtime.regions import NAMES, SAMPLING
+from fastrepa.runtime.world import World
 from fastrepa.training.meters import ImageFlops, Meter
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer, slow_precision
 from fastrepa.training.zero import engine as zero
-from fastrepa.training.zero.engine import World
+from fastrepa.training.zero import settings
 from fastrepa_kernels import launch
 from tests.runs import ROOT
 
@@ -101,7 +102,8 @@ def test_a_stall_of_the_data_is_named(trainer):
 
 
 def test_a_slow_collective_is_named_and_taken_off_the_region_around_it(world, monkeypatch):
-    monkeypatch.setattr(zero, "as_run", lambda config, ranks: config)  # or one rank would send none
+    for module in (zero, settings):  # or one rank would send none
+        monkeypatch.setattr(module, "as_run", lambda config, ranks: config)
     trainer = built(world)
     step(trainer)
     whole = TorchBackend.all_gather_into_tensor

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastrepa.checkpoint.averages import choose_ema, recorded, resumed_emas, stored_emas
+from fastrepa.checkpoint.kinds import ema_keys
 from fastrepa.config import EmaConfig, OptimizerConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.training.optimizer import AdamWEMA, ema_keys, power_gamma
+from fastrepa.training.optimizer import AdamWEMA, power_gamma
 from tests.runs import ROOT, environment, tensors
 
 FIXED, OTHER, POWER = EmaConfig(decay=0.9), EmaConfig(decay=0.5), EmaConfig(sigma_rel=0.1)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrepa.checkpoint.kinds import EMA, WEIGHT, Whole, ema_keys
 from fastrepa.config import Config, EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.model.sit import SiT
-from fastrepa.training.optimizer import EMA, ema_keys
-from fastrepa.training.zero.engine import WEIGHT, WholeTensors, World
+from fastrepa.runtime.world import World
 from fastrepa.vision.codec import Codec
 
 
@@ -74,7 +74,7 @@ def resumed_emas(
 @contextmanager
 def ema_model(
     config: Config,
-    whole: WholeTensors,
+    whole: Whole,
     fixed: Mapping[str, Tensor],
     codec: Codec,
     world: World,
@@ -88,7 +88,7 @@ def ema_model(
     """
     with torch.device("meta"):
         model = SiT.from_config(config, side=codec.side, channels=codec.channels, encoder_widths=())
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     averaged = {n: fixed[n].to(world.device) for n in fixed}
     for name in model.state_dict():
         if name in whole.params:

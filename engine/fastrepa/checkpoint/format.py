@@ -30,11 +30,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import choose_ema, resumed_emas, stored_emas
+from fastrepa.checkpoint.kinds import WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.training.zero.engine import WEIGHT, WholeTensors, World
+from fastrepa.runtime.world import World
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
@@ -107,16 +108,16 @@ def load_model_weights(path: Path, model: SiT) -> None:
     load_weights(model, StoredTensors(path, WEIGHT), source=str(path))
 
 
-def load_engine_state(path: Path, whole: WholeTensors, state: RunState, world: World) -> list[str]:
+def load_engine_state(path: Path, whole: Whole, state: RunState, world: World) -> list[str]:
     """Float32 masters, optimiser states, EMAs and generators into a started engine (collective).
 
     Returns lines that say which averages could not simply go on.
     """
-    emas = whole.optimizer.emas
+    emas = whole.emas
     sources, said = resumed_emas(emas, stored_emas(state.emas, emas[0]), state.step)
     for kind, source in sources.items():
         since = state.optimizer_step if source == WEIGHT else state.ema_since.get(source, 0)
-        whole.optimizer.ema_since |= {kind: since} if since else {}
+        whole.ema_since.update({kind: since} if since else {})
     for kind in whole.kinds:
         stored = StoredTensors(path, sources.get(kind, kind))
         for name in whole.params:

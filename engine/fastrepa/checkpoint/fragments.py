@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.checkpoint.host_tensors import HostTensors
-from fastrepa.training.zero.engine import WEIGHT, WholeTensors, World
+from fastrepa.checkpoint.kinds import WEIGHT, Whole
+from fastrepa.runtime.world import World
 
 WAIT = timedelta(minutes=30)  # for another rank's fragments; its loss is noticed long before
 
@@ -30,7 +31,7 @@ class Fragments:
     """
 
     def __init__(
-        self, whole: WholeTensors, shapes: Mapping[str, tuple[int, ...]], world: World, group: Any
+        self, whole: Whole, shapes: Mapping[str, tuple[int, ...]], world: World, group: Any
     ) -> None:
         self.whole = whole
         held = {}

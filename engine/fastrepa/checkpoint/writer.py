@@ -41,9 +41,10 @@ from fastrepa.checkpoint.host_tensors import (
     timed,
     write_durably,
 )
+from fastrepa.checkpoint.kinds import WEIGHT, Whole, ema_keys
 from fastrepa.config import TrainingConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.training.zero.engine import WEIGHT, WholeTensors, World
+from fastrepa.runtime.world import World
 
 PARTIAL = ".partial_"
 
@@ -61,7 +62,7 @@ class CheckpointWriter:
     def __init__(
         self,
         run: Path,
-        whole: WholeTensors,
+        whole: Whole,
         fixed: Mapping[str, Tensor],
         world: World,
         group: Any,
@@ -75,7 +76,7 @@ class CheckpointWriter:
         mine = self._fragments.mine
         pin = world.device.type == "cuda"
         self._host: dict[str, HostTensors] = {}
-        averaged = (WEIGHT, *whole.optimizer.ema_keys)
+        averaged = (WEIGHT, *ema_keys(whole.emas))
         for kind in whole.kinds:
             others = fixed if kind in averaged and world.is_first else {}
             held = {n: tuple(t.shape) for n, t in others.items()} | {n: shapes[n] for n in mine}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import Config, config_from_dict
-from fastrepa.data.pipeline import Batch, StoredFeatures
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
-from fastrepa.training.targets import Targets
+from fastrepa.runtime.world import World
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
-from fastrepa.training.zero.engine import World, as_run
-from fastrepa.vision.codec import SD_VAE_PARAMETERS, Codec
+from fastrepa.training.zero.settings import as_run
+from fastrepa.vision.codec import SD_VAE_PARAMETERS
 from fastrepa_kernels.attention import SDPA
 
 BATCH = 2  # images of the one step
@@ -43,58 +43,12 @@ class DryRun:
     """Estimated bytes per rank, by part."""
 
 
-class Reader(Protocol):
-    """What says which parts a batch has: a Trainer, or another loop."""
-
-    codec: Codec
-    targets: Targets
-    cached_latents: bool
-
-
-class RandomBatches:
-    """Batches of `size` noise images, with what the trainer would read from a prepared set."""
-
-    def __init__(
-        self, config: Config, trainer: Reader, device: torch.device, size: int = BATCH
-    ) -> None:
-        self.config, self.trainer, self.device, self.size = config, trainer, device, size
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def __next__(self) -> Batch:
-        r, codec = self.config.data.resolution, self.trainer.codec
-        moments = None
-        if self.trainer.cached_latents:
-            shape = (self.size, 2 * codec.channels, codec.side, codec.side)
-            moments = torch.rand(shape, generator=self.generator)
-        return Batch(
-            image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
-            moments=None if moments is None else moments.to(self.device),
-            label=self._integers(0, self.config.model.num_classes, (), torch.int64),
-            features=tuple(
-                self._stored(encoder.plan.own_grid[0] ** 2, encoder.width)
-                for encoder in self.trainer.targets.encoders
-                if self.trainer.targets.cached
-            ),
-        )
-
-    def _stored(self, tokens: int, width: int) -> StoredFeatures:
-        scale = torch.ones(self.size, tokens, dtype=torch.float16, device=self.device)
-        return StoredFeatures(scale, self._integers(-127, 128, (tokens, width), torch.int8))
-
-    def _integers(
-        self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        size = (self.size, *shape)
-        values = torch.randint(low, high, size, dtype=dtype, generator=self.generator)
-        return values.to(self.device)
-
-
 def dry_run(config: Config, world: World) -> DryRun:
     """Build the run of `config`, take one step at batch 2 per rank, and a second one to count."""
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
     trainer = Trainer(config_from_dict(tree), world, random_weights=True)
-    batches = RandomBatches(config, trainer, world.device)
+    batches = RandomBatches(config, trainer, world.device, BATCH)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
     trainer.engine.module.recompute = 0  # FLOPs are those of the model, nothing twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastrepa.data.format.reference import ReferenceSet
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore, Slots
 from fastrepa.errors import DataError
+
+_STREAM = 3  # of the draw; the reader's orders and prepare's shuffle have others
 
 
 class Gallery:
@@ -113,6 +116,27 @@ class Gallery:
         """The shard of a sample, and its place there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, int(number - self._ends[shard] + self._data.shard_sizes[shard])
+
+
+def choose(
+    labels: np.ndarray, num: int, seed: int, allowed: Sequence[int] | None = None
+) -> np.ndarray:
+    """Up to `num` places in `labels` [N], a seeded draw that takes the classes in turn.
+
+    No class has two more than another that still has images left. The first k of a draw are the
+    draw of k.
+    """
+    key = np.array([seed % 2**64, _STREAM], dtype=np.uint64)
+    draws = np.random.Philox(key=key).random_raw(len(labels) + int(labels.max()) + 1)
+    draws, turns = draws[: len(labels)], draws[len(labels) :]
+    places = np.arange(len(labels))
+    if allowed is not None:
+        places = places[np.isin(labels, allowed)]
+    # Sorted by class and draw, an image's rank in its class is its place less its class's first.
+    places = places[np.lexsort((draws[places], labels[places]))]
+    of = labels[places]
+    rank = np.arange(len(places)) - np.searchsorted(of, of)
+    return places[np.lexsort((turns[of], rank))][:num]
 
 
 def _labels(data: DataSet) -> np.ndarray:

@@ -6,18 +6,25 @@ Arrays in, one Pillow image out; nothing here knows where they came from.
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from fastrepa.data.format.shards import write_whole
+from fastrepa.errors import DataError
 
 TILE = 128
 """Small images are enlarged by a whole factor to at most this many pixels a side."""
 LARGEST = 256
 """Larger images are reduced to this many."""
+
+MARK = "fastrepa data show"
+"""The PNG's "Software" text, by which our own earlier pictures are known."""
 
 _INK, _PALE, _GUTTER, _MARGIN = "#222222", "#777777", 10, 16
 _TITLE_SIZE, _TEXT_SIZE = 17, 12
@@ -195,3 +202,15 @@ def _shortened(text: str, size: int, width: int) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that is known as ours; DataError where it cannot be written."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=mark)
+    try:
+        write_whole(path, buffer.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

@@ -34,11 +34,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from fastrepa.checkpoint import averages
+from fastrepa.checkpoint import format as checkpoint
 from fastrepa.config import Config, SampleConfig, config_from_dict
 from fastrepa.errors import ConfigError, FastrepaError, nearest
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
+from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
@@ -170,8 +174,6 @@ def ready_to_sample(model: Generator, config: Config, device: torch.device) -> G
 
     Raises ConfigError where `device` cannot do that.
     """
-    from fastrepa.model.compilation import check_compile, compile_generator
-
     wanted = config.sample
     check_compile("sample.compile", wanted.compile, device)
     precision = config.training.precision if wanted.precision == "run" else wanted.precision
@@ -255,11 +257,6 @@ def sample_run(
     Raises FastrepaError for a folder that holds anything else or cannot be written, ConfigError
     for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
     """
-    # Imported here: they bring DeepSpeed, which takes seconds that `generate` alone need not wait.
-    from fastrepa.checkpoint import averages
-    from fastrepa.checkpoint import format as checkpoint
-    from fastrepa.training.zero import engine as zero
-
     started = time.perf_counter()
     run = Path(run)
     folder = run / "generated" if out is None else Path(out)
@@ -269,9 +266,9 @@ def sample_run(
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = zero.World(0, 1, 0, device)
+        world = World(0, 1, 0, device)
     else:
-        world = zero.join_world()
+        world = join_world()
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = with_settings(config, settings)
@@ -331,7 +328,7 @@ def sample_run(
     _agree(world, gather)
     seconds = time.perf_counter() - started
     if not alone:
-        zero.leave_world()
+        leave_world()
     grid = folder / "grid.png"
     npz_path = packed[0] if packed else None
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
@@ -344,7 +341,7 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
 
 
-def _agree(world: Any, action: Callable[[], None]) -> None:
+def _agree(world: World, action: Callable[[], None]) -> None:
     """Run `action` on the first process; every process waits for it and shares its error."""
     error: FastrepaError | None = None
     if world.is_first:

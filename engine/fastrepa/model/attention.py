@@ -17,7 +17,6 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype) -
     Raises ConfigError, naming attention.backend or attention.require, where it cannot run.
     """
     m, wanted = config.model, config.attention
-    assert m.width and m.heads
     try:
         return choose(
             device,

@@ -44,7 +44,6 @@ def model_flops(
 ) -> ModelFlops:
     """Of the generator of `config`; side and channels are the latent's, as SiT.from_config's."""
     m = config.model
-    assert m.width and m.depth and m.patch
     tokens, values = (side // m.patch) ** 2, m.patch**2 * channels
     transformer = diffusion_transformer_flops(1, tokens, m.width, m.depth, patch_values=values)
     ends = diffusion_transformer_flops(1, tokens, m.width, 0, patch_values=values)

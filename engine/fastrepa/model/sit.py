@@ -301,7 +301,6 @@ class SiT(nn.Module):
         that is still auto keeps nothing.
         """
         m, every = config.model, config.training.recompute
-        assert m.width and m.depth and m.heads and m.patch and config.alignment.block
         return cls(
             side=side,
             channels=channels,

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 
 import torch
 
-from fastrepa.config import Config
 from fastrepa.errors import ConfigError, TrainingError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -34,13 +33,13 @@ NOT_ON_A_GPU = (
 )
 
 
-def make_deterministic(config: Config) -> None:
-    """Turn it on for this process where the configuration asks; to be called before CUDA starts.
+def make_deterministic(wanted: bool) -> None:
+    """Turn it on for this process where it is `wanted`; to be called before CUDA starts.
 
     cuBLAS reads its variable once, when CUDA starts; a value that the user exported is kept.
     Raises ConfigError where that value allows other orders of summation, or it is too late.
     """
-    if not config.deterministic:
+    if not wanted:
         return
     set_to = os.environ.get(CUBLAS)
     if set_to is None:

@@ -19,34 +19,41 @@ from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from fastrepa.config import Config, SurvivalConfig
 from fastrepa.errors import CheckpointError, FastrepaError, print_error
 from fastrepa.runtime.exit_codes import LOST, for_launcher
-from fastrepa.training.zero.engine import World
+from fastrepa.runtime.world import World
 
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
 log = logging.getLogger("fastrepa")
 
 
+class Limits(Protocol):
+    """Seconds: a rank silent for `timeout_seconds` is lost, a step of `stall_seconds` stalls."""
+
+    @property
+    def timeout_seconds(self) -> float: ...
+
+    @property
+    def stall_seconds(self) -> float: ...
+
+
 @contextmanager
-def watched(config: Config, world: World) -> Iterator[Watch]:
+def watched(run: Path, limits: Limits, world: World) -> Iterator[Watch]:
     """A run from before its building to after its last save: its rank's log, and the watch."""
     with (
-        closing(RankLog(Path(config.run), world)) as rank_log,
-        Watch(config.survival, world, host_group_of(config), rank_log) as watch,
+        closing(RankLog(run, world)) as rank_log,
+        Watch(limits, world, host_group_of(limits), rank_log) as watch,
     ):
         yield watch
 
 
-def host_group_of(config: Config) -> Any:
+def host_group_of(limits: Limits) -> Any:
     """A gloo group of all ranks, whose collectives may take two stalled steps (collective)."""
-    return dist.new_group(
-        backend="gloo", timeout=timedelta(seconds=2 * config.survival.stall_seconds)
-    )
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * limits.stall_seconds))
 
 
 class RankLog:
@@ -102,11 +109,11 @@ class Watch:
     `stall_seconds` puts every rank's stack in its log.
     """
 
-    def __init__(self, config: SurvivalConfig, world: World, group: Any, rank_log: RankLog) -> None:
-        self.config, self.world, self.group, self.log = config, world, group, rank_log
-        self.interval = min(1.0, config.timeout_seconds / 10)
+    def __init__(self, limits: Limits, world: World, group: Any, rank_log: RankLog) -> None:
+        self.limits, self.world, self.group, self.log = limits, world, group, rank_log
+        self.interval = min(1.0, limits.timeout_seconds / 10)
         # What is left is for noticing it, for the others to read it and for ending.
-        self.silence = config.timeout_seconds - 4 * self.interval
+        self.silence = limits.timeout_seconds - 4 * self.interval
         self._done = threading.Event()
         self._verdict: str | None = None
         self._code = LOST
@@ -124,7 +131,7 @@ class Watch:
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, socket.gethostname(), group=self.group)
         self._names = [f"rank {r} ({name})" for r, name in enumerate(names)]
-        wait = timedelta(seconds=self.config.timeout_seconds)
+        wait = timedelta(seconds=self.limits.timeout_seconds)
         port: list[Any] = [None]
         if self.world.is_first:
             self._store = dist.TCPStore(
@@ -155,7 +162,7 @@ class Watch:
         self._done.set()
         for thread in self._threads:
             # One that is inside the store when Python ends would abort the process.
-            thread.join(self.config.timeout_seconds)
+            thread.join(self.limits.timeout_seconds)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -173,7 +180,7 @@ class Watch:
         self._explained, self._leaving = True, time.monotonic()
         log.error("stopped by an error", exc_info=e)
         if not isinstance(e, FastrepaError) and _is_of_peers(e):
-            ends = time.monotonic() + self.config.timeout_seconds + 2 * self.interval
+            ends = time.monotonic() + self.limits.timeout_seconds + 2 * self.interval
             while self._verdict is None and time.monotonic() < ends:
                 time.sleep(self.interval / 4)
             self._done.set()
@@ -186,7 +193,7 @@ class Watch:
         self._done.set()
         # Leaving a process group may hang like any collective.
         last_resort = threading.Timer(
-            self.config.timeout_seconds, lambda: os._exit(for_launcher(1) if code == 1 else 1)
+            self.limits.timeout_seconds, lambda: os._exit(for_launcher(1) if code == 1 else 1)
         )
         last_resort.daemon = True
         last_resort.start()
@@ -243,11 +250,11 @@ class Watch:
                     if self.world.is_first:
                         time.sleep(2 * self.interval)  # for the others to read it
                     # A main thread that is explaining may hang as well: the log's disk, say.
-                    if self._leaving is None or now - self._leaving > self.config.timeout_seconds:
+                    if self._leaving is None or now - self._leaving > self.limits.timeout_seconds:
                         self._end(self._verdict)
-            if now - self._progressed > self.config.stall_seconds:
+            if now - self._progressed > self.limits.stall_seconds:
                 self._progressed = now
-                seconds = self.config.stall_seconds
+                seconds = self.limits.stall_seconds
                 why = f"{self._doing} has taken more than {seconds:g} s"
                 if self.world.is_first:
                     print(f"warning: {why}; see {self.log.path}", flush=True)

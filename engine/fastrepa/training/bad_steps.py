@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: skipped on every rank alike, counted, explained.
+"""Steps whose loss or gradients are not finite: skipped on every rank alike, and counted.
 
 A step is bad where any rank's loss, or the gradients' global norm, is NaN or infinite. AdamWEMA (or
 DeepSpeed before it) then leaves weights, optimiser states and EMA as they were. All ranks know
@@ -8,28 +8,18 @@ when the device has it ready, so a healthy run waits for nothing.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrepa.checkpoint.format import newest_checkpoint
-from fastrepa.data.pipeline import Batch
-from fastrepa.data.reader import RankBatches, SampleOrder
-from fastrepa.errors import TrainingError
+from fastrepa.runtime.world import World
 from fastrepa.training.optimizer import bad_norm
-from fastrepa.training.zero.engine import World
 
-if TYPE_CHECKING:
-    from fastrepa.training.trainer import Trainer
-
-NAMED = 5  # parameters and samples that a message names; the file has them all
 LINES = 50  # logged losses that a spike is compared with
 FEWEST = 10  # of them, before there is a verdict
 
@@ -105,130 +95,3 @@ class Spikes:
                 )
         self._losses.append(loss)
         return None
-
-
-def diagnosis(trainer: Trainer, batches: Sequence[Batch], in_row: int) -> TrainingError:
-    """Repeat the last step, which was skipped, and say what in it is not finite (collective).
-
-    The same weights, batches and noise give the same values again. Everything found is written to
-    RUN/bad_step_*.json. The engine cannot go on afterwards.
-    """
-    trainer.step -= 1
-    step, world = trainer.step + 1, trainer.world
-    gradients: dict[str, None] = {}  # in the order of the backward pass
-    losses: list[dict[str, float]] = []
-    samples: list[str] = []
-    seen: list[dict[str, Tensor]] = []
-
-    def look(_: Any, args: tuple[Any, ...], out: tuple[Tensor, Any]) -> None:
-        seen.append(
-            {
-                "its latent": _bad_samples(args[0]),
-                "its targets": torch.stack(
-                    [torch.zeros(len(args[0]), dtype=torch.bool, device=world.device)]
-                    + [_bad_samples(t) for t in args[3] or ()]
-                ).any(0),
-                "its prediction": _bad_samples(out[0]),
-            }
-        )
-
-    hooks: list[Any] = [trainer.engine.module.register_forward_hook(look)]
-    for name, p in trainer.engine.module.named_parameters():
-        if p.requires_grad:
-
-            def note(g: Tensor, name: str = name) -> None:
-                if not bool(g.isfinite().all()):
-                    gradients.setdefault(name)
-
-            hooks.append(p.register_hook(note))
-    names = _Names(trainer)
-    for forward, batch in enumerate(batches):
-        parts = trainer.forward_losses(batch, trainer.sample_numbers(forward))
-        losses.append({k: float(v.detach()) for k, v in parts.items()})
-        for i, name in enumerate(names.of(step, forward)):
-            blame = [what for what, flags in seen[-1].items() if bool(flags[i])]
-            if blame:
-                samples.append(f"{name} ({blame[0]})")
-        trainer.engine.backward(parts["loss"])
-    for hook in hooks:
-        hook.remove()
-    mine = {"losses": losses, "gradients": list(gradients), "samples": samples}
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, mine, group=trainer.host_group)
-    return _told(trainer.run, step, in_row, everyone, world)
-
-
-def _told(
-    run: Path, step: int, in_row: int, everyone: list[dict[str, Any]], world: World
-) -> TrainingError:
-    """One line that names the ranks at fault, and the file with the rest."""
-
-    def at_fault(report: dict[str, Any]) -> bool:
-        return bool(report["samples"]) or not all(
-            math.isfinite(v) for parts in report["losses"] for v in parts.values()
-        )
-
-    def reports(ranks: Sequence[int]) -> str:
-        told = []
-        for rank in ranks:
-            r = everyone[rank]
-            parts = {k: v for part in r["losses"] for k, v in part.items() if not math.isfinite(v)}
-            wrong = [f"{k} is {v}" for k, v in parts.items()]
-            if r["gradients"]:
-                wrong.append(f"the gradients of {_some(r['gradients'])} are not finite")
-            if r["samples"]:
-                wrong.append(f"samples: {_some(r['samples'])}")
-            told.append(f"rank {rank}: {'; '.join(wrong) or 'nothing'}")
-        return " | ".join(told)
-
-    guilty = [r for r in range(world.size) if at_fault(everyone[r])]
-    guilty = guilty or [r for r in range(world.size) if everyone[r]["gradients"]]
-    file = run / f"bad_step_{step:07d}.json"
-    if world.is_first:
-        file.write_text(json.dumps({"step": step, "in_row": in_row, "ranks": everyone}, indent=1))
-    good: Path | None = None
-    if world.is_first:
-        good = newest_checkpoint(run, verify=False)
-    answer = [str(good) if good else None]
-    dist.broadcast_object_list(answer, src=0)
-    last = f"the last good checkpoint is {answer[0]}" if answer[0] else "there is no checkpoint yet"
-    return TrainingError(
-        f"stopped at step {step}: {in_row} steps in a row had a loss or gradients that are not "
-        f"finite, and were skipped; {reports(guilty[:NAMED]) or 'a repetition finds nothing wrong'}"
-        f"; {last}; all there is to know: {file}"
-    )
-
-
-class _Names:
-    """The samples of this rank's batches as messages name them: shard file and key."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        config, world = trainer.config, trainer.world
-        batch = config.training.global_batch
-        self.batches = RankBatches(batch, trainer.micro, world.rank, world.size)
-        self.order = SampleOrder(
-            trainer.shards.shard_sizes,
-            seed=config.seed,
-            window=config.data.window,
-            multiple_of=batch if config.data.remainder == "drop" else 1,
-        )
-        cached = trainer.cached_latents
-        self.store = trainer.shards.store(
-            image=not cached, moments=cached, features=(), open_shards=1
-        )
-
-    def of(self, step: int, forward: int) -> list[str]:
-        """Of the forward-th micro-batch of the update that leads to `step`."""
-        batch = (step - 1) * self.batches.passes + forward
-        places = map(self.order.locate, self.batches.positions(batch))
-        return [self.store.name(shard, sample) for shard, sample in places]
-
-
-def _bad_samples(x: Tensor) -> Tensor:
-    """bool [B]: which samples of x [B, ...] hold a value that is not finite."""
-    return ~x.detach().isfinite().flatten(1).all(1)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -1,56 +1,55 @@
 """Evaluation while training goes on: the same images' seeds and labels each time, on all ranks.
 
 Everything random in it is keyed (fastrepa.randomness) or seeded apart, so a run's weights do not
-depend on whether, or how often, it was evaluated.
+depend on whether, or how often, it was evaluated. Who measures is handed in: training reads nothing
+of metrics and their networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import ema_model
-from fastrepa.commands.evaluate.evaluator import Evaluator, Side, choose_metrics
-from fastrepa.commands.evaluate.feature_sets import StatisticsCache
-from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
+from fastrepa.checkpoint.kinds import Whole
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError
-from fastrepa.generation.generate import default_labels, rank_batches
-from fastrepa.training.zero.engine import WholeTensors, World, of_first_rank
+from fastrepa.generation.generate import rank_batches
+from fastrepa.model.sit import SiT
+from fastrepa.runtime.world import World
 from fastrepa.vision.codec import Codec
 
 
+class Evaluator(Protocol):
+    """Measures a model's images against the run's reference; every method is collective."""
+
+    def first_words(self) -> list[str]:
+        """What there is to know of the metrics before the first of them is seen, in lines."""
+
+    def prepare(self, *, alive: Callable[[], None], warn: Callable[[str], None]) -> None:
+        """Have the reference measured; `alive` is called after every batch."""
+
+    def scores(self, model: SiT | None, *, alive: Callable[[], None]) -> dict[str, float]:
+        """Metrics by name, on all ranks; `model` is None on a rank that has no images to make.
+
+        Raises DataError for features that are not finite.
+        """
+
+
+MakeEvaluator = Callable[[Config, World, Codec, list[str]], Evaluator]
+"""Of a run's configuration, its ranks, its codec and the names of its classes (collective)."""
+
+
 class Evaluations:
-    """A run's evaluations, as `evaluation` in its configuration says.
+    """When a run is evaluated, as `evaluation` in its configuration says, and what came of it."""
 
-    Building it reads the extractors' weights (collective): what is missing is an error before the
-    first step. Features of the reference are made, or found beside it, when they are first needed.
-    """
-
-    def __init__(self, config: Config, world: World, codec: Codec, classes: list[str]) -> None:
-        self.config, self.world, self.codec, self.classes = config, world, codec, classes
-        self.settings = config.evaluation
-        self._evaluator: Evaluator | None = None
-        self._reference: Side | None = None
+    def __init__(
+        self, config: Config, world: World, codec: Codec, evaluator: Evaluator | None
+    ) -> None:
+        self.config, self.world, self.codec = config, world, codec
+        self.settings, self.evaluator = config.evaluation, evaluator
         self._latest: tuple[int, dict[str, float]] = (0, {})
-        if not self.settings.every:
-            return
-        metrics, encoders = choose_metrics(self.settings.metrics, self.settings.encoders)
-        self._path = Path(self.settings.reference or config.data.path)
-        if is_run(self._path):
-            raise ConfigError(
-                f"evaluation.reference: {self._path} is a run; allowed are a data set, a folder of "
-                f"images and an npz"
-            )
-        self._source = open_stored(self._path)
-        self._evaluator = Evaluator(
-            metrics, encoders, world, inception_weights=self.settings.inception_weights
-        )
-        self._evaluator.check(self._source, reference=True)
-        self._evaluator.check(self._images(None), reference=False)
 
     def due(self, step: int) -> bool:
         return bool(self.settings.every) and (
@@ -63,19 +62,12 @@ class Evaluations:
 
     def first_words(self) -> list[str]:
         """What there is to know of the metrics before the first of them is seen."""
-        if self._evaluator is None:
-            return []
-        return [
-            f"{metric.name}: {self.settings.num:,} images are few for "
-            f"{self._evaluator.width(metric):,} dimensions, so it comes out too great; compare it "
-            f"with that of equally many"
-            for metric in self._evaluator.biased(self.settings.num)
-        ]
+        return self.evaluator.first_words() if self.evaluator else []
 
     def measure(
         self,
         step: int,
-        whole: WholeTensors,
+        whole: Whole,
         fixed: Mapping[str, Tensor],
         *,
         alive: Callable[[], None],
@@ -85,42 +77,11 @@ class Evaluations:
 
         `alive` is called after every batch. Raises DataError for features that are not finite.
         """
-        evaluator, num = self._evaluator, self.settings.num
+        evaluator, settings, world = self.evaluator, self.settings, self.world
         assert evaluator is not None
-        if self._reference is None:
-            self._reference = evaluator.measure(
-                self._source,
-                evaluator.wanted(reference=True),
-                batch_size=self.settings.batch_size,
-                cache=StatisticsCache.beside(self._path),
-                progress=lambda images: alive(),
-                note=warn,
-            )
-        mine = rank_batches(num, self.settings.batch_size, self.world.rank, self.world.size)
-        with ema_model(
-            self.config, whole, fixed, self.codec, self.world, needed=bool(mine)
-        ) as model:
-            samples = evaluator.measure(
-                self._images(model),
-                evaluator.wanted(reference=False),
-                batch_size=self.settings.batch_size,
-                progress=lambda images: alive(),
-            )
-        reference = self._reference
-        scores = of_first_rank(self.world, lambda: evaluator.scores(samples, reference))
+        evaluator.prepare(alive=alive, warn=warn)
+        mine = rank_batches(settings.num, settings.batch_size, world.rank, world.size)
+        with ema_model(self.config, whole, fixed, self.codec, world, needed=bool(mine)) as model:
+            scores = evaluator.scores(model, alive=alive)
         self._latest = (step, scores)
         return scores
-
-    def _images(self, model: Any) -> Generated:
-        settings, config = self.settings, self.config
-        return Generated(
-            model,
-            self.codec,
-            default_labels(settings.num, len(self.classes)),
-            self.classes,
-            seed=config.seed,
-            batch_size=min(settings.batch_size, settings.num),
-            sample_config=config.sample,
-            path=config.objective.path,
-            null_label=config.model.num_classes,
-        )

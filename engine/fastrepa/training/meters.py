@@ -34,8 +34,8 @@ from fastrepa.config import Config
 from fastrepa.model.flops import model_flops
 from fastrepa.runtime.hardware import peak_flops
 from fastrepa.runtime.regions import NAMES, OTHER, SAMPLING
-from fastrepa.training.memory.workload import frozen_flops
-from fastrepa.training.zero.engine import World
+from fastrepa.runtime.world import World
+from fastrepa.training.frozen import frozen_flops
 from fastrepa.vision.codec import codec_shape
 from fastrepa.vision.features import plan_encoder
 

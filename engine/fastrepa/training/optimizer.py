@@ -16,22 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrepa.checkpoint.kinds import ema_keys
 from fastrepa.config import EmaConfig, OptimizerConfig
 from fastrepa_kernels import adamw_ema_
 from fastrepa_kernels.adamw_ema import power_decay
 
-EMA = "ema"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_PIECE = 1 << 16  # elements
-
-
-def ema_keys(emas: Sequence[EmaConfig]) -> tuple[str, ...]:
-    """The states' names, in order: `ema` for the first."""
-    return (EMA, *(f"ema_{_words(e)}" for e in emas[1:]))
-
-
-def _words(ema: EmaConfig) -> str:
-    return f"decay_{ema.decay}" if ema.sigma_rel is None else f"sigma_rel_{ema.sigma_rel}"
 
 
 def power_gamma(sigma_rel: float) -> float:

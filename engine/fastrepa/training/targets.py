@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import Config, DataConfig
+from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import Batch
 from fastrepa.errors import ConfigError, nearest
@@ -17,7 +18,6 @@ from fastrepa.vision.features import (
     FrozenEncoder,
     build_encoder,
     cached_features,
-    check_column,
     spatial_norm,
 )
 from fastrepa.vision.fp8 import check_likeness, use_fp8

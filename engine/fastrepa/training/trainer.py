@@ -30,9 +30,8 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import Config, load_config, save_config
 from fastrepa.data.datasets import DataSet, open_data
-from fastrepa.data.image_sample import draw_sample
 from fastrepa.data.pipeline import Batch, DataPipeline
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError, TrainingError
 from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.attention import attention_record, choose_attention, slow_attention
@@ -49,25 +48,19 @@ from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.runtime.exit_codes import REQUEUE
 from fastrepa.runtime.regions import SAMPLING
 from fastrepa.runtime.survival import Watch, host_group_of
-from fastrepa.training.bad_steps import BadSteps, Spikes, diagnosis
-from fastrepa.training.evaluation import Evaluations
+from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.training.bad_steps import BadSteps, Spikes
+from fastrepa.training.diagnosis import SampleNames, diagnosis
+from fastrepa.training.evaluation import Evaluations, MakeEvaluator
 from fastrepa.training.look_ahead import Batches, LookAhead
 from fastrepa.training.meters import Meter, image_flops
 from fastrepa.training.objective import Draws, Objective, lognormal_time
 from fastrepa.training.targets import Targets, latents_are_cached
 from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import (
-    WholeTensors,
-    World,
-    as_run,
-    grad_norm,
-    micro_batch,
-    of_first_rank,
-    start_engine,
-)
+from fastrepa.training.zero.engine import WholeTensors, grad_norm, start_engine
 from fastrepa.training.zero.offload import check_offload
-from fastrepa.training.zero.settings import resolve_zero, trained_elements
+from fastrepa.training.zero.settings import as_run, micro_batch, resolve_zero, trained_elements
 from fastrepa.vision.codec import build_codec, token_grid
 from fastrepa_kernels import launch
 
@@ -111,8 +104,8 @@ def slow_precision(config: Config, world: World) -> str:
 class Trainer:
     """A run: built from its configuration, continued from its newest checkpoint where there is one.
 
-    With `random_weights` encoder and codec keep seeded random weights and nothing is read or
-    written: what a dry run needs.
+    `evaluator` makes what `evaluation` in the configuration asks for. With `random_weights` encoder
+    and codec keep seeded random weights and nothing is read or written: what a dry run needs.
     """
 
     def __init__(
@@ -121,15 +114,16 @@ class Trainer:
         world: World,
         host_group: Any = None,
         *,
+        evaluator: MakeEvaluator | None = None,
         random_weights: bool = False,
     ) -> None:
-        make_deterministic(config)
+        make_deterministic(config.deterministic)
         self.config, self.world = config, world
         # Small questions between hosts go over gloo, which does not make a GPU wait.
-        self.host_group = host_group or host_group_of(config)
+        self.host_group = host_group or host_group_of(config.survival)
         self.run = Path(config.run)
         self.micro, self.forwards = micro_batch(config, world.size)
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = config.training.dtype
         grid = token_grid(config)
         self.attention = choose_attention(config, world.device, dtype)
         check_offload(config)
@@ -154,13 +148,19 @@ class Trainer:
             random_weights=random_weights,
         )
         self.targets.prepare(
-            partial(_some_images, config, noise=random_weights), refuse=not random_weights
+            _noise_of(config)
+            if random_weights
+            else partial(_first_images, self.shards, config, world.device),
+            refuse=not random_weights,
         )
         self.cached_latents = config.data.latents == "cached"
+        measured = None
         if not random_weights:
             self.cached_latents = latents_are_cached(config.data, self.shards, self.codec)
             self.targets.check(self.shards, weights=world.is_first)
-            self.evaluations = Evaluations(config, world, self.codec, self.shards.classes)
+            if config.evaluation.every and evaluator:
+                measured = evaluator(config, world, self.codec, self.shards.classes)
+        self.evaluations = Evaluations(config, world, self.codec, measured)
 
         checkpoint = (
             None if random_weights else of_first_rank(world, lambda: _newest_checkpoint(self.run))
@@ -291,6 +291,8 @@ class Trainer:
         REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
         """
         config, world = self.config, self.world
+        if config.evaluation.every and self.evaluations.evaluator is None:
+            raise ConfigError("evaluation.every: this run was given nothing to evaluate with")
         if world.is_first:
             _warn_of_changes(self.run, config)
             save_config(config, self.run / "config.yaml")
@@ -569,7 +571,31 @@ class Trainer:
         in_row = self.bad_steps.in_row()
         if in_row >= self.config.survival.bad_steps:
             self._open_writer().settle()  # a save in flight is the last good one
-            raise diagnosis(self, self._last_batches, in_row)
+            raise self._diagnosis(in_row)
+
+    def _diagnosis(self, in_row: int) -> TrainingError:
+        """What is not finite in the last step, which is repeated for it (collective)."""
+        step, batches = self.step, self._last_batches
+        self.step -= 1  # the draws are keyed by the step that is under way
+        names = SampleNames(
+            self.shards, self.config, self.micro, self.world, cached_latents=self.cached_latents
+        )
+
+        def repeat(forward: int) -> dict[str, Tensor]:
+            losses = self.forward_losses(batches[forward], self.sample_numbers(forward))
+            self.engine.backward(losses["loss"])
+            return losses
+
+        return diagnosis(
+            self.engine.module,
+            repeat,
+            [names.of(step, forward) for forward in range(len(batches))],
+            run=self.run,
+            step=step,
+            in_row=in_row,
+            world=self.world,
+            group=self.host_group,
+        )
 
 
 class _Signals:
@@ -594,14 +620,22 @@ class _Signals:
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def _some_images(config: Config, *, noise: bool) -> Tensor:
-    """A few images of the data set, the same on every rank: uint8 [B,3,R,R]."""
-    if noise:
-        side, generator = config.data.resolution, torch.Generator().manual_seed(config.seed)
-        return torch.randint(
-            256, (LOOKED_AT, 3, side, side), dtype=torch.uint8, generator=generator
-        )
-    return draw_sample(Path(config.data.path), LOOKED_AT).images
+def _first_images(data: DataSet, config: Config, device: torch.device) -> Tensor:
+    """The first images of the run's order, alike on every rank: uint8 [B,3,R,R]."""
+    num = min(LOOKED_AT, sum(data.shard_sizes))
+    with DataPipeline(
+        data, config.data, global_batch=num, micro_batch=num, seed=config.seed, device=device
+    ) as batches:
+        images = next(batches).image_u8
+        assert images is not None
+        return images.clone()  # the pipeline's memory goes with it
+
+
+def _noise_of(config: Config) -> Callable[[], Tensor]:
+    """In place of images, for a run without data: uint8 [B,3,R,R]."""
+    size, generator = config.data.resolution, torch.Generator().manual_seed(config.seed)
+    shape = (LOOKED_AT, 3, size, size)
+    return lambda: torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
 def _newest_checkpoint(run: Path) -> Path | None:

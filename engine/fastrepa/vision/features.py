@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
-from fastrepa.data.format.shards import FeaturesColumn
 from fastrepa.errors import ConfigError
 from fastrepa.vision import weights as weights_of
 from fastrepa.vision.digest import digest
@@ -231,45 +230,17 @@ def cached_features(
     return CachedFeatures(plan, name=config.name, grid=grid, rule=config.grid, dtype=dtype)
 
 
-def column_fields(config: EncoderConfig, plan: EncoderPlan) -> dict[str, Any]:
-    """The fields of a `FeaturesColumn` that say what its tokens depend on, weights apart."""
-    recipe = plan.recipe
-    return {
-        "encoder": config.name,
-        "timm_name": recipe.timm_name,
-        "input_side": plan.input_side,
-        "grid": plan.own_grid[0],
-        "width": plan.width,
-        "mean": recipe.mean,
-        "std": recipe.std,
-        "order": recipe.order,
-        "norm": plan.norm,
-    }
+def own_grid_encoder(
+    config: EncoderConfig, resolution: int, dtype: torch.dtype, device: torch.device
+) -> FrozenEncoder:
+    """The encoder with its tokens as they are, for a generator of any grid."""
+    grid = plan_encoder(config, resolution=resolution).own_grid[0]
+    return build_encoder(config, resolution=resolution, grid=grid, dtype=dtype, device=device)
 
 
-def check_column(
-    column: FeaturesColumn, config: EncoderConfig, plan: EncoderPlan, *, weights: bool
-) -> None:
-    """ConfigError unless the column holds what the encoder of `config` would give.
-
-    With `weights` the encoder's weights are read and their SHA-256 compared, except where column
-    and configuration both take the hub's, which its name settles (no download for a comparison).
-    """
-    where = f"vision.encoders ({config.name}): the cached features"
-    again = f"cache them again: fastrepa data encode PATH --cache-features {config.name}"
-    for name, wanted in column_fields(config, plan).items():
-        if (stored := getattr(column, name)) != wanted:
-            raise ConfigError(
-                f"{where} were made with {name} {stored!r}, this configuration gives {wanted!r}; "
-                f"{again}"
-            )
-    if not weights or config.weights == column.weights == "hub":
-        return
-    if digest(_load_network(config, plan)) != column.digest:
-        raise ConfigError(
-            f"{where} were made with other weights ({column.weights!r}) than {config.weights!r}; "
-            f"{again}"
-        )
+def weights_digest(config: EncoderConfig, plan: EncoderPlan) -> str:
+    """SHA-256 of the weights that the encoder of `config` would have; reads or downloads them."""
+    return digest(_load_network(config, plan))
 
 
 def blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:

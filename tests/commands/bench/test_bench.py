@@ -30,13 +30,13 @@ from fastrepa.commands.bench.peak_memory import highest, storages
 from fastrepa.commands.bench.plain_step import DeviceRandom, PlainLoop
 from fastrepa.commands.bench.reference_step import use_reference
 from fastrepa.commands.bench.turn import contender_config, problem_of
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import compile_generator
 from fastrepa.profiling.activity import WAIT
 from fastrepa.runtime.regions import OTHER, REGIONS
 from fastrepa.training import trainer as training
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"

@@ -9,11 +9,11 @@ from safetensors import safe_open
 from torch import nn
 
 from fastrepa.checkpoint.format import StoredTensors, checkpoint_path, newest_checkpoint
+from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.commands.convert.exchange import export_run, import_reference
 from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.sit import SiT
-from fastrepa.training.zero.engine import KINDS
 from tests.runs import ROOT, SMALL, command, environment
 
 CONFIG = ROOT / "configs/quickstart.yaml"

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from fastrepa.checkpoint.averages import recorded
 from fastrepa.checkpoint.format import RunState, checkpoint_path, part_name
 from fastrepa.checkpoint.host_tensors import write_durably
+from fastrepa.checkpoint.kinds import ema_keys
 from fastrepa.commands.convert.posthoc import combination, posthoc_ema
 from fastrepa.config import EmaConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.training.optimizer import ema_keys, power_gamma
+from fastrepa.training.optimizer import power_gamma
 from fastrepa_kernels.adamw_ema import power_decay
 
 KEPT = (EmaConfig(sigma_rel=0.05), EmaConfig(sigma_rel=0.10))

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fastrepa.checkpoint.format import StoredTensors, newest_checkpoint, read_state
+from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.cli import app
 from fastrepa.commands.convert.exchange import export_run, import_reference
 from fastrepa.commands.convert.zero_format import read_zero
 from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
-from fastrepa.training.zero.engine import KINDS
 from tests.commands.convert.test_exchange import Payload, model_and_file
 from tests.runs import ROOT, SMALL, environment
 

@@ -22,7 +22,7 @@ from fastrepa.commands.evaluate.image_sources import open_stored
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
-from fastrepa.training.zero.engine import World
+from fastrepa.runtime.world import World
 from tests.runs import ROOT
 
 EMOJI = ROOT / "configs/quickstart/emoji/validation"

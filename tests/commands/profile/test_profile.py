@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.profile import by_operation, by_part, findings, profile_run
 from fastrepa.config import load_config
 from fastrepa.model.flops import model_flops
@@ -21,6 +20,7 @@ from fastrepa.profiling.operation_costs import OURS, PARTS, Counted, operation_c
 from fastrepa.profiling.trace import PART, REGION, STEP, read_trace
 from fastrepa.runtime.regions import NAMES
 from fastrepa.training.memory.workload import measure_workload
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.vision.codec import PixelCodec
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
@@ -97,8 +97,8 @@ def run_command(monkeypatch, world, *arguments):
     from fastrepa.cli import main
 
     monkeypatch.setattr(sys, "argv", ["fastrepa", "profile", str(QUICKSTART), *arguments])
-    monkeypatch.setattr("fastrepa.training.zero.engine.join_world", lambda *_: world)
-    monkeypatch.setattr("fastrepa.training.zero.engine.leave_world", lambda: None)
+    monkeypatch.setattr("fastrepa.runtime.world.join_world", lambda *_: world)
+    monkeypatch.setattr("fastrepa.runtime.world.leave_world", lambda: None)
     try:
         main()
     except SystemExit as stopped:

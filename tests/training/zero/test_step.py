@@ -7,11 +7,12 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import load_config
 from fastrepa.training import optimizer as ema
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
+from fastrepa.training.zero import settings
 from fastrepa.training.zero.step import order_streams
 from fastrepa_kernels import launch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
@@ -42,7 +43,8 @@ def test_launches_reads_and_bytes_of_the_optimisers_phase(
 ):
     """divided: as several ranks would run that stage, DeepSpeed's partitions and all."""
     if divided:
-        monkeypatch.setattr(zero, "as_run", lambda config, ranks: config)
+        for module in (zero, settings):
+            monkeypatch.setattr(module, "as_run", lambda config, ranks: config)
     trainer = trainer_of(world, *CACHED, "model.qk_norm=true", f"zero.stage={stage}")
     assert trainer.engine.zero_optimization_stage() == (stage if divided else 0)
     tensors = [p for p in trainer.engine.module.parameters() if p.requires_grad]

@@ -22,15 +22,15 @@ import torch
 from fastrepa.commands.bench.peak_memory import highest, storages
 from fastrepa.commands.bench.plain_step import DeviceRandom, PlainLoop
 from fastrepa.commands.bench.reference_step import use_reference
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
 from fastrepa.model.compilation import compile_forward
 from fastrepa.profiling.activity import Annotating, profile_steps
+from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.training.memory.decision import resolve_memory
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import World, join_world, leave_world
 
 MARK = "BENCH "
 DOES_NOT_FIT = "does not fit"

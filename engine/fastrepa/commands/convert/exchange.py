@@ -27,6 +27,7 @@ from fastrepa.checkpoint.format import (
     read_state,
 )
 from fastrepa.checkpoint.host_tensors import HostTensors, flush_folder, write_durably
+from fastrepa.checkpoint.kinds import KINDS, WEIGHT
 from fastrepa.commands.convert.posthoc import posthoc_ema
 from fastrepa.commands.convert.zero_format import read_zero, write_zero
 from fastrepa.config import Config, load_config, save_config
@@ -35,7 +36,6 @@ from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
 from fastrepa.training.telemetry import versions
-from fastrepa.training.zero.engine import KINDS, WEIGHT
 
 FORMATS = ("reference", "safetensors", "zero")
 SOURCES = ("reference", "zero")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastrepa.checkpoint.format import StoredTensors, checkpoints, damage, read_state
+from fastrepa.checkpoint.kinds import WEIGHT
 from fastrepa.config import EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.runtime.progress import shown
 from fastrepa.training.optimizer import power_gamma
-from fastrepa.training.zero.engine import WEIGHT
 
 ENOUGH = 0.05  # of a profile that may be missing without a word
 

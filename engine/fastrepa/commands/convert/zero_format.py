@@ -32,12 +32,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrepa.checkpoint.format import RunState, StoredTensors
+from fastrepa.checkpoint.kinds import EMA, MOMENTS, WEIGHT, ema_keys
 from fastrepa.config import Config, EmaConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import Reference
 from fastrepa.runtime.progress import shown
-from fastrepa.training.optimizer import EMA, MOMENTS, ema_keys
-from fastrepa.training.zero.engine import WEIGHT
 
 RECORD = "fastrepa"  # of ours among DeepSpeed's keys; load_checkpoint returns it as client state
 STATES = ("fp32", *MOMENTS)  # DeepSpeed's names

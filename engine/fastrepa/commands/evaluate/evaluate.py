@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from fastrepa.checkpoint import averages
+from fastrepa.checkpoint import format as checkpoint
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
     ENOUGH,
@@ -26,9 +28,9 @@ from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_sto
 from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
-
-if TYPE_CHECKING:  # it brings DeepSpeed
-    from fastrepa.training.zero.engine import World
+from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
+from fastrepa.runtime.world import World, join_world, leave_world, of_first_rank
+from fastrepa.vision.codec import build_codec
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,15 @@ def evaluate(
     the images that a run generates for this.
     Raises FastrepaError.
     """
-    from fastrepa.training.zero import engine as zero
-
     started = time.perf_counter()
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     chosen, needed = choose_metrics(metrics, encoders)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = zero.World(0, 1, 0, device)
+        world = World(0, 1, 0, device)
     else:
-        world = zero.join_world()
+        world = join_world()
     notes: list[str] = []
     record: dict[str, Any] = {}
 
@@ -121,9 +121,9 @@ def evaluate(
             write_statistics(save_statistics, sides[1].gaussians)
         return scores
 
-    scores = zero.of_first_rank(world, compare)
+    scores = of_first_rank(world, compare)
     if world.size > 1:
-        zero.leave_world()
+        leave_world()
     return Evaluation(
         str(samples),
         str(reference),
@@ -163,10 +163,6 @@ def _run_source(
     **settings: Any,
 ) -> Generated:
     """A run's images as `fastrepa sample` would draw them; `record` is told how."""
-    from fastrepa.checkpoint import averages
-    from fastrepa.checkpoint import format as checkpoint
-    from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
-    from fastrepa.vision.codec import build_codec
 
     model, config, info = checkpoint.load_ema_model(run, world.device, ema)
     config = with_settings(config, settings)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,11 +34,9 @@ from fastrepa.commands.evaluate.metrics import (
 )
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, nearest
+from fastrepa.runtime.world import World, of_first_rank
 from fastrepa.vision.pooled import space_name
 from fastrepa.vision.registry import REGISTRY
-
-if TYPE_CHECKING:  # it brings DeepSpeed
-    from fastrepa.training.zero.engine import World
 
 Kind = Literal["frechet", "kernel", "precision", "recall", "inception_score", "clip_score"]
 
@@ -158,8 +156,6 @@ class Evaluator:
         """Build them (collective). Raises ConfigError and WeightsError, on all ranks alike where
         the first meets it.
         """
-        from fastrepa.training.zero.engine import of_first_rank
-
         self.metrics, self.world = list(metrics), world
         self.extractors: dict[str, Extractor] = {}
         spaces = {metric.feature.partition(".")[0] for metric in metrics}
@@ -261,8 +257,6 @@ class Evaluator:
         self, source: ImageSource, wanted: Wanted, cache: StatisticsCache | None
     ) -> FeatureSet | None:
         """All that is wanted, on the first rank; on the others an empty set (collective)."""
-        from fastrepa.training.zero.engine import of_first_rank
-
         found: list[FeatureSet] = []
 
         def look() -> bool:

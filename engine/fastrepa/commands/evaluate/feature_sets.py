@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +27,7 @@ from fastrepa.commands.evaluate.image_sources import STATISTICS, Gaussian, Image
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.errors import DataError
 from fastrepa.generation.generate import rank_batches
-
-if TYPE_CHECKING:  # it brings DeepSpeed
-    from fastrepa.training.zero.engine import World
+from fastrepa.runtime.world import World
 
 KEPT = 50_000
 MOMENTS = ("mean", "scatter")

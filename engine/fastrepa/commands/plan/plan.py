@@ -22,7 +22,7 @@ from fastrepa.runtime.hardware import GPU, Links, find_gpu
 from fastrepa.training.memory.decision import RESERVE, fitted, memory_peak, sharding, with_h
 from fastrepa.training.memory.sharding import PARTS, Sharding, host, messages, nvme, twice_let_go
 from fastrepa.training.memory.workload import Workload, measure_workload
-from fastrepa.training.zero.engine import micro_batch
+from fastrepa.training.zero.settings import micro_batch
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 
 STEP_PARTS = (
@@ -238,7 +238,6 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
         # States are read and written, each master with them.
         step["offload"] = crossing / a.pcie + 2 * nvme(s, w.parameters) / a.nvme
     m = w.config.model
-    assert m.width and m.depth
     again = twice_let_go(m.width, recomputed_blocks(m.depth, s.recompute))
     links, sent = a.links(gpu), messages(s, w.parameters, again)
     free, bound = 0.0, 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrepa.commands.prepare.column_files import Column
 from fastrepa.config import CodecConfig, EncoderConfig
+from fastrepa.data.column_check import column_fields
 from fastrepa.data.format.columns import moments_dtype
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.reference import read_moments
@@ -20,7 +21,7 @@ from fastrepa.data.format.reference_layout import moments_of
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.vision.codec import build_codec
-from fastrepa.vision.features import FrozenEncoder, build_encoder, column_fields, plan_encoder
+from fastrepa.vision.features import own_grid_encoder
 from fastrepa.vision.quantise import cosines, dequantise, quantise
 
 Precision = Literal["fp32", "bf16"]
@@ -79,7 +80,7 @@ class MakesFeatures:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.encoder = own_grid_encoder(config, resolution, precision, device)
+        self.encoder = own_grid_encoder(config, resolution, DTYPES[precision], device)
         self.column = FeaturesColumn(
             views=views,
             precision=precision,
@@ -100,15 +101,6 @@ class MakesFeatures:
         rows["scale"] = scale.cpu().numpy().reshape(rows["scale"].shape)
         rows["tokens"] = tokens.cpu().numpy().reshape(rows["tokens"].shape)
         return rows, float(cosines(x, dequantise(scale, tokens)).min())
-
-
-def own_grid_encoder(
-    config: EncoderConfig, resolution: int, precision: Precision, device: torch.device
-) -> FrozenEncoder:
-    """The encoder with its tokens as they are, for a generator of any grid."""
-    grid = plan_encoder(config, resolution=resolution).own_grid[0]
-    dtype = DTYPES[precision]
-    return build_encoder(config, resolution=resolution, grid=grid, dtype=dtype, device=device)
 
 
 class CopiesMoments:

@@ -180,7 +180,7 @@ def check_networks(resolution: int, settings: dict[str, Any]) -> None:
     if settings["codec"] is not None:
         build_codec(settings["codec"], resolution=resolution)
     for encoder in settings["encoders"]:
-        own_grid_encoder(encoder, resolution, "fp32", torch.device("cpu"))
+        own_grid_encoder(encoder, resolution, torch.float32, torch.device("cpu"))
 
 
 def print_encoded(report: EncodeReport, console: Console) -> None:

@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrepa.commands.prepare.column_makers import own_grid_encoder
 from fastrepa.commands.probe.duplicates import (
     alike_by_features,
     alike_by_hash,
     difference_hash,
     groups_of,
 )
+from fastrepa.commands.probe.images import ImageSample, draw_sample
 from fastrepa.commands.probe.separability import (
     balanced_accuracy,
     cross_validated,
@@ -50,12 +50,12 @@ from fastrepa.commands.probe.similarity import (
     mean_cosine,
     mean_share,
 )
-from fastrepa.commands.show.show import choose
 from fastrepa.config import EncoderConfig
 from fastrepa.data.format.columns import features_dtype
-from fastrepa.data.image_sample import ImageSample, draw_sample
+from fastrepa.data.gallery import choose
 from fastrepa.data.sheet import false_colours, principal_components
 from fastrepa.errors import ConfigError, DataError, WeightsError
+from fastrepa.vision.features import own_grid_encoder
 from fastrepa.vision.registry import encoder_label, find_recipe
 
 IMAGES = 500
@@ -281,7 +281,7 @@ def _encode(
     made, seconds = [], []
     for weights in (config.weights, "random"):
         one = config.model_copy(update={"weights": weights})
-        encoder = own_grid_encoder(one, images.shape[-1], "fp32", device)
+        encoder = own_grid_encoder(one, images.shape[-1], torch.float32, device)
         encoder(images[:2].to(device))  # the first call chooses algorithms
         started = time.perf_counter()
         parts = [encoder(batch.to(device)).cpu() for batch in images.split(batch_size)]

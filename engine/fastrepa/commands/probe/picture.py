@@ -11,8 +11,7 @@ import numpy as np
 from fastrepa.commands.probe.data import DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
 from fastrepa.commands.probe.similarity import NEIGHBOURS
-from fastrepa.commands.show.show import save_picture
-from fastrepa.data.sheet import Strip, comparison
+from fastrepa.data.sheet import Strip, comparison, save_picture
 
 INK, PALE, MARK = "#222222", "#666666", "#c0392b"
 COLOURS = "YlGnBu"

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from fastrepa.commands.probe.data import IMAGES, DataProbe, probe_data
+from fastrepa.commands.probe.images import flat_images, has_folders
 from fastrepa.commands.probe.picture import save_features, save_heat_map
 from fastrepa.commands.probe.report import (
     data_record,
@@ -25,7 +26,6 @@ from fastrepa.commands.probe.report import (
 from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
-from fastrepa.data.image_sample import flat_images, has_folders
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.vision.registry import parse_encoders
 

@@ -28,22 +28,21 @@ from fastrepa.checkpoint.format import (
     load_ema_model,
     read_state,
 )
-from fastrepa.commands.prepare.column_makers import own_grid_encoder
+from fastrepa.checkpoint.kinds import EMA
+from fastrepa.commands.probe.images import choose_classes_of, read_images
 from fastrepa.commands.probe.separability import balanced_accuracy, ridge_probe
 from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
-from fastrepa.commands.show.show import choose
 from fastrepa.config import Config, EncoderConfig
+from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import is_data
-from fastrepa.data.gallery import Gallery
-from fastrepa.data.image_sample import choose_classes_of, read_images
+from fastrepa.data.gallery import Gallery, choose
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.objective import Objective
-from fastrepa.training.optimizer import EMA
 from fastrepa.vision.codec import Codec, build_codec
-from fastrepa.vision.features import check_column, plan_encoder
+from fastrepa.vision.features import own_grid_encoder, plan_encoder
 from fastrepa.vision.registry import encoder_label
 
 HELD_OUT = ("validation", "val", "held_out", "test")  # names of a set beside the run's own
@@ -320,7 +319,7 @@ def _encoder_features(
             check_column(column, config, plan, weights=False)
             parts += [gallery.tokens(column, int(p)).mean(0, dtype=np.float64) for p in places]
         return np.stack(parts)
-    encoder = own_grid_encoder(config, data.images.shape[-1], "fp32", device)
+    encoder = own_grid_encoder(config, data.images.shape[-1], torch.float32, device)
     parts = []
     for images in data.images.split(batch_size):
         parts.append(encoder(images.to(device)).double().mean(1).cpu().numpy())

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from fastrepa.commands.dry_run import RandomBatches
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, config_from_dict
 from fastrepa.data.datasets import open_data
@@ -29,12 +28,14 @@ from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.profiling.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.runtime.regions import NAMES, REGIONS
+from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.meters import image_flops
+from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
-from fastrepa.training.zero.engine import World, micro_batch
+from fastrepa.training.zero.settings import micro_batch
 from fastrepa.vision.registry import find_recipe
 from fastrepa.vision.weights import find_package_weights
 from fastrepa_kernels.cost import Ceilings, Cost, measure_ceilings
@@ -122,7 +123,7 @@ def profile_run(
             first_line = first_line or trainer.first_line()
             name = f"trace{'' if number == 0 else '_' + kernels}.json"
             profiles.append(_profile(trainer, batches, steps, warmup, out / name, report))
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     if not world.is_first:
         return None
     progress("ceilings", 1.0)

@@ -7,30 +7,27 @@ with each encoder's patch tokens (their first three principal components as colo
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fastrepa.data.format.shards import write_whole
-from fastrepa.data.gallery import Gallery
+from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.sheet import (
+    MARK,
     Strip,
     comparison,
     contact_sheet,
     false_colours,
     principal_components,
+    save_picture,
 )
 from fastrepa.errors import DataError, nearest
 
-MARK = "fastrepa data show"
-"""The PNG's "Software" text, by which our own earlier pictures are known."""
-_STREAM = 3  # of the draw; the reader's orders and prepare's shuffle have others
 _PREVIEWED = 3  # channels of a latent that become red, green and blue
 
 
@@ -87,27 +84,6 @@ def show(
         few = choose(gallery.labels, features, seed, allowed)
         save_picture(_columns_picture(gallery, few, name), columns_path)
     return ShowReport(wanted, gallery.summary())
-
-
-def choose(
-    labels: np.ndarray, num: int, seed: int, allowed: Sequence[int] | None = None
-) -> np.ndarray:
-    """Up to `num` places in `labels` [N], a seeded draw that takes the classes in turn.
-
-    No class has two more than another that still has images left. The first k of a draw are the
-    draw of k.
-    """
-    key = np.array([seed % 2**64, _STREAM], dtype=np.uint64)
-    draws = np.random.Philox(key=key).random_raw(len(labels) + int(labels.max()) + 1)
-    draws, turns = draws[: len(labels)], draws[len(labels) :]
-    places = np.arange(len(labels))
-    if allowed is not None:
-        places = places[np.isin(labels, allowed)]
-    # Sorted by class and draw, an image's rank in its class is its place less its class's first.
-    places = places[np.lexsort((draws[places], labels[places]))]
-    of = labels[places]
-    rank = np.arange(len(places)) - np.searchsorted(of, of)
-    return places[np.lexsort((turns[of], rank))][:num]
 
 
 def print_shown(report: ShowReport, console: Console) -> None:
@@ -188,15 +164,3 @@ def _check_free(path: Path) -> None:
         raise DataError(
             f"{path}: exists and is no picture of `{MARK}`; choose another --out, or move it"
         )
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that is known as ours; DataError where it cannot be written."""
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", MARK)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=mark)
-    try:
-        write_whole(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

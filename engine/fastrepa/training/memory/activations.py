@@ -151,7 +151,7 @@ def _trace(
     encoder_widths: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """(highest bytes per interval, gradient elements complete before it)."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     peaks: list[int] = []
     done = [0]
     # "math" keeps the T x T probabilities; every other backend keeps what torch's flash does.

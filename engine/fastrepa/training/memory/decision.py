@@ -12,6 +12,7 @@ import torch
 
 from fastrepa.config import Config
 from fastrepa.model.sit import recomputed_blocks
+from fastrepa.runtime.world import World, of_first_rank
 from fastrepa.training.memory.sharding import (
     PARTS,
     Parameters,
@@ -21,14 +22,13 @@ from fastrepa.training.memory.sharding import (
     update_peak,
 )
 from fastrepa.training.memory.workload import Workload, measure_workload
-from fastrepa.training.zero.engine import (
-    World,
+from fastrepa.training.zero.settings import (
     as_run,
+    block_elements,
     deepspeed_config,
     micro_batch,
-    of_first_rank,
+    resolve_zero,
 )
-from fastrepa.training.zero.settings import block_elements, resolve_zero
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
 SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
@@ -130,7 +130,6 @@ def fewest_recomputed(w: Workload, s: Sharding, capacity: float, *, reserve: flo
     1, every block, where none does.
     """
     depth = w.config.model.depth
-    assert depth is not None
     # Of several that recompute as many blocks the smallest: fewer first.
     settings = {recomputed_blocks(depth, n): n for n in range(max(1, depth - 1), 0, -1)}
     choices = [0, *(settings[blocks] for blocks in sorted(settings) if blocks)]

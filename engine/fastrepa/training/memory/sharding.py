@@ -25,7 +25,7 @@ from typing import Any
 
 from fastrepa.training.memory.activations import Curve
 
-# What DeepSpeed takes for settings that zero.deepspeed_config leaves out, in elements.
+# What DeepSpeed takes for settings that deepspeed_config leaves out, in elements.
 ZERO_DEFAULTS: dict[str, Any] = {
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,

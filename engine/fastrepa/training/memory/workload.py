@@ -4,15 +4,11 @@ that has values, and no weights are read or downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-from torch import nn
 
 from fastrepa.config import (
     Config,
@@ -24,13 +20,12 @@ from fastrepa.config import (
 )
 from fastrepa.data.format.columns import features_dtype, moments_dtype
 from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
-from fastrepa.model.flops import counted_flops, model_flops
+from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
+from fastrepa.training.frozen import decoding, encoder_network, encoding
 from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
 from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.codec import (
-    SD_VAE_CHANNELS,
-    SD_VAE_DOWN,
     SD_VAE_PARAMETERS,
     codec_shape,
     random_sd_vae,
@@ -81,7 +76,6 @@ class Workload:
         "eager" before a block's last product, which is a part of the fused operation.
         """
         m = self.config.model
-        assert m.width and m.depth and m.patch
         last = 2 * (self.side // m.patch) ** 2 * 4 * m.width**2
         last = last if self.config.kernels == "eager" else 0
         return recomputed_blocks(m.depth, recompute) * (self.block_flops / m.depth - last)
@@ -93,13 +87,12 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     image_bytes: of one stored image; by default the data set's mean where it is there already,
     otherwise an assumption (PIXEL_BYTES).
     """
-    m, resolution = config.model, config.data.resolution
+    resolution = config.data.resolution
     channels, side = codec_shape(config.data.codec, resolution)
-    assert m.width and m.depth and m.patch
     token_grid(config)  # refuses a patch that does not suit
     plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
     widths = tuple(p.width for p in plans)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = config.training.dtype
     with torch.device("meta"):
         model = SiT.from_config(config, side=side, channels=channels, encoder_widths=widths)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -113,7 +106,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     cached_latents = _latents_are_cached(config, manifest)
     online = config.vision.targets == "online"
     encoders = tuple(
-        (e.name, frozen_network(*_encoder(plan), dtype))
+        (e.name, frozen_network(*encoder_network(plan), dtype))
         for e, plan in zip(config.vision.encoders, plans, strict=True)
         if online
     )
@@ -121,9 +114,9 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     if config.data.codec.name == "sd-vae":  # built, by diffusers, only where it is run
         codec_weights = SD_VAE_PARAMETERS * dtype.itemsize
         if not cached_latents:
-            encoder = frozen_network(random_sd_vae, _encode(resolution), dtype)
+            encoder = frozen_network(random_sd_vae, encoding(resolution), dtype)
         if config.training.sample_every:
-            decoder = frozen_network(random_sd_vae, _decode(resolution), dtype)
+            decoder = frozen_network(random_sd_vae, decoding(resolution), dtype)
     size, described = _input(
         config, plans, manifest, image_bytes, side=side, channels=channels,
         image=not cached_latents or bool(encoders), latents=cached_latents,
@@ -152,50 +145,6 @@ def _curve(
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
     key = config.model_copy(update=same).model_dump_json()
     return _curve_of(key, side, channels, widths)
-
-
-def frozen_flops(config: Config, plans: Sequence[EncoderPlan], *, cached_latents: bool) -> int:
-    """FLOPs per image of the forwards of encoders and codec, where training runs them."""
-    runs = []
-    if config.vision.targets == "online":
-        runs += [_encoder(plan) for plan in plans]
-    if config.data.codec.name == "sd-vae" and not cached_latents:
-        runs.append((random_sd_vae, _encode(config.data.resolution)))
-    return sum(counted_flops(build, partial(run, batch=1, dtype=torch.float32))[0]
-               for build, run in runs)  # fmt: skip
-
-
-def _encoder(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callable[..., Any]]:
-    """(build, run), as the engine builds and runs it."""
-
-    def build() -> nn.Module:
-        network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
-        network.prune_intermediate_layers([plan.index], prune_norm=not plan.norm, prune_head=True)
-        return network
-
-    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
-        side = plan.input_side
-        return network.forward_intermediates(
-            torch.empty(batch, 3, side, side, dtype=dtype), indices=[plan.index], norm=plan.norm,
-            output_fmt="NCHW", intermediates_only=True,
-        )  # fmt: skip
-
-    return build, run
-
-
-def _encode(resolution: int) -> Callable[..., Any]:
-    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
-        return network.encode(torch.empty(batch, 3, resolution, resolution, dtype=dtype))
-
-    return run
-
-
-def _decode(resolution: int) -> Callable[..., Any]:
-    def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
-        side = resolution // SD_VAE_DOWN
-        return network.decode(torch.empty(batch, SD_VAE_CHANNELS, side, side, dtype=dtype))
-
-    return run
 
 
 def _manifest(config: Config) -> Manifest | None:

@@ -1,4 +1,5 @@
-"""What `auto` stands for in `zero`: numbers from the model's size and the number of ranks.
+"""ZeRO's settings as arithmetic: what `auto` stands for, from the model's size and the number of
+ranks, and the dictionary that DeepSpeed wants. Nothing here needs DeepSpeed.
 
 D is the generator's width, N its trained elements, w the bytes of one, and a block has
 4 D^2 (attention) + 8 D^2 (MLP) + 6 D^2 (modulation) of them.
@@ -11,7 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastrepa.checkpoint.kinds import MOMENTS
 from fastrepa.config import Config
+from fastrepa.errors import ConfigError
+from fastrepa.training.zero.offload import offload_settings
 
 # Of DistributedDataParallel, near the optimum of its authors on 16 and 32 GPUs (Li et al. 2020,
 # "PyTorch Distributed", section 5.3): a smaller message does not fill the links.
@@ -34,8 +38,7 @@ def resolve_zero(config: Config, trained: int, world_size: int) -> Config:
 def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, Any]:
     """Every setting of `zero` that can be auto, in elements."""
     width, block = config.model.width, block_elements(config)
-    assert width is not None
-    itemsize = 2 if config.training.precision == "bf16" else 4
+    itemsize = config.training.dtype.itemsize
     everything = _even(trained)
     # One block's gradients leave together, while backward works on the block before it.
     bucket = max(block, LEAST_BUCKET // itemsize, LEAST_PART // itemsize * world_size)
@@ -57,7 +60,6 @@ def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, An
 
 def block_elements(config: Config) -> int:
     """Of the weights of one block, biases left out."""
-    assert config.model.width is not None
     return 18 * config.model.width**2
 
 
@@ -68,3 +70,89 @@ def trained_elements(parameters: Iterable[Tensor]) -> int:
 
 def _even(n: int) -> int:
     return n + n % 2  # NCCL's alignment, which DeepSpeed insists on
+
+
+def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """(images per rank per forward, forwards per step) for the global batch.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    t = config.training
+    if t.global_batch % world_size:
+        raise ConfigError(
+            f"training.global_batch: {t.global_batch} is not divisible by {world_size} ranks"
+        )
+    per_rank = t.global_batch // world_size
+    micro = t.micro_batch or per_rank
+    if per_rank % micro:
+        raise ConfigError(
+            f"training.micro_batch: {micro} does not divide the {per_rank} images of each rank "
+            f"(training.global_batch {t.global_batch} over {world_size} ranks)"
+        )
+    return micro, per_rank // micro
+
+
+def as_run(config: Config, world_size: int) -> Config:
+    """The configuration with the ZeRO stage that runs.
+
+    Stages 1 and 2 divide nothing on one rank, where stage 0's step is the shorter. Float32 sums of
+    several forwards' bf16 gradients are theirs alone.
+    """
+    z, (_, forwards) = config.zero, micro_batch(config, world_size)
+    if world_size > 1 or z.stage == 3 or z.offload != "none" or _sums_in_fp32(config, forwards):
+        return config
+    return config.model_copy(update={"zero": z.model_copy(update={"stage": 0})})
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
+    config = as_run(config, world_size)
+    micro, forwards = micro_batch(config, world_size)
+    out: dict[str, Any] = {
+        "train_batch_size": config.training.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": forwards,
+        # Stage 0's weights are cast by us: DeepSpeed would keep masters of its own for each tensor.
+        "bf16": {"enabled": config.training.precision == "bf16" and config.zero.stage > 0},
+        "zero_optimization": _zero_optimization(config),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+        "gradient_clipping": 0.0 if steps_itself(config, forwards) else config.training.clip,
+        # It waits for the device at every forward and step.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if _sums_in_fp32(config, forwards):
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
+    return out
+
+
+def _sums_in_fp32(config: Config, forwards: int) -> bool:
+    """Sums of many bf16 gradients lose what each adds."""
+    return config.training.precision == "bf16" and config.zero.stage > 0 and forwards > 1
+
+
+def steps_itself(config: Config, forwards: int) -> bool:
+    """Whether the optimiser's phase is step.py's, with norm and clipping in AdamWEMA."""
+    z = config.zero
+    if z.stage == 1 and _sums_in_fp32(config, forwards):
+        return False
+    return z.stage < 3 and z.offload == "none"
+
+
+def _zero_optimization(config: Config) -> dict[str, Any]:
+    z = config.zero
+    out: dict[str, Any] = {
+        "stage": z.stage,
+        "overlap_comm": z.overlap_comm,
+        "reduce_bucket_size": z.reduce_bucket_size,
+        "allgather_bucket_size": z.allgather_bucket_size,
+        "stage3_prefetch_bucket_size": z.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": z.param_persistence_threshold,
+        "sub_group_size": z.sub_group_size,
+        "memory_efficient_linear": False,  # see engine.py
+    }
+    undecided = [name for name, value in out.items() if value == "auto"]
+    if undecided:
+        raise ValueError(f"zero.{undecided[0]}: still auto; resolve_zero comes first")
+    return out | offload_settings(config, len(MOMENTS) + len(config.training.ema))

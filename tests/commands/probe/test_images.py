@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from fastrepa.commands.probe.images import LEAST_OF_CLASS, choose_classes_of, draw_sample
 from fastrepa.data.gallery import Gallery
-from fastrepa.data.image_sample import LEAST_OF_CLASS, choose_classes_of, draw_sample
 from fastrepa.errors import ConfigError
 from tests.runs import ROOT
 

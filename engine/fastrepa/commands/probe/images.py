@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrepa.commands.show.show import choose
 from fastrepa.data.datasets import is_data
-from fastrepa.data.gallery import Gallery
+from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.images import UnreadableImageError, load_square
 from fastrepa.data.sources.entries import read_entry, read_file
 from fastrepa.data.sources.listing import list_source

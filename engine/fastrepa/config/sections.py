@@ -1,42 +1,39 @@
-"""One typed, validated configuration: a YAML file, then dotted overrides (`training.steps=1000`).
-
-Every model is frozen and forbids unknown keys. `load_config` fills in what follows from other keys
-(a model's width from its name, the alignment block from its depth), so that the configuration saved
-with a run says everything that was used.
-"""
+"""The sections of a configuration: every key with its type, default and allowed values."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PlainValidator,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from fastrepa.errors import ConfigError, nearest
+if TYPE_CHECKING:
+    import torch
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def is_int(value: Any) -> bool:
+    """Tell whether a value read from YAML is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _number_or(least: int, *words: str) -> PlainValidator:
     """Accepts a whole number from `least` on, or one of the words; one refusal says both."""
 
     def check(value: Any) -> Any:
-        if (_is_int(value) and value >= least) or value in words:
+        if (is_int(value) and value >= least) or value in words:
             return value
         allowed = f"expected {' or '.join(words)} or a number from {least}"
         raise PydanticCustomError("number_or_word", "{allowed}", {"allowed": allowed})
@@ -141,13 +138,13 @@ class VisionConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """SiT by name ("SiT-XL/2") or by width, depth, heads and patch."""
+    """SiT by name ("SiT-XL/2") or by width, depth, heads and patch, which a name gives."""
 
     name: str | None = None
-    width: Positive | None = None
-    depth: Positive | None = None
-    heads: Positive | None = None
-    patch: Positive | None = None
+    width: Positive
+    depth: Positive
+    heads: Positive
+    patch: Positive
     num_classes: Positive = 1000
     label_dropout: Probability = 0.1
     qk_norm: bool = False
@@ -157,7 +154,7 @@ class AlignmentConfig(_Section):
     """REPA: which block, through which projector, how strongly."""
 
     weight: Annotated[float, Field(ge=0.0)] = 0.5
-    block: Positive | None = Field(None, description="1-based; None: 4 for S/B, 8 for L/XL")
+    block: Positive = Field(description="1-based; if not given: 4 for S/B, 8 for L/XL")
     projector_width: Positive = 2048
 
 
@@ -271,6 +268,13 @@ class TrainingConfig(_Section):
     keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project; None: off")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations in training."""
+        import torch  # not for the sake of `fastrepa --help`
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @field_validator("ema", mode="before")
     @classmethod
@@ -406,7 +410,7 @@ class Config(_Section):
     data: DataConfig
     vision: VisionConfig = VisionConfig()
     model: ModelConfig
-    alignment: AlignmentConfig = AlignmentConfig()
+    alignment: AlignmentConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     sample: SampleConfig = SampleConfig()
@@ -470,180 +474,6 @@ class Config(_Section):
             # Stage 3 gathers weights in hooks of the block's children, which break its graph.
             raise ValueError(f"training.compile: {t.compile!r} needs zero.stage 0, 1 or 2, got 3")
         depth = self.model.depth
-        if a.block and depth and self.vision.encoders and a.block > depth:
+        if self.vision.encoders and a.block > depth:
             raise ValueError(f"alignment.block: {a.block} is past the last block, {depth}")
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people who write configurations mean the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The validated, resolved configuration from a YAML file and `path.to.key=value` overrides.
-
-    Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
-    """
-    path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(
-            f"{path}: no such configuration file{nearest(path.name, known)}"
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a YAML file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
-    for override in overrides:
-        _set(tree, override)
-    return config_from_dict(tree, source=str(path))
-
-
-def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """Validate and resolve a plain mapping, as `load_config` does with a file."""
-    try:
-        return Config.model_validate(_resolved(tree))
-    except ValidationError as e:
-        raise ConfigError(f"{source}: " + "; ".join(_messages(e))) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back to the same object."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected path.to.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for i, part in enumerate(parents):
-        child = _child(node, part, override)
-        if child is None:
-            child = {}
-            node[part] = child
-        elif not isinstance(child, dict | list):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, it has no keys"
-            )
-        node = child
-    if isinstance(node, list):
-        _child(node, last, override)
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, dict):
-        return node.get(part)
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"override {override!r}: {part!r} is no position in a list of {len(node)}"
-        )
-    return node[int(part)]
-
-
-def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what follows from other keys; wrong types are left to pydantic."""
-    tree = dict(tree)
-    data = tree.get("data")
-    if isinstance(data, Mapping) and tree.get("deterministic") is True:
-        # The GPU's JPEG decoders give no promise.
-        decode = data.get("decode", "auto")
-        tree["data"] = {**data, "decode": "cpu" if decode == "auto" else decode}
-    model = tree.get("model")
-    if not isinstance(model, Mapping):
-        return tree
-    model = dict(model)
-    tree["model"] = model
-    name, block = model.get("name"), None
-    if isinstance(name, str):
-        base, _, patch = name.partition("/")
-        names = [f"{b}/{p}" for b in SIT_MODELS for p in PATCHES]
-        if name not in names:
-            raise ConfigError(
-                f"model.name: {name!r} is not one of {', '.join(names)}{nearest(name, names)}"
-            )
-        width, depth, heads, block = SIT_MODELS[base]
-        shape = {"width": width, "depth": depth, "heads": heads, "patch": int(patch)}
-        for key, value in shape.items():
-            if model.get(key, value) not in (value, None):
-                raise ConfigError(
-                    f"model.{key}: {model[key]} contradicts model.name {name!r}, whose {key} is "
-                    f"{value}; leave one of them out"
-                )
-            model[key] = value
-    missing = [k for k in ("width", "depth", "heads", "patch") if model.get(k) is None]
-    if missing:
-        raise ConfigError(
-            f"model: give a name such as SiT-B/2, or width, depth, heads and patch "
-            f"(missing: {', '.join(missing)})"
-        )
-    width, heads = model["width"], model["heads"]
-    if _is_int(width) and _is_int(heads) and heads > 0 and (width % heads or width % 4):
-        raise ConfigError(
-            f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4"
-        )
-    alignment = tree.get("alignment", {})
-    if isinstance(alignment, Mapping) and alignment.get("block") is None:
-        depth = model["depth"]
-        block = block or (max(1, depth // 3) if _is_int(depth) else None)
-        tree["alignment"] = {**alignment, "block": block}
-    return tree
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _messages(error: ValidationError) -> list[str]:
-    """One clause per problem: the dotted path, the value, what was allowed."""
-    out = []
-    for e in error.errors(include_url=False):
-        path = ".".join(str(p) for p in e["loc"])
-        if e["type"] == "extra_forbidden":
-            allowed = _keys_at(e["loc"][:-1])
-            hint = nearest(str(e["loc"][-1]), allowed) or f" (known: {', '.join(sorted(allowed))})"
-            out.append(f"{path}: unknown key{hint}")
-        elif e["type"] == "missing":
-            out.append(f"{path}: required key is missing")
-        elif e["type"] == "value_error":
-            out.append(e["msg"].removeprefix("Value error, "))
-        else:
-            out.append(f"{path}: {e['input']!r} is not allowed: {e['msg'].lower()}")
-    return out
-
-
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    node: Any = Config
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = node.model_fields[part].annotation
-        inner = [a for a in getattr(field, "__args__", (field,)) if a is not Ellipsis]
-        node = next(a for a in inner if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(node.model_fields)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

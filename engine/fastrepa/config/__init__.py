@@ -1,0 +1,34 @@
+"""One typed, validated configuration. Every section is frozen and forbids unknown keys."""
+
+from fastrepa.config.loading import config_from_dict, load_config, save_config
+from fastrepa.config.sections import (
+    MAX_EMAS,
+    PATCHES,
+    SIT_MODELS,
+    AlignmentConfig,
+    AttentionConfig,
+    CodecConfig,
+    Config,
+    DataConfig,
+    EmaConfig,
+    EncoderConfig,
+    EvaluationConfig,
+    KeepBestConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    ScheduleConfig,
+    SurvivalConfig,
+    TrainingConfig,
+    VisionConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "MAX_EMAS", "PATCHES", "SIT_MODELS", "AlignmentConfig", "AttentionConfig", "CodecConfig",
+    "Config", "DataConfig", "EmaConfig", "EncoderConfig", "EvaluationConfig", "KeepBestConfig",
+    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "SampleConfig", "ScheduleConfig",
+    "SurvivalConfig", "TrainingConfig", "VisionConfig", "ZeroConfig", "config_from_dict",
+    "load_config", "save_config",
+]  # fmt: skip
