@@ -1,4 +1,4 @@
-"""patch_reference on a module tree with the reference's names, built here, and a loss like its own."""
+"""patch_reference on a tree with the reference's names, built here, and a loss like its own."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""projector_alignment: T0 gradcheck, T1 kernels in the interpreter, T3 on a GPU (T2: test_aot.py)."""
+"""projector_alignment: T0 gradcheck, T1 kernels in the interpreter, T3 on a GPU (T2: test_aot)."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import EncoderConfig, config_from_dict
-from fastrepa.training.memory.workload import frozen_flops
+from fastrepa.training.frozen import frozen_flops
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
 
 
