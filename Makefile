@@ -11,12 +11,13 @@ PYTHON312 ?= python3.12
 GPU_IMAGE ?= .gpu-image
 IMAGE_READY := $(GPU_IMAGE)/.ready
 
-.PHONY: quickstart test lint types gpu-wheels gpu-image gpu-rehearsal clean help
+.PHONY: quickstart test lint types mutations gpu-wheels gpu-image gpu-rehearsal clean help
 
 help:
 	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
 	@echo "make lint types   ruff, the laws of imports (pyproject.toml), and mypy"
+	@echo "make mutations    break the code line by line: each time a test must fail (about 25 min; ONLY=WORDS: some)"
 	@echo "make gpu-wheels   .gpu-wheels: what a borrowed GPU machine lacks (DALI=1: .gpu-dali too)"
 	@echo "make gpu-rehearsal  what is measured there, at toy shapes on this CPU, with what can go wrong"
 
@@ -41,6 +42,10 @@ lint: $(READY)
 
 types: $(READY)
 	@$(BIN)/mypy engine kernels
+
+# Outside CI: what it asks is whether the tests would notice.
+mutations: $(READY)
+	@$(BIN)/python -m tests.mutations --jobs $(TEST_PROCESSES) $(ONLY)
 
 gpu-wheels:
 	@$(PYTHON) -m benchmarks.gpu_suite.wheels fetch $(if $(DALI),--dali)

@@ -22,7 +22,7 @@ import torch
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
 from fastrepa.runtime.world import join_world, leave_world
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.run import Run
 
 
 def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any]:
@@ -34,8 +34,9 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     began: list[float] = []
     saves: list[tuple[float, dict[str, float]]] = []
     with watched(Path(resolved.run), resolved.survival, world) as watch:
-        trainer = Trainer(resolved, world, watch.group)
-        step, save = trainer.train_step, trainer.save
+        run = Run(resolved, world, watch.group)
+        trainer = run.trainer
+        step, save = trainer.train_step, run.save
 
         def timed_step(batches: Any) -> Any:
             began.append(time.perf_counter())
@@ -44,12 +45,12 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
         def timed_save(**options: Any) -> Path:
             at = time.perf_counter()
             path = save(**options)
-            assert trainer.writer is not None
-            saves.append((at, trainer.writer.seconds))
+            assert run.writer is not None
+            saves.append((at, run.writer.seconds))
             return path
 
-        trainer.train_step, trainer.save = timed_step, timed_save  # type: ignore[method-assign]
-        trainer.train(watch)
+        trainer.train_step, run.save = timed_step, timed_save  # type: ignore[method-assign]
+        run.train(watch)
         parameters = sum(p.numel() for p in trainer.whole.params.values())
     leave_world()
     iterations = list(itertools.pairwise(began[1:]))  # the first one is no normal one

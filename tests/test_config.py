@@ -31,6 +31,12 @@ def test_a_model_name_fills_in_its_shape_and_alignment_block(name, shape):
     assert (m.width, m.depth, m.heads, m.patch, c.alignment.block) == shape
 
 
+@pytest.mark.parametrize(("depth", "block"), [(1, 1), (2, 1), (6, 2), (8, 2), (12, 4), (28, 9)])
+def test_another_depth_is_aligned_after_its_first_third(depth, block):
+    shape = {"width": 64, "depth": depth, "heads": 2, "patch": 2}
+    assert config_from_dict(edited(model=shape)).alignment.block == block
+
+
 def test_the_paper_defaults():
     c = config_from_dict(BASE)
     t = c.training

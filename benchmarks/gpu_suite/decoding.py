@@ -92,7 +92,7 @@ def _step(size: Size) -> Iterator[Record]:
 
     config, world = _config(size), join_world()
     try:
-        trainer = Trainer(config, world, random_weights=True)
+        trainer = Trainer(config, world)
         noise = RandomBatches(config, trainer, world.device, trainer.micro)
         seconds = {"noise": _steps(trainer, itertools.repeat(next(noise)), size)}
         for decode in size.decode:

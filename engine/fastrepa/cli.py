@@ -87,7 +87,7 @@ def train(
             if world.is_first:
                 _print_dry_run(result, resolved.training.global_batch)
             return
-        from fastrepa.training.trainer import Trainer
+        from fastrepa.training.run import Run
 
         evaluator: Any = None
         if resolved.evaluation.every:
@@ -95,7 +95,7 @@ def train(
 
             evaluator = RunEvaluator
         with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
-            code = Trainer(resolved, world, watch.group, evaluator=evaluator).train(watch)
+            code = Run(resolved, world, watch.group, evaluator=evaluator).train(watch)
     finally:
         leave_world()
     if code:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# Below this time a data prediction's velocity divides by sigma(DATA_T_MIN) instead of sigma(t).
+# Below this time a data prediction's velocity, and its target, divide by sigma(DATA_T_MIN).
 DATA_T_MIN = 0.05
 
 
@@ -29,12 +29,14 @@ def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 def velocity_from_data(path: str, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """The velocity at x [B,C,h,w] and t [B] if the clean latent were z [B,C,h,w].
 
-    alpha' z + sigma' eps, with eps = (x - alpha z) / sigma. A network that predicts z, not the
-    velocity, need not carry the noise of every pixel through its width; the loss stays on the
-    velocity, its 1 / sigma^2 weight bounded at t = 0.05 (Li and He 2025, "Back to Basics: Let
-    Denoising Generative Models Denoise").
+    alpha' z + sigma' (x - alpha z) / sigma, as one quotient whose sigma is at least sigma(0.05);
+    (x - z) / max(t, 0.05) on the linear path. Below t = 0.05 that is sigma(t) / sigma(0.05) times
+    the velocity, and so must the target be: give it here the true z, and a perfect prediction has
+    no error at any t. A network that predicts z, not the velocity, need not carry the noise of
+    every pixel through its width; the loss stays on the velocity, its 1 / sigma^2 weight bounded
+    (Li and He 2025, "Back to Basics: Let Denoising Generative Models Denoise").
     """
     t = t.view(-1, *[1] * (x.ndim - 1))
-    alpha, _, d_alpha, d_sigma = path_coefficients(path, t)
-    _, sigma, _, _ = path_coefficients(path, t.clamp(min=DATA_T_MIN))
-    return d_alpha * z + d_sigma * (x - alpha * z) / sigma
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(path, t)
+    _, clamped, _, _ = path_coefficients(path, t.clamp(min=DATA_T_MIN))
+    return (d_sigma * x - (d_sigma * alpha - d_alpha * sigma) * z) / clamped

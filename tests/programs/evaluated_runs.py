@@ -14,7 +14,7 @@ from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
 from fastrepa.runtime.world import join_world, leave_world
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.run import Run
 from tests.runs import ROOT, SMALL
 
 STEPS, NUM = 6, 10
@@ -50,7 +50,7 @@ def main(folder):
             "training.log_every=3", f"evaluation.reference={folder / 'validation'}", *settings,
         ])  # fmt: skip
         with watched(Path(config.run), config.survival, world) as watch:
-            Trainer(config, world, watch.group, evaluator=RunEvaluator).train(watch)
+            Run(config, world, watch.group, evaluator=RunEvaluator).train(watch)
     leave_world()
 
 

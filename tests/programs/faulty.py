@@ -13,7 +13,7 @@ import torch
 
 from fastrepa.cli import main
 from fastrepa.training import trainer as training
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.run import Run
 
 FAULTS = [fault.split() for fault in os.environ["FAULT"].split(";")]
 NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "usr1": signal.SIGUSR1}
@@ -33,8 +33,9 @@ def act(rank, when):
             os.kill(os.getpid(), NUMBERS[kind])
 
 
-def plant(trainer, *args, **kwargs):
-    forward, latents, save = trainer.forward_losses, trainer.codec.latents, trainer.save
+def plant(run, *args, **kwargs):
+    trainer = run.trainer
+    forward, latents, save = trainer.forward_losses, trainer.codec.latents, run.save
     rank = trainer.world.rank
 
     def faulty_latents(*a):
@@ -58,8 +59,8 @@ def plant(trainer, *args, **kwargs):
         return save(**options)
 
     trainer.forward_losses, trainer.codec.latents = faulty_forward, faulty_latents
-    trainer.save = faulty_save
-    return train(trainer, *args, **kwargs)
+    run.save = faulty_save
+    return train(run, *args, **kwargs)
 
 
 def faulty_start(model, config, world):
@@ -67,6 +68,6 @@ def faulty_start(model, config, world):
     return start_engine(model, config, world)
 
 
-train, Trainer.train = Trainer.train, plant
+train, Run.train = Run.train, plant
 start_engine, training.start_engine = training.start_engine, faulty_start
 main()

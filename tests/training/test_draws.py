@@ -20,7 +20,7 @@ def trainer(world):
         ROOT / "configs/quickstart.yaml",
         ["run=nowhere", *SMALL, "training.micro_batch=4", "kernels=eager", "vision.encoders=[]"],
     )
-    return Trainer(config, world, random_weights=True)
+    return Trainer(config, world)
 
 
 @interpreted

@@ -13,7 +13,7 @@ from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.evaluate import evaluate
 from fastrepa.config import EncoderConfig, config_from_dict, load_config
 from fastrepa.errors import ConfigError, FastrepaError
-from fastrepa.training.trainer import Trainer
+from fastrepa.training.run import Run
 from tests.programs.evaluated_runs import NUM, STEPS
 from tests.runs import ROOT, SMALL, environment, metrics, tensors
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_ends_the_run_before_its_first_step(folder, worl
 
 def test_a_run_that_wants_scores_does_not_start_without_an_evaluator(tmp_path, world):
     settings = [f"run={tmp_path / 'run'}", *SMALL, "evaluation.every=2"]
-    trainer = Trainer(load_config(ROOT / "configs/quickstart.yaml", settings), world)
+    run = Run(load_config(ROOT / "configs/quickstart.yaml", settings), world)
     with pytest.raises(ConfigError, match=r"evaluation\.every: this run was given nothing"):
-        trainer.train(None)
+        run.train(None)
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ def built(world, *overrides, steps=3):
     config = load_config(
         ROOT / "configs/quickstart.yaml", ["run=nowhere", *SMALL, *sizes, *overrides]
     )
-    return Trainer(config, world, random_weights=True)
+    return Trainer(config, world)
 
 
 def test_a_run_ahead_ends_with_the_same_bits(tmp_path):

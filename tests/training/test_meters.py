@@ -12,9 +12,10 @@ from fastrepa.config import load_config
 from fastrepa.runtime.hardware import GPUS, peak_flops
 from fastrepa.runtime.regions import NAMES, SAMPLING
 from fastrepa.runtime.world import World
+from fastrepa.training.messages import slow_precision
 from fastrepa.training.meters import ImageFlops, Meter
 from fastrepa.training.random_batches import RandomBatches
-from fastrepa.training.trainer import Trainer, slow_precision
+from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
 from fastrepa.training.zero import settings
 from fastrepa_kernels import launch
@@ -45,7 +46,7 @@ def built(world, *overrides):
     sizes = (f"training.global_batch={BATCH}", f"training.micro_batch={BATCH // 2}")
     overrides = ("run=nowhere", "training.precision=fp32", *sizes, *overrides)
     config = load_config(ROOT / "configs/quickstart.yaml", overrides)
-    return Trainer(config, world, random_weights=True)
+    return Trainer(config, world)
 
 
 def batches_of(trainer):

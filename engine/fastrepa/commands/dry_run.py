@@ -20,6 +20,7 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.runtime.world import World
+from fastrepa.training.messages import first_line
 from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.settings import as_run
@@ -47,7 +48,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     """Build the run of `config`, take one step at batch 2 per rank, and a second one to count."""
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
-    trainer = Trainer(config_from_dict(tree), world, random_weights=True)
+    trainer = Trainer(config_from_dict(tree), world)
     batches = RandomBatches(config, trainer, world.device, BATCH)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
@@ -66,7 +67,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     micro = config.training.micro_batch or max(1, config.training.global_batch // world.size)
     loss = metrics["loss"]
     return DryRun(
-        first_line=trainer.first_line(),
+        first_line=first_line(trainer),
         loss=float(loss),
         parameters=sum(sizes),
         trained=trained,

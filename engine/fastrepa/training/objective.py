@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import ObjectiveConfig
-from fastrepa.interpolant import path_coefficients
+from fastrepa.interpolant import path_coefficients, velocity_from_data
 
 
 def lognormal_time(path: str, normal: Tensor) -> Tensor:
@@ -39,11 +39,17 @@ class Objective:
     config: ObjectiveConfig
 
     def interpolate(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, velocity target), both [B,C,h,w] float32, from z and noise [B,C,h,w] and t [B]."""
+        """(x_t, velocity target), both [B,C,h,w] float32, from z and noise [B,C,h,w] and t [B].
+
+        Where the network predicts z, the target is clamped below t = 0.05 as its velocity is.
+        """
         t = t.float().view(-1, *[1] * (z.ndim - 1))
         alpha, sigma, d_alpha, d_sigma = path_coefficients(self.config.path, t)
         z, noise = z.float(), noise.float()
-        return alpha * z + sigma * noise, d_alpha * z + d_sigma * noise
+        x = alpha * z + sigma * noise
+        if self.config.prediction == "data":
+            return x, velocity_from_data(self.config.path, x, z, t)
+        return x, d_alpha * z + d_sigma * noise
 
     @staticmethod
     def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from fastrepa.model.compilation import compile_generator
 from fastrepa.profiling.activity import WAIT
 from fastrepa.runtime.regions import OTHER, REGIONS
 from fastrepa.training import trainer as training
+from fastrepa.training.messages import first_line
 from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 
@@ -244,7 +245,7 @@ def test_the_first_losses_of_fast_and_published_steps_agree(world):
     curves = []
     for kernels, published in (("fused", False), ("eager", True)):
         config = tiny("training.precision=fp32", f"kernels={kernels}")
-        trainer = Trainer(config, world, random_weights=True)
+        trainer = Trainer(config, world)
         if published:
             use_reference(trainer, "fp32")
         batches = RandomBatches(config, trainer, world.device, 4)
@@ -275,7 +276,7 @@ def test_the_plain_loop_takes_the_same_steps(given, precision, off, monkeypatch,
     for contender in ("ours", "plain+compile"):
         config = contender_config(given.model_dump(mode="json"), contender, precision)
         plain = contender == "plain+compile"
-        trainer = PlainLoop(config, CPU) if plain else Trainer(config, world, random_weights=True)
+        trainer = PlainLoop(config, CPU) if plain else Trainer(config, world)
         batches = RandomBatches(config, trainer, CPU, 4)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(6)])
         if plain:
@@ -351,11 +352,11 @@ def test_compiled_generators_train_alike(way, device, modules, recompute, monkey
             "training.precision=fp32", f"training.compile={way_}", "training.micro_batch=2",
             f"training.recompute={recompute}",
         )  # fmt: skip
-        trainer = Trainer(config, world, random_weights=True)
+        trainer = Trainer(config, world)
         batches = RandomBatches(config, trainer, CPU, 2)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(3)])
     assert compiled == modules * [{"blocks": None, "graphs": "reduce-overhead"}[way]]
-    assert ", compiled" in trainer.first_line()
+    assert ", compiled" in first_line(trainer)
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     with pytest.raises(ConfigError, match=rf"training.compile: '{way}' needs zero.stage 0, 1 or 2"):
         tiny(f"training.compile={way}", "zero.stage=3")
@@ -371,7 +372,7 @@ def test_blocks_that_inductor_compiles_for_a_cpu_keep_less(world):
             "data.codec.side=16", "vision.encoders.0.input=128", "vision.targets=cached",
             "training.global_batch=16", "training.micro_batch=16",
         )  # fmt: skip
-        trainer = Trainer(config, world, random_weights=True)
+        trainer = Trainer(config, world)
         source = itertools.cycle([next(RandomBatches(config, trainer, CPU, 16))])
         key = f"{kernels} {way}"
         losses[key] = [trainer.train_step(source)["loss"].item() for _ in range(2)]

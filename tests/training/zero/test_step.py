@@ -34,7 +34,7 @@ def as_on_a_gpu(monkeypatch):
 
 def trainer_of(world, *overrides):
     config = load_config(ROOT / "configs/quickstart.yaml", ["run=none", *SMALL, *overrides])
-    return Trainer(config, world, random_weights=True)
+    return Trainer(config, world)
 
 
 @pytest.mark.parametrize(("stage", "divided"), [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)])

@@ -24,8 +24,8 @@ from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.training.optimizer import power_gamma
+from fastrepa.training.schedule import learning_rate
 from fastrepa.training.targets import Targets
-from fastrepa.training.trainer import learning_rate
 from fastrepa.vision.codec import build_codec, token_grid
 from fastrepa_kernels.adamw_ema import power_decay
 
@@ -100,7 +100,7 @@ class PlainLoop:
         if self.config.training.clip:
             nn.utils.clip_grad_norm_(self.params, self.config.training.clip, foreach=True)
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, self.steps)
+            group["lr"] = learning_rate(self.config.training, self.steps)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1

@@ -28,6 +28,7 @@ from fastrepa.model.compilation import compile_forward
 from fastrepa.profiling.activity import Annotating, profile_steps
 from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.training.memory.decision import resolve_memory
+from fastrepa.training.messages import first_line
 from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
@@ -65,8 +66,8 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
         trainer = PlainLoop(config, world.device)
         model, line = trainer.model, ""
     else:
-        trainer = Trainer(config, world, random_weights=True)
-        line = trainer.first_line() if contender != "reference" else ""
+        trainer = Trainer(config, world)
+        line = first_line(trainer) if contender != "reference" else ""
         if contender == "reference":
             use_reference(trainer, task["precision"])
         model = trainer.engine.module
@@ -113,7 +114,7 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
 
 def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[str, Any]:
     """Images of random weights: what they show does not change what they cost."""
-    trainer = Trainer(config, world, random_weights=True)
+    trainer = Trainer(config, world)
     model = trainer.engine.module
     if task["contender"] == "eager+compile":
         compile_forward(model)
@@ -135,7 +136,7 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
 
     for _ in range(task["warmup"]):
         draw()
-    return _timed(draw, task["steps"], world) | {"line": trainer.first_line()}
+    return _timed(draw, task["steps"], world) | {"line": first_line(trainer)}
 
 
 def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, Any]:

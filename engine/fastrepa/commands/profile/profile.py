@@ -31,8 +31,10 @@ from fastrepa.runtime.regions import NAMES, REGIONS
 from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
+from fastrepa.training.messages import first_line
 from fastrepa.training.meters import image_flops
 from fastrepa.training.random_batches import RandomBatches
+from fastrepa.training.run import Run
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
 from fastrepa.training.zero.settings import micro_batch
@@ -111,7 +113,7 @@ def profile_run(
     if world.is_first:
         _open_folder(out)
     config = resolve_memory(config, world)
-    profiles, first_line = [], ""
+    profiles, line = [], ""
     ways = [config.kernels, *([against] if against else [])]
     for number, kernels in enumerate(ways):
 
@@ -120,7 +122,7 @@ def profile_run(
 
         changed = config.model_copy(update={"kernels": kernels})
         with _trainer(changed, world) as (trainer, batches, said):
-            first_line = first_line or trainer.first_line()
+            line = line or first_line(trainer)
             name = f"trace{'' if number == 0 else '_' + kernels}.json"
             profiles.append(_profile(trainer, batches, steps, warmup, out / name, report))
     dtype = config.training.dtype
@@ -131,7 +133,7 @@ def profile_run(
     device = "cpu"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
-    return Report(config, device, first_line, steps, said, ceilings, profiles, out)
+    return Report(config, device, line, steps, said, ceilings, profiles, out)
 
 
 def _open_folder(out: Path) -> None:
@@ -319,12 +321,12 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
         )
         if real:
             open_data(config.data.path, resolution=config.data.resolution)
-            trainer = Trainer(config, world)
+            run = Run(config, world)
             said.append(f"data: read from {config.data.path}")
-            with trainer.open_pipeline() as pipeline:
-                yield trainer, pipeline, said
+            with run.open_pipeline() as pipeline:
+                yield run.trainer, pipeline, said
             return
-        trainer = Trainer(config, world, random_weights=True)
+        trainer = Trainer(config, world)
         why = "its autoencoder is not here" if not codec_here else "it is not here"
         said.append(f"data: noise instead of {config.data.path} ({why}); its reading is not timed")
         size = micro_batch(config, world.size)[0]

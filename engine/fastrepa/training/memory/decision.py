@@ -31,7 +31,7 @@ from fastrepa.training.zero.settings import (
 )
 
 RESERVE = 4e9  # bytes of a GPU for CUDA, NCCL, libraries and fragmentation; plan's assumption
-SAMPLE_BATCH = 16  # the trainer's: images per forward of the grids
+SAMPLE_BATCH = 16  # images per forward of a run's grids, the same for any number of ranks
 
 
 def resolve_memory(config: Config, world: World) -> Config:

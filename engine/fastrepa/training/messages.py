@@ -1,0 +1,131 @@
+"""What a run says of itself: its first line, its warnings, and how it takes its leave."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrepa.checkpoint.format import checkpoint_path
+from fastrepa.config import Config, load_config
+from fastrepa.errors import ConfigError
+from fastrepa.model.compilation import COMPILED
+from fastrepa.runtime.world import World
+from fastrepa.training.zero.settings import as_run
+from fastrepa_kernels import launch
+
+if TYPE_CHECKING:
+    from fastrepa.training.trainer import Trainer
+
+# What may change between a run and its continuation without changing what is learned.
+FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
+             "training.checkpoint_every", "training.keep", "training.tensorboard",
+             "training.wandb", "training.micro_batch", "training.compile", "training.ema",
+             "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
+             "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
+             "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
+             "deterministic")  # fmt: skip
+
+
+def first_line(trainer: Trainer) -> str:
+    """One line: what a run computes on and which paths are active."""
+    c, w, codec = trainer.config, trainer.world, trainer.codec
+    where = (
+        torch.cuda.get_device_name(w.device)
+        if w.device.type == "cuda"
+        else f"cpu ({torch.get_num_threads()} threads)"
+    )
+    model = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
+    parameters = sum(math.prod(_shape(p)) for p in trainer.engine.module.parameters())
+    stage = as_run(c, w.size).zero.stage
+    parts = {
+        "device": f"{where} x {w.size}",
+        "model": f"{model}, {parameters / 1e6:.1f} M parameters",
+        "precision": c.training.precision,
+        "ZeRO": str(c.zero.stage)
+        + (f", as {stage}" if stage != c.zero.stage else "")
+        + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
+        "recompute": str(c.training.recompute),
+        "keep": c.training.keep if c.kernels == "fused" else "none",
+        "attention": trainer.attention.backend,
+        "kernels": c.kernels + COMPILED[c.training.compile],
+        "encoder": trainer.targets.describe() + (", ahead" if trainer.look_ahead.active else ""),
+        "codec": f"{codec.name} {codec.channels}x{codec.side}x{codec.side}"
+        + (" (cached)" if trainer.cached_latents else ""),
+        "batch": f"{c.training.global_batch} = {w.size} x {trainer.forwards} x {trainer.micro}",
+    }
+    if c.deterministic:
+        parts["deterministic"] = "yes"
+    return " · ".join(f"{k} {v}" for k, v in parts.items())
+
+
+def slow_precision(config: Config, world: World) -> str:
+    """A warning where bf16 is slower than fp32, by a lot: a CPU without instructions for it."""
+    fast = world.device.type != "cpu" or launch.cpu_multiplies(torch.bfloat16)
+    if config.training.precision != "bf16" or fast:
+        return ""
+    return (
+        "training.precision: this CPU has no instructions for bf16, whose products are then many "
+        "times slower than those of fp32; training.precision=fp32 is the faster here"
+    )
+
+
+def warn_of_changes(run: Path, config: Config) -> None:
+    """Name what differs from the configuration this run was started with, where it matters."""
+    try:
+        before = load_config(run / "config.yaml")
+    except ConfigError:
+        return
+    for key, (old, new) in _differences(before.model_dump(), config.model_dump()):
+        if not key.startswith(FREE_KEYS):
+            print(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
+
+
+def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in a.keys() | b.keys():
+            yield from _differences(a.get(name), b.get(name), f"{key}.{name}".lstrip("."))
+    elif a != b:
+        yield key, (a, b)
+
+
+def farewell(config: Config, step: int, last: Mapping[str, float]) -> str:
+    """Say what the finished run did, where to look, and what to try next.
+
+    last: the last line of its metrics.
+    """
+    run, encoders = Path(config.run), config.vision.encoders
+    aligned = f", aligned to {', '.join(e.name for e in encoders)}" if encoders else ""
+    return (
+        f"\n{step} steps of {config.training.global_batch} images{aligned}: "
+        f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s, "
+        f"{last['seconds'] / 60:.1f} minutes\n"
+        f"  samples      {run}/samples/\n"
+        f"  curves       {run}/curves.png\n"
+        f"  metrics      {run}/metrics.jsonl, {run}/tensorboard/\n"
+        f"  checkpoint   {checkpoint_path(run, step)}/\n"
+        f"next:\n"
+        f"  {_program('fastrepa')} sample {run} --num 64 --cfg 3 --seed 1\n"
+        f"  {_program('fastrepa')} train {run}/config.yaml training.steps={2 * step}\n"
+        f"  {_program('tensorboard')} --logdir {run}"
+    )
+
+
+def _program(name: str) -> str:
+    """A command of this environment, as it can be typed here: by name where the shell finds it."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """A parameter's whole shape, also where ZeRO-3 has taken it apart."""
+    return tuple(getattr(p, "ds_shape", p.shape))

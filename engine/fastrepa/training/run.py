@@ -1,0 +1,366 @@
+"""A run: built from its configuration, continued from its newest checkpoint, trained to its end."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastrepa.checkpoint.averages import recorded
+from fastrepa.checkpoint.format import RunState, checkpoint_path, newest_checkpoint
+from fastrepa.checkpoint.writer import CheckpointWriter
+from fastrepa.config import Config, save_config
+from fastrepa.data.datasets import DataSet, open_data
+from fastrepa.data.pipeline import DataPipeline
+from fastrepa.errors import ConfigError, DataError, TrainingError
+from fastrepa.generation.pictures import save_curves, save_grid
+from fastrepa.model.attention import attention_record, slow_attention
+from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
+from fastrepa.runtime.exit_codes import REQUEUE
+from fastrepa.runtime.regions import SAMPLING
+from fastrepa.runtime.survival import Watch, host_group_of
+from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.training.bad_steps import Spikes
+from fastrepa.training.diagnosis import SampleNames, diagnosis
+from fastrepa.training.evaluation import Evaluations, MakeEvaluator
+from fastrepa.training.grids import draw_grid
+from fastrepa.training.inputs import build_inputs
+from fastrepa.training.look_ahead import Batches
+from fastrepa.training.messages import farewell, first_line, slow_precision, warn_of_changes
+from fastrepa.training.meters import image_flops
+from fastrepa.training.schedule import learning_rate
+from fastrepa.training.telemetry import Telemetry, versions
+from fastrepa.training.trainer import Trainer, check_run
+from fastrepa.training.zero.engine import grad_norm
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Run:
+    """A trainer with its data, checkpoints, evaluations and what it leaves in its folder.
+
+    `evaluator` makes what `evaluation` in the configuration asks for.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        host_group: Any = None,
+        *,
+        evaluator: MakeEvaluator | None = None,
+    ) -> None:
+        make_deterministic(config.deterministic)
+        check_run(config, world)  # what fails cheaply comes first
+        # Small questions between hosts go over gloo, which does not make a GPU wait.
+        self.host_group = host_group or host_group_of(config.survival)
+        self.world, self.folder = world, Path(config.run)
+        self.data = _open_data(config)
+        inputs = build_inputs(config, world, self.data)
+        measured = None
+        if config.evaluation.every and evaluator:
+            measured = evaluator(config, world, inputs.codec, self.data.classes)
+        self.evaluations = Evaluations(config, world, inputs.codec, measured)
+        self.resumed_from = of_first_rank(world, lambda: _newest_checkpoint(self.folder))
+        self.trainer = Trainer(config, world, inputs=inputs, checkpoint=self.resumed_from)
+        self.config = self.trainer.config
+        self.metrics: dict[str, float] = {}  # the last logged line
+        self.writer: CheckpointWriter | None = None  # made when training begins
+        self._asked_to_stop = self._stopped_by = 0  # signal numbers: this rank's, all ranks'
+
+    @property
+    def step(self) -> int:
+        """Steps that have been taken."""
+        return self.trainer.step
+
+    def train(self, watch: Watch) -> int:
+        """Train to the last step; returns 0, or what the process exits with: 130 after SIGINT,
+        REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
+        """
+        config, world = self.config, self.world
+        if config.evaluation.every and self.evaluations.evaluator is None:
+            raise ConfigError("evaluation.every: this run was given nothing to evaluate with")
+        if world.is_first:
+            warn_of_changes(self.folder, config)
+            save_config(config, self.folder / "config.yaml")
+        ran = attention_record(config, self.trainer.attention)
+        with Telemetry(
+            self.folder, config, start_step=self.step, active=world.is_first, environment=ran
+        ) as telemetry:
+            telemetry.say(first_line(self.trainer))
+            slow = (
+                slow_attention(self.trainer.attention, world.device),
+                slow_precision(config, world),
+            )
+            for words in filter(None, slow):
+                telemetry.warn(words)
+            if config.deterministic and world.device.type == "cuda":
+                telemetry.say(NOT_ON_A_GPU)
+            if self.resumed_from:
+                for line in (
+                    f"continuing {self.folder} from step {self.step}",
+                    *self.trainer.resume_notes,
+                ):
+                    telemetry.say(line)
+            for line in self.evaluations.first_words():
+                telemetry.warn(line)
+            if self.step >= config.training.steps:
+                telemetry.say(
+                    f"{self.folder} is finished already: to go on, raise training.steps; "
+                    f"to start again, name another run"
+                )
+                self._take_leave(telemetry)
+                return 0
+            if world.is_first:
+                self.trainer.meter.flops = image_flops(
+                    config, world.device, cached_latents=self.trainer.cached_latents
+                )
+            with self.open_pipeline() as batches, _Signals(self), watch.guard():
+                self._loop(batches, telemetry, watch)
+            if world.is_first and telemetry.history():
+                with telemetry.dispensable("curves.png"):
+                    save_curves(telemetry.history(), self.folder / "curves.png")
+            if self._stopped_by:
+                telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
+                return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
+            self._take_leave(telemetry)
+        return 0
+
+    def open_pipeline(self) -> DataPipeline:
+        """The run's batches on this rank, from its step on."""
+        return DataPipeline(
+            self.data,
+            self.config.data,
+            global_batch=self.config.training.global_batch,
+            micro_batch=self.trainer.micro,
+            rank=self.world.rank,
+            world=self.world.size,
+            seed=self.config.seed,
+            start_step=self.step,
+            device=self.world.device,
+            image=not self.trainer.cached_latents or self.trainer.targets.need_images,
+            moments=self.trainer.cached_latents,
+            features=self.trainer.targets.columns,
+        )
+
+    def _take_leave(self, telemetry: Telemetry) -> None:
+        if lines := telemetry.history():
+            telemetry.say(farewell(self.config, self.step, lines[-1]))
+
+    def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
+        t, writer = self.config.training, self._open_writer()
+        telemetry.start(self.step)
+        meter = self.trainer.meter
+        meter.reset()
+        earlier = [line["loss"] for line in telemetry.history()]
+        spikes = Spikes(self.config.survival.loss_spike, earlier)
+        skipped = self.step - self.trainer.whole.optimizer_step
+        while self.step < t.steps:
+            watch.progress(self.step)
+            stop = self._ask_to_stop()
+            metrics = self.trainer.train_step(batches)
+            meter.add(metrics)
+            telemetry.advance(self.step)
+            last = stop() or self.step == t.steps
+            if last:
+                self._give_up_if_bad()
+            evaluated = self.evaluations.due(self.step)
+            if self.step % t.log_every == 0 or last or evaluated:
+                rate = learning_rate(self.config.training, self.step - 1)
+                read = meter.read(self.step, rate, grad_norm(self.trainer.engine))
+                before, skipped = skipped, self.step - self.trainer.whole.optimizer_step
+                self.metrics = {**read, "skipped_steps": skipped}
+                if evaluated:
+                    with meter.region(SAMPLING):
+                        self._evaluate(telemetry, watch)
+                telemetry.log(self.metrics | self.evaluations.at(self.step))
+                if skipped > before:
+                    telemetry.warn(
+                        f"{skipped - before} step(s) up to step {self.step} had a loss or "
+                        f"gradients that are not finite and were skipped; {skipped} in all"
+                    )
+                if spike := spikes.check(self.step, self.metrics["loss"]):
+                    telemetry.warn(spike)
+            if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
+                with meter.region(SAMPLING):
+                    self._draw_samples(telemetry)
+            if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
+                with meter.region("checkpoint"):
+                    self.save(wait=last)
+            else:
+                with meter.region("checkpoint"):
+                    writer.poll()
+            if last:
+                return
+
+    def save(self, *, wait: bool = False) -> Path:
+        """Start to write a checkpoint of this step, or write it whole and `wait` (collective).
+
+        Raises CheckpointError where it cannot be written and `wait` is set; otherwise that is a
+        warning at a later step.
+        """
+        writer = self._open_writer()
+        writer.save(self.state())
+        if wait:
+            writer.settle(required=True)
+        return checkpoint_path(self.folder, self.step)
+
+    def _open_writer(self) -> CheckpointWriter:
+        if self.writer is None:
+            self.writer = CheckpointWriter(
+                self.folder,
+                self.trainer.whole,
+                self.trainer.fixed,
+                self.world,
+                self.host_group,
+                self.config.training,
+            )
+        return self.writer
+
+    def state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            optimizer_step=self.trainer.whole.optimizer_step,
+            samples_seen=self.step * self.config.training.global_batch,
+            side=self.trainer.codec.side,
+            channels=self.trainer.codec.channels,
+            encoder_widths=self.trainer.targets.widths,
+            classes=self.data.classes,
+            world_size=self.world.size,
+            versions=versions(),
+            metrics=self.metrics | self.evaluations.at(self.step),
+            emas=recorded(self.config.training.ema),
+            ema_since=self.trainer.optimizer.ema_since,
+        )
+
+    def _evaluate(self, telemetry: Telemetry, watch: Watch) -> None:
+        """Metrics of the averaged weights; training.keep_best may go by them (collective)."""
+        scores = self.evaluations.measure(
+            self.step,
+            self.trainer.whole,
+            self.trainer.fixed,
+            alive=lambda: watch.progress(self.step),
+            warn=telemetry.warn,
+        )
+        figures = " · ".join(f"{name} {value:.5g}" for name, value in scores.items())
+        telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
+
+    def _draw_samples(self, telemetry: Telemetry) -> None:
+        """Write the grid of this step: samples/step_*.png (collective)."""
+        grid = draw_grid(self.trainer, len(self.data.classes))
+        if grid is not None:
+            path = self.folder / "samples" / f"step_{self.step:07d}.png"
+            with telemetry.dispensable(f"samples/{path.name}"):
+                path.parent.mkdir(exist_ok=True)
+                save_grid(grid, path)
+                telemetry.picture("samples", path, self.step)
+
+    # Stopping ---------------------------------------------------------------------------------
+
+    def request_stop(self, number: int) -> None:
+        self._asked_to_stop = number
+
+    def _ask_to_stop(self) -> Callable[[], bool]:
+        """Ask all ranks, while the step runs, whether any was told to stop; call for the answer."""
+        flag = torch.tensor([self._asked_to_stop, self.trainer.bad_steps.seen])
+        work: Any = dist.all_reduce(
+            flag, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True
+        )
+
+        def answer() -> bool:
+            with self.trainer.meter.region("communication"):
+                work.wait()
+            self._stopped_by, bad = flag.tolist()
+            if self.world.device.type == "cpu":  # this step's own, alike on all ranks
+                bad = self.trainer.bad_steps.seen
+            if bad >= self.config.survival.bad_steps:
+                self._give_up_if_bad()
+            return self._stopped_by > 0
+
+        return answer
+
+    def _give_up_if_bad(self) -> None:
+        """Stop with a diagnosis where too many steps in a row were bad (collective)."""
+        in_row = self.trainer.bad_steps.in_row()
+        if in_row >= self.config.survival.bad_steps:
+            self._open_writer().settle()  # a save in flight is the last good one
+            raise self._diagnosis(in_row)
+
+    def _diagnosis(self, in_row: int) -> TrainingError:
+        """What is not finite in the last step, which is repeated for it (collective)."""
+        step, batches = self.step, self.trainer.last_batches
+        self.trainer.step -= 1  # the draws are keyed by the step that is under way
+        names = SampleNames(
+            self.data,
+            self.config,
+            self.trainer.micro,
+            self.world,
+            cached_latents=self.trainer.cached_latents,
+        )
+
+        def repeat(forward: int) -> dict[str, Tensor]:
+            losses = self.trainer.forward_losses(
+                batches[forward], self.trainer.sample_numbers(forward)
+            )
+            self.trainer.engine.backward(losses["loss"])
+            return losses
+
+        return diagnosis(
+            self.trainer.engine.module,
+            repeat,
+            [names.of(step, forward) for forward in range(len(batches))],
+            run=self.folder,
+            step=step,
+            in_row=in_row,
+            world=self.world,
+            group=self.host_group,
+        )
+
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGUSR1 (what SLURM sends before it takes the machine away) ask for a
+    stop after the step; a second one stops at once.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        for number in self.before:
+            signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.run.request_stop(number)
+        signal.signal(number, self.before[signal.Signals(number)])
+
+
+def _open_data(config: Config) -> DataSet:
+    data = open_data(config.data.path, resolution=config.data.resolution)
+    if len(data.classes) > config.model.num_classes:
+        raise DataError(
+            f"{config.data.path}: holds {len(data.classes)} classes, "
+            f"model.num_classes is {config.model.num_classes}"
+        )
+    return data
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    """What the first rank finds and verifies; its warnings are lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = newest_checkpoint(run)
+    for w in caught:
+        print(f"warning: {w.message}", flush=True)
+    return found

@@ -1,0 +1,33 @@
+"""A backend's trial: how wrong it may be, to a hundredth of the bound on either side."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+module = importlib.import_module("fastrepa_kernels.attention")  # the package's name is the function
+
+# Ten units of bf16: what TF32 products may do, and far less than a wrong kernel.
+BOUND = 10 * 2.0**-7
+
+
+def trial(monkeypatch, factor):
+    """Of a backend whose output is `factor` times the exact one, and whose gradient is with it."""
+
+    def run(name, qkv, *_):
+        return factor * module.attention_reference(qkv)
+
+    monkeypatch.setattr(module, "_run", run)
+    return module._trial("math", torch.device("cpu"), torch.float64, 16, False)
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.0, True), (0.99, True), (1.01, False)])
+def test_the_error_a_backend_may_have(monkeypatch, share, passes):
+    """The gradient of the sum of squares is off by factor^2 - 1, more than the output."""
+    why = trial(monkeypatch, math.sqrt(1 + BOUND * share))
+    assert why == ("" if passes else f"is wrong on this device by {BOUND * share:.1e}")
+
+
+def test_a_backend_that_gives_nan_is_wrong(monkeypatch):
+    assert trial(monkeypatch, math.nan) == "is wrong on this device by nan"
