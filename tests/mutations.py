@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         "float64 computed in float32", "kernels/fastrepa_kernels/launch.py",
-        "return torch.float64 if wide else torch.float32", "return torch.float32",
+        "return torch.float64 if any64 else torch.float32", "return torch.float32",
         "tests/kernels/test_adaln.py::test_formula_gradcheck",
     ),
     # Model.
@@ -316,8 +316,8 @@ MUTATIONS = (
     ),
     Mutation(
         "CLIP's tokens are normed", "engine/fastrepa/vision/registry.py",
-        'order="resize-normalise",\n            norm=False',
-        'order="resize-normalise",\n            norm=True',
+        'side="224*", order="resize-normalise", norm=False',
+        'side="224*", order="resize-normalise", norm=True',
         "tests/vision/test_registry.py",
     ),
     Mutation(
@@ -447,7 +447,7 @@ MUTATIONS = (
     # Generation and evaluation.
     Mutation(
         "guidance interval open at its upper end", "engine/fastrepa/generation/sampler.py",
-        "cfg > 1.0 and low <= t <= high", "cfg > 1.0 and low <= t < high",
+        "self.low <= t <= self.high", "self.low <= t < self.high",
         "tests/generation/test_sampler.py",
     ),
     Mutation(

@@ -14,16 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastrepa.commands import doctor as module
-from fastrepa.commands.doctor import (
-    PROBES,
-    SECTIONS,
-    Finding,
-    doctor,
-    print_doctor,
-    print_findings,
-    to_json,
-)
+from fastrepa.commands.doctor import examine, machine, probes
+from fastrepa.commands.doctor.examine import doctor, print_doctor, print_findings, to_json
+from fastrepa.commands.doctor.findings import SECTIONS, Finding
+from fastrepa.commands.doctor.probes import PROBES
 
 WITHOUT_GPU = not torch.cuda.is_available()
 
@@ -180,8 +174,8 @@ def test_a_kernel_with_wrong_numbers_is_broken(tmp_path, monkeypatch):
 
 
 def test_nothing_installed_at_all(monkeypatch):
-    monkeypatch.setattr(module, "_installed", lambda name: False)
-    monkeypatch.setattr(module, "_version", lambda name: None)
+    monkeypatch.setattr(examine, "_installed", lambda name: False)
+    monkeypatch.setattr(machine, "version_of", lambda name: None)
     findings = doctor()
     paths = [f for f in findings if f.section == "fast paths"]
     assert len(paths) == len(PROBES)
@@ -196,10 +190,10 @@ def test_nothing_installed_at_all(monkeypatch):
 
 def test_presence_is_looked_up_without_importing_anything(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, "fragile_package", __init__="raise SystemExit", sub="")
-    assert module._installed("fragile_package")
-    assert module._installed("fragile_package.sub")
-    assert not module._installed("fragile_package.other")
-    assert not module._installed("no_such_package.sub")
+    assert examine._installed("fragile_package")
+    assert examine._installed("fragile_package.sub")
+    assert not examine._installed("fragile_package.other")
+    assert not examine._installed("no_such_package.sub")
     assert "fragile_package" not in sys.modules
 
 
@@ -222,18 +216,18 @@ def test_presence_is_looked_up_without_importing_anything(tmp_path, monkeypatch)
     ],
 )
 def test_the_dali_wheel_must_fit_the_cuda_of_torch(monkeypatch, cuda, wheels, status, remedy):
-    monkeypatch.setattr(module, "_version", lambda name: "2.0" if name in wheels else None)
-    (finding,) = module._dali_wheel(cuda)
+    monkeypatch.setattr(probes, "version_of", lambda name: "2.0" if name in wheels else None)
+    (finding,) = probes._dali_wheel(cuda)
     assert finding.status == status
     assert remedy in finding.remedy
-    assert module._dali_wheel(None) == []
+    assert probes._dali_wheel(None) == []
 
 
 def test_system_limits(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(64 << 20, 0, 64 << 20))
-    found = by_name(module._system())
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage(64 << 20, 0, 64 << 20))
+    found = by_name(machine.system())
     assert found["system: open files"].status == "note"
     assert "ulimit -n" in found["system: open files"].remedy
     assert found["system: /dev/shm"].status == "note"
@@ -246,8 +240,8 @@ def test_system_limits(monkeypatch):
     def gone(path: str) -> None:
         raise FileNotFoundError(2, "No such file or directory", path)
 
-    monkeypatch.setattr(module.shutil, "disk_usage", gone)
-    found = by_name(module._system())
+    monkeypatch.setattr(machine.shutil, "disk_usage", gone)
+    found = by_name(machine.system())
     assert found["system: open files"].status == "ok"
     assert "unlimited" in found["system: open files"].detail
     assert found["system: /dev/shm"].status == "broken"
@@ -257,18 +251,18 @@ def test_system_limits(monkeypatch):
 def test_the_compiler_and_ninja(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = module._compiler()
+    finding = machine.compiler()
     assert finding.status == "broken"
     assert "no-such-compiler is not on PATH" in finding.detail
     assert "apt-get install g++" in finding.remedy
     assert "ninja is not on PATH" in finding.detail
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").touch()
-    assert "pip install ninja" in module._compiler().remedy
+    assert "pip install ninja" in machine.compiler().remedy
     for name in ("no-such-compiler", "ninja"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
-    assert "is not on PATH" not in module._compiler().detail
+    assert "is not on PATH" not in machine.compiler().detail
 
 
 # Output ------------------------------------------------------------------------------------------
@@ -276,7 +270,7 @@ def test_the_compiler_and_ninja(monkeypatch, tmp_path):
 
 def test_json_for_programs(monkeypatch):
     some = [Finding("system", "a", "ok", "ünï [bold]"), Finding("devices", "b", "off", "x", "y")]
-    monkeypatch.setattr(module, "doctor", lambda: some)
+    monkeypatch.setattr(examine, "doctor", lambda: some)
     console = Console(file=io.StringIO(), width=20)
     print_doctor(as_json=True, console=console)
     read = json.loads(console.file.getvalue())

@@ -1,10 +1,4 @@
-"""activation: SiLU and tanh-GELU passes against float64, and the column sums beside them.
-
-Mutations tried, each caught: the `a (1 - s)` term of SiLU' dropped; the factor 3 left out of u';
-the row mask one row late (writes past the end: the process
-aborts); the column sums of dh instead of da; a
-stored as h in backward.
-"""
+"""activation: SiLU and tanh-GELU passes against float64, and the column sums beside them."""
 
 import pytest
 import torch

@@ -1,11 +1,5 @@
 """adaln: T0 gradcheck of the hand-derived backward, T1 kernels in the interpreter, T3 on a GPU.
 (T2, compilation for every device generation, is test_aot.py.)
-
-Mutations tried, each caught by the tests below: the sign of the mean(g h) term in dx; both mean
-terms dropped; the sign of the residual's gradient; the `t < T` mask left out (writes past the end:
-the process aborts); the width mask left out of the variance; dshift and dscale swapped; the last
-row of a split skipped; rstd left out of the torch path's dscale; a row's second piece left out of
-the variance or of sum g h; y without its shift; the last split left out of a sum.
 """
 
 import pytest

@@ -1,8 +1,5 @@
 """adaln_linear, adaln_mlp: T0 gradcheck, T1 on every path, T3 on a GPU (their kernels' T2 is in
 test_aot.py).
-
-Mutations tried, each caught by the tests below: y made again without shift (by either path); h
-made again as a; the residual's gradient left out; db2 from da; gate's and scale's sums swapped.
 """
 
 import itertools

@@ -1,9 +1,4 @@
-"""patch_reference on a module tree with the reference's names, built here, and a loss like its own.
-
-Mutations tried, each caught by the tests below: shift and scale swapped in the final layer; gate1
-used for the second residual; the targets of two encoders swapped; the targets not cleared after
-the call; the alignment loss summed over encoders instead of averaged.
-"""
+"""patch_reference on a tree with the reference's names, built here, and a loss like its own."""
 
 import copy
 

@@ -1,8 +1,4 @@
-"""linear_gelu: T0 gradcheck, T1 in the interpreter, T3 on a GPU (T2: test_aot.py).
-
-Mutations tried, each caught by the tests below: the activation stored as the pre-activation; dw
-from dy instead of da.
-"""
+"""linear_gelu: T0 gradcheck, T1 in the interpreter, T3 on a GPU (T2: test_aot.py)."""
 
 import pytest
 import torch

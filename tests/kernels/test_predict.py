@@ -1,8 +1,4 @@
-"""The prediction of a step: its lines are the operations' own costs, its launches the code's.
-
-Mutations tried, each caught: a line left out; a launch more or less in a block; backward's products
-counted once; the gap of a launch forgotten.
-"""
+"""The prediction of a step: its lines are the operations' own costs, its launches the code's."""
 
 import json
 import os

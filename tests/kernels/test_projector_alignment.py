@@ -1,12 +1,4 @@
-"""projector_alignment: T0 gradcheck, T1 kernels in the interpreter, T3 on a GPU (T2: test_aot.py).
-
-Mutations tried, each caught by the tests below: the sign of the `c z rz` term; the clamp's branch
-ignored below eps (kernel and torch path); the row weight left out of dz (both); the target's scale
-ignored; the last row of a program skipped; the bias of the last product dropped in the epilogue
-kernel; <y,y> stored for <z,y> there; its K mask late; its wrapped columns counted; dw2 from h2
-instead of h1; chunks that overwrite a weight gradient instead of adding to it; the upstream
-gradient ignored; N - 1 for N.
-"""
+"""projector_alignment: T0 gradcheck, T1 kernels in the interpreter, T3 on a GPU (T2: test_aot)."""
 
 import pytest
 import torch

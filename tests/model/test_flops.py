@@ -6,10 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrepa.config import EncoderConfig, config_from_dict
-from fastrepa.generation.sampler import sample
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT
-from fastrepa.training.memory.workload import frozen_flops, measure_workload
+from fastrepa.training.frozen import frozen_flops
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
 
 
@@ -52,26 +51,6 @@ def test_encoders(name):
     assert ours > 1e8
     cached = config_of(None, vision={"encoders": [encoder], "targets": "cached"})
     assert frozen_flops(cached, [plan], cached_latents=False) == 0
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"sampler": "ode", "steps": 3, "cfg": 1.0},
-        {"sampler": "heun", "steps": 3, "cfg": 1.8, "guidance_low": 0.1, "guidance_high": 0.7},
-        {"sampler": "sde", "steps": 4, "cfg": 1.8},
-    ],
-    ids=lambda s: s["sampler"],
-)
-def test_sampling(settings):
-    shape = {"width": 96, "depth": 2, "heads": 3, "patch": 4, "num_classes": 8}
-    config = config_of(None, sample=settings, model=shape)
-    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[]).eval()
-    noise, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        sample(model, noise, labels, null_label=8, step_noise=lambda _: noise, **settings)
-    counted = counter.get_total_flops() / 2
-    assert measure_workload(config).sampling_flops == pytest.approx(counted, rel=0.01)
 
 
 def test_gradients_that_nobody_wants_are_not_counted():

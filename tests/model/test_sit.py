@@ -1,9 +1,4 @@
-"""The generator against an independent float64 oracle, the reference's names, and its settings.
-
-Mutations tried, each caught here: channel first in unpatchify; sin before cos in the time
-embedding; row before column in pos_embed; eps 1e-3 and erf-GELU in the eager twins; gate1 used
-twice; block number off by one; 1 - cosine; cosine path without pi/2.
-"""
+"""The generator against an independent float64 oracle, the reference's names, and its settings."""
 
 import math
 import re
@@ -13,7 +8,7 @@ import torch
 
 from fastrepa.config import ObjectiveConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.model.conversion import load_state_dict_file, load_weights, save_reference
+from fastrepa.model.conversion import load_reference, load_weights, save_reference
 from fastrepa.model.sit import SiT, sincos_position_embedding
 from fastrepa.training.objective import Objective
 from tests.model import oracle
@@ -273,7 +268,7 @@ def test_reference_files_load_strictly_and_save_in_the_same_names(tmp_path, name
         torch.save({f"module.{n}": v for n, v in state.items()}, path)
     else:
         save_reference(path, model=state, ema=state, steps=1)
-    load_weights(target, load_state_dict_file(path), source=name)
+    load_weights(target, load_reference(path).ema, source=name)
     for n, v in target.state_dict().items():
         assert torch.equal(v, state[n]), n
 
@@ -295,10 +290,10 @@ class Payload:
 def test_a_pickle_that_wants_more_is_refused(tmp_path, capsys):
     torch.save({"model": {}, "ema": {}, "args": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match=r"bad\.pt: holds more than tensors, refused"):
-        load_state_dict_file(tmp_path / "bad.pt")
+        load_reference(tmp_path / "bad.pt")
     assert "executed" not in capsys.readouterr().out
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=r"junk\.pt"):
-        load_state_dict_file(tmp_path / "junk.pt")
+        load_reference(tmp_path / "junk.pt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_state_dict_file(tmp_path / "none.pt")
+        load_reference(tmp_path / "none.pt")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastrepa.data.format.reference import LABELS, LATENTS, ReferenceSet
+from fastrepa.data.format.reference import ReferenceSet
+from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore
 from fastrepa.errors import DataError

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from fastrepa.drawing import INK, PALE
 from fastrepa.errors import DataError
 from fastrepa.runtime.files import write_whole
 
@@ -26,7 +27,7 @@ LARGEST = 256
 MARK = "fastrepa data show"
 """The PNG's "Software" text, by which our own earlier pictures are known."""
 
-_INK, _PALE, _GUTTER, _MARGIN = "#222222", "#777777", 10, 16
+_GUTTER, _MARGIN = 10, 16
 _TITLE_SIZE, _TEXT_SIZE = 17, 12
 _LOW, _HIGH = 2, 98  # percentiles that become black and white
 
@@ -71,7 +72,7 @@ def contact_sheet(
         row, column = divmod(number, columns)
         x, y = _MARGIN + column * step_x, top + row * step_y
         sheet.paste(picture, (x + (width - picture.width) // 2, y + height - picture.height))
-        for text, colour, drop in ((name, _INK, 3), (below, _PALE, 3 + line)):
+        for text, colour, drop in ((name, INK, 3), (below, PALE, 3 + line)):
             draw.text(
                 (x + width // 2, y + height + drop),
                 _shortened(text, _TEXT_SIZE, width),
@@ -116,15 +117,15 @@ def comparison(
     draw = ImageDraw.Draw(sheet)
     for row, strip in enumerate(strips):
         y = top + row * step
-        draw.text((_MARGIN, y), strip.name, fill=_INK, font=_font(_TEXT_SIZE))
-        draw.text((_MARGIN, y + line), strip.remark, fill=_PALE, font=_font(_TEXT_SIZE), spacing=4)
+        draw.text((_MARGIN, y), strip.name, fill=INK, font=_font(_TEXT_SIZE))
+        draw.text((_MARGIN, y + line), strip.remark, fill=PALE, font=_font(_TEXT_SIZE), spacing=4)
         how = Image.Resampling.LANCZOS if strip.smooth else Image.Resampling.NEAREST
         for column, picture in enumerate(strip.pictures):
             shown = Image.fromarray(picture).resize((side, side), how)
             sheet.paste(shown, (_MARGIN + left + column * step, y))
     for column, (name, below) in enumerate(captions):
         x, y = _MARGIN + left + column * step + side // 2, top + len(strips) * step - _GUTTER + 3
-        for text, colour, drop in ((name, _INK, 0), (below, _PALE, line)):
+        for text, colour, drop in ((name, INK, 0), (below, PALE, line)):
             draw.text(
                 (x, y + drop),
                 _shortened(text, _TEXT_SIZE, side),
@@ -177,7 +178,7 @@ def _blank(width: int, height: int, title: str) -> tuple[Image.Image, int]:
     top = _MARGIN + _line_height(_TITLE_SIZE) + _GUTTER
     sheet = Image.new("RGB", (width + 2 * _MARGIN, top + height + _MARGIN), "white")
     text = _shortened(title, _TITLE_SIZE, width)
-    ImageDraw.Draw(sheet).text((_MARGIN, _MARGIN), text, fill=_INK, font=_font(_TITLE_SIZE))
+    ImageDraw.Draw(sheet).text((_MARGIN, _MARGIN), text, fill=INK, font=_font(_TITLE_SIZE))
     return sheet, top
 
 

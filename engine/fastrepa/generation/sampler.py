@@ -48,21 +48,6 @@ def model_evaluations(sampler: str, steps: int) -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
-def forwards_per_image(
-    sampler: str, steps: int, cfg: float = 1.0, low: float = 0.0, high: float = 1.0
-) -> int:
-    """How many images' forwards one image takes: a guided call is two."""
-    count = 0
-    for i, t in enumerate(sampling_times(sampler, steps)[:-1]):
-        calls = 2 if sampler == "heun" and i < steps - 1 else 1
-        count += calls * (2 if _guided(cfg, low, high, t) else 1)
-    return count
-
-
-def _guided(cfg: float, low: float, high: float, t: float) -> bool:
-    return cfg > 1.0 and low <= t <= high
-
-
 @dataclass(frozen=True)
 class _Guided:
     """The network under classifier-free guidance (Ho and Salimans 2022) on an interval of time.
@@ -80,7 +65,7 @@ class _Guided:
     dtype: torch.dtype
 
     def active(self, t: float) -> bool:
-        return _guided(self.cfg, self.low, self.high, t)
+        return self.cfg > 1.0 and self.low <= t <= self.high
 
     def velocity(self, x: Tensor, t: float, guided: bool) -> Tensor:
         """v(x, t) [B,C,h,w] float64 for the float64 state x; both halves in one forward."""

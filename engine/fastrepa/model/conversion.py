@@ -41,18 +41,6 @@ class Reference:
     ema_since: dict[str, int] = field(default_factory=dict)
 
 
-def load_state_dict_file(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
-    """The generator's tensors by the reference's names, on the CPU, in the stored dtype.
-
-    Reads safetensors, a bare state dict, or the reference's {model, ema, opt, args, steps}, where
-    `ema` picks the averaged weights. Raises CheckpointError naming the file.
-    """
-    stored = _read(Path(path))
-    if _is_training_file(stored):
-        stored = stored["ema" if ema else "model"]
-    return _tensors(stored, str(path))
-
-
 def load_reference(path: str | Path) -> Reference:
     """A whole reference file, AdamW's moments included, or a bare state dict or safetensors."""
     path = Path(path)

@@ -1,4 +1,4 @@
-"""How worker processes of the data room start and end.
+"""Worker processes of the data room: how they start and end, and a list of jobs done by several.
 
 They start fresh ("spawn": no inherited CUDA context, locks or threads), without importing the
 program that started them; they leave Ctrl-C to it; and they end when it does, however it ends.
@@ -11,10 +11,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from types import ModuleType
+from typing import Any, TypeVar
+
+from fastrepa.errors import DataError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -53,3 +62,65 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+class StoppedError(Exception):
+    """Ends the work of a worker whose result nobody waits for any more."""
+
+
+def go_on() -> None:
+    """In a job: call it often. Raises StoppedError once the jobs were given up."""
+    if _stop.value:
+        raise StoppedError
+
+
+def run_jobs(
+    run: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    workers: int,
+    *,
+    doing: str,
+    progress: Callable[[list[Job]], None],
+    start: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> list[Result]:
+    """Call `run` with every job in `workers` fresh processes; return the results in their order.
+
+    `start(*arguments)` is called first in each process. `progress` is told here, several times a
+    second, the jobs that were finished since. The first error of a job is raised here; then, and
+    after Ctrl-C, the jobs under way end at their next `go_on`, and no process is left behind.
+    DataError, beginning with `doing`, when a worker is killed from outside.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.RawValue("B", 0)  # without a lock, which a killed worker might never release
+    with ProcessPoolExecutor(workers, context, _start, (stop, start, arguments)) as pool:
+        try:
+            with clean_start():
+                futures = {pool.submit(run, job): job for job in jobs}
+            pending = set(futures)
+            while pending:
+                finished, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                progress([futures[future] for future in finished])
+                time.sleep(0.02)  # `wait` looks at every pending future: not once for each
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise DataError(
+                f"{doing}: a worker was killed, perhaps for want of memory; use fewer workers"
+            ) from None
+        finally:
+            stop.value = 1
+            pool.shutdown(cancel_futures=True)
+
+
+# Of a worker process, set once at its start.
+_stop: Any
+
+
+def _start(stop: Any, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    global _stop
+    end_with_parent()
+    _stop = stop
+    if start is not None:
+        start(*arguments)

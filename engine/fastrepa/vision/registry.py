@@ -64,114 +64,79 @@ class Recipe:
     download: str | None = None
 
 
-def _rows() -> list[Recipe]:
-    meta = "https://dl.fbaipublicfiles.com"
-    rows = []
-    for size, full, width in (
-        ("s", "small", 384),
-        ("b", "base", 768),
-        ("l", "large", 1024),
-        ("g", "giant", 1536),
-    ):
-        for family, reg, suffix in (("dinov2", "", ""), ("dinov2reg", "_reg4", "_reg4")):
-            stem = f"dinov2_vit{size}14"
-            rows.append(
-                Recipe(
-                    f"{family}-vit-{size}",
-                    f"vit_{full}_patch14{reg}_dinov2.lvd142m",
-                    side="224*",
-                    width=width,
-                    download=f"{meta}/dinov2/{stem}/{stem}{suffix}_pretrain.pth",
-                )
-            )
-    # DINOv3 is younger than the paper: patch 16, so the image as it is. The qkvb variants keep the
-    # original query and value biases; timm's plain names leave them out.
-    for size, full, width in (
-        ("s", "small", 384),
-        ("splus", "small_plus", 384),
-        ("b", "base", 768),
-        ("l", "large", 1024),
-        ("hplus", "huge_plus", 1280),
-    ):
-        rows.append(
-            Recipe(f"dinov3-vit-{size}", f"vit_{full}_patch16_dinov3_qkvb.lvd1689m", width=width)
-        )
-    rows.append(Recipe("dinov3-vit-7b", "vit_7b_patch16_dinov3.lvd1689m", width=4096))
-    rows.append(
-        Recipe(
-            "clip-vit-l",
-            "vit_large_patch14_clip_quickgelu_224.openai",
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
-            side="224*",
-            order="resize-normalise",
-            norm=False,
-            width=1024,
-        )
-    )
-    # The gap variants are the same trunks without the attention pool, which gives no tokens.
-    for family, tag in (("siglip", "webli"), ("siglip2", "v2_webli")):
-        for size, full, width in (
-            ("b", "base_patch16_siglip_gap_256", 768),
-            ("l", "large_patch16_siglip_gap_256", 1024),
-            ("so400m", "so400m_patch14_siglip_gap_224", 1152),
-        ):
-            rows.append(
-                Recipe(
-                    f"{family}-vit-{size}",
-                    f"vit_{full}.{tag}",
-                    mean=HALF,
-                    std=HALF,
-                    side="224*" if "patch14" in full else "none",
-                    width=width,
-                )
-            )
-    rows.append(
-        Recipe(
-            "mae-vit-l",
-            "vit_large_patch16_224.mae",
-            norm=False,
-            width=1024,
-            download=f"{meta}/mae/pretrain/mae_pretrain_vit_large.pth",
-        )
-    )
-    # MoCo v3's small model has 12 heads where timm's has 6; its weights are on no hub.
-    for size, full, width, heads, run in (
-        ("s", "small", 384, 12, "vit-s-300ep"),
-        ("b", "base", 768, 12, "vit-b-300ep"),
-        ("l", "large", 1024, 16, None),
-    ):
-        rows.append(
-            Recipe(
-                f"mocov3-vit-{size}",
-                f"vit_{full}_patch16_224",
-                width=width,
-                timm_args={"num_heads": heads, "num_classes": 0},
-                hub=False,
-                download=f"{meta}/moco-v3/{run}/{run}.pth.tar" if run else "the MoCo v3 authors",
-            )
-        )
-    rows.append(
-        Recipe(
-            "jepa-vit-h",
-            "vit_huge_patch14_gap_224.in1k_ijepa",
-            side="224*",
-            width=1280,
-            download=f"{meta}/ijepa/IN1K-vit.h.14-300e.pth.tar",
-        )
-    )
-    rows.append(
-        Recipe(
-            "dino-vit-b",
-            "vit_base_patch16_224.dino",
-            width=768,
-            download=f"{meta}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-        )
-    )
-    return rows
+def _dinov2(name: str, timm_name: str, width: int, weights: str) -> Recipe:
+    download = f"{_META}/dinov2/{weights.partition('_reg4')[0]}/{weights}_pretrain.pth"
+    return Recipe(name, timm_name, side="224*", width=width, download=download)
 
 
-REGISTRY: dict[str, Recipe] = {row.name: row for row in _rows()}
+def _dinov3(name: str, timm_name: str, width: int) -> Recipe:
+    """Younger than the paper: patch 16, so the image as it is. The qkvb variants keep the original
+    query and value biases; timm's plain names leave them out.
+    """
+    return Recipe(name, timm_name, width=width)
+
+
+def _siglip(name: str, timm_name: str, width: int) -> Recipe:
+    """The gap variants are the same trunks without the attention pool, which gives no tokens."""
+    side: Literal["224*", "none"] = "224*" if "patch14" in timm_name else "none"
+    return Recipe(name, timm_name, mean=HALF, std=HALF, side=side, width=width)
+
+
+def _mocov3(name: str, timm_name: str, width: int, heads: int, download: str) -> Recipe:
+    """The small model has 12 heads where timm's has 6; the weights are on no hub."""
+    return Recipe(
+        name, timm_name, width=width, timm_args={"num_heads": heads, "num_classes": 0}, hub=False,
+        download=download,
+    )  # fmt: skip
+
+
+_META = "https://dl.fbaipublicfiles.com"
+_MOCO = f"{_META}/moco-v3/vit-{{0}}-300ep/vit-{{0}}-300ep.pth.tar"
+
+# A line per encoder: its name, timm's, and the width of its tokens.
+_ROWS = (
+    _dinov2("dinov2-vit-s", "vit_small_patch14_dinov2.lvd142m", 384, "dinov2_vits14"),
+    _dinov2("dinov2reg-vit-s", "vit_small_patch14_reg4_dinov2.lvd142m", 384, "dinov2_vits14_reg4"),
+    _dinov2("dinov2-vit-b", "vit_base_patch14_dinov2.lvd142m", 768, "dinov2_vitb14"),
+    _dinov2("dinov2reg-vit-b", "vit_base_patch14_reg4_dinov2.lvd142m", 768, "dinov2_vitb14_reg4"),
+    _dinov2("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m", 1024, "dinov2_vitl14"),
+    _dinov2("dinov2reg-vit-l", "vit_large_patch14_reg4_dinov2.lvd142m", 1024, "dinov2_vitl14_reg4"),
+    _dinov2("dinov2-vit-g", "vit_giant_patch14_dinov2.lvd142m", 1536, "dinov2_vitg14"),
+    _dinov2("dinov2reg-vit-g", "vit_giant_patch14_reg4_dinov2.lvd142m", 1536, "dinov2_vitg14_reg4"),
+    _dinov3("dinov3-vit-s", "vit_small_patch16_dinov3_qkvb.lvd1689m", 384),
+    _dinov3("dinov3-vit-splus", "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", 384),
+    _dinov3("dinov3-vit-b", "vit_base_patch16_dinov3_qkvb.lvd1689m", 768),
+    _dinov3("dinov3-vit-l", "vit_large_patch16_dinov3_qkvb.lvd1689m", 1024),
+    _dinov3("dinov3-vit-hplus", "vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", 1280),
+    _dinov3("dinov3-vit-7b", "vit_7b_patch16_dinov3.lvd1689m", 4096),
+    Recipe(
+        "clip-vit-l", "vit_large_patch14_clip_quickgelu_224.openai", mean=CLIP_MEAN, std=CLIP_STD,
+        side="224*", order="resize-normalise", norm=False, width=1024,
+    ),
+    _siglip("siglip-vit-b", "vit_base_patch16_siglip_gap_256.webli", 768),
+    _siglip("siglip-vit-l", "vit_large_patch16_siglip_gap_256.webli", 1024),
+    _siglip("siglip-vit-so400m", "vit_so400m_patch14_siglip_gap_224.webli", 1152),
+    _siglip("siglip2-vit-b", "vit_base_patch16_siglip_gap_256.v2_webli", 768),
+    _siglip("siglip2-vit-l", "vit_large_patch16_siglip_gap_256.v2_webli", 1024),
+    _siglip("siglip2-vit-so400m", "vit_so400m_patch14_siglip_gap_224.v2_webli", 1152),
+    Recipe(
+        "mae-vit-l", "vit_large_patch16_224.mae", norm=False, width=1024,
+        download=f"{_META}/mae/pretrain/mae_pretrain_vit_large.pth",
+    ),
+    _mocov3("mocov3-vit-s", "vit_small_patch16_224", 384, 12, _MOCO.format("s")),
+    _mocov3("mocov3-vit-b", "vit_base_patch16_224", 768, 12, _MOCO.format("b")),
+    _mocov3("mocov3-vit-l", "vit_large_patch16_224", 1024, 16, "the MoCo v3 authors"),
+    Recipe(
+        "jepa-vit-h", "vit_huge_patch14_gap_224.in1k_ijepa", side="224*", width=1280,
+        download=f"{_META}/ijepa/IN1K-vit.h.14-300e.pth.tar",
+    ),
+    Recipe(
+        "dino-vit-b", "vit_base_patch16_224.dino", width=768,
+        download=f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ),
+)  # fmt: skip
+
+REGISTRY: dict[str, Recipe] = {row.name: row for row in _ROWS}
 
 
 @cache

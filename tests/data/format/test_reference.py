@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from fastrepa.data.datasets import open_data
-from fastrepa.data.format.reference import ReferenceSet, moments_of, read_moments
+from fastrepa.data.format.reference import ReferenceSet, read_moments
+from fastrepa.data.format.reference_layout import moments_of
 from fastrepa.data.format.store import Slots
 from fastrepa.errors import DataError
 from tests.sets import written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
+from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
 from fastrepa.errors import ConfigError
 
 PICTURE = "bench.png"
 COLOURS = {
-    "ours": "#2a7f62", "ours+recompute": "#7cc4a4", "ours+compile": "#4f9d80",
+    "ours": PALETTE["green"], "ours+recompute": PALETTE["mint"], "ours+compile": "#4f9d80",
     "ours+graphs": "#1d5c47",
-    "eager": "#3f7cac", "eager+compile": "#7fb0d3", "plain+compile": "#8e6bb0",
-    "reference": "#e08e45",
+    "eager": PALETTE["blue"], "eager+compile": PALETTE["sky"],
+    "plain+compile": PALETTE["purple"], "reference": PALETTE["orange"],
 }  # fmt: skip
-INK, PALE = "#222222", "#666666"
 
 
 def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
@@ -94,14 +93,10 @@ def _ours(results: Sequence[Result], like: Result) -> Result | None:
 
 def save_bench_picture(results: Sequence[Result], path: Path) -> None:
     """Bars of every group: time of a step (or of the images), and memory above the weights."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     good = [result for result in results if not result.problem]
     groups = list(dict.fromkeys(result.case.group for result in good))
     rows = len(good) + len(groups)
-    figure = Figure(figsize=(10, 1.4 + 0.3 * rows), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.4 + 0.3 * rows)
     left, right = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.2, right=0.95, top=1 - 0.75 / figure.get_figheight(), wspace=0.08)
     place, ticks, names = 0.0, [], []
@@ -136,11 +131,9 @@ def save_bench_picture(results: Sequence[Result], path: Path) -> None:
         (left, "time (shorter is better; line: p20 to p80)"),
         (right, "fullest moment above the fp32 weights"),
     ):
-        axes.set_title(heading, loc="left", fontsize=9.5, color=INK, pad=10)
+        axes_title(axes, heading, pad=10)
         axes.set_xlim(0, 1.08)
         axes.set_xticks([])
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    path.write_bytes(buffer.getvalue())
+    save_figure(figure, path)

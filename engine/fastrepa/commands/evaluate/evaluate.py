@@ -77,11 +77,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     chosen, needed = choose_metrics(metrics, encoders)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = World(0, 1, 0, device)
-    else:
-        world = join_world()
+    world = _joined_world()
     notes: list[str] = []
     record: dict[str, Any] = {}
 
@@ -97,22 +93,18 @@ def evaluate(
     for source, is_reference in zip(sources, (False, True), strict=True):
         evaluator.check(source, reference=is_reference)
     few = [] if sources[0].num is None else evaluator.biased(sources[0].num)
-    sides = []
-    for source, path, is_reference in zip(
-        sources, (samples, reference), (False, True), strict=True
-    ):
-        kept = StatisticsCache(cache) if cache else StatisticsCache.beside(path)
-        extra = frozenset() if is_reference else frozenset(metric.feature for metric in few)
+
+    def measure(source: Any, path: Path, cache: StatisticsCache | None) -> Side:
+        kept = frozenset() if cache is not None else frozenset(metric.feature for metric in few)
         with _bar(path.name, source.num, shown=world.is_first) as advance:
-            side = evaluator.measure(
-                source,
-                evaluator.wanted(reference=is_reference, kept=extra),
-                batch_size=batch_size,
-                cache=kept if is_reference else None,
-                progress=advance,
+            wanted = evaluator.wanted(reference=cache is not None, kept=kept)
+            return evaluator.measure(
+                source, wanted, batch_size=batch_size, cache=cache, progress=advance,
                 note=notes.append,
-            )
-        sides.append(side)
+            )  # fmt: skip
+
+    kept = StatisticsCache(cache) if cache else StatisticsCache.beside(reference)
+    sides = [measure(sources[0], samples, None), measure(sources[1], reference, kept)]
 
     def compare() -> dict[str, float]:
         scores = evaluator.scores(*sides)
@@ -138,6 +130,13 @@ def evaluate(
         time.perf_counter() - started,
         world.is_first,
     )
+
+
+def _joined_world() -> World:
+    """This process among torchrun's, or alone, without a process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return join_world()
+    return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: Side) -> str:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastrepa.data.datasets import open_data
-from fastrepa.data.format.reference import LABELS, LATENTS
+from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.images import readable_extensions

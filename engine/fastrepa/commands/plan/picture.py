@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrepa.commands.plan.plan import STEP_PARTS, Estimate, Plan
+from fastrepa.drawing import (
+    AXIS,
+    GRID,
+    INK,
+    PALE,
+    RED,
+    axes_title,
+    colour_legend,
+    heading,
+    new_figure,
+    palette,
+    save_figure,
+)
 from fastrepa.errors import ConfigError
 from fastrepa.training.memory.sharding import PARTS
 
@@ -15,32 +27,20 @@ from fastrepa.training.memory.sharding import PARTS
 MEMORY_COLOURS = dict(
     zip(
         PARTS,
-        ("#1f4e79", "#3f7cac", "#7fb0d3", "#2a7f62", "#7cc4a4", "#e08e45", "#8e6bb0", "#c3a6d8",
-         "#8c8c8c", "#d4d4d4"),
-        strict=True,
-    )
-)  # fmt: skip
-STEP_COLOURS = dict(
-    zip(
-        STEP_PARTS,
-        ("#e08e45", "#f2c48d", "#8e6bb0", "#c3a6d8", "#2a7f62", "#7cc4a4", "#8c8c8c", "#c0392b"),
+        palette("navy blue sky green mint orange purple lilac grey silver"),
         strict=True,
     )
 )
-INK, PALE, ALARM = "#222222", "#666666", "#c0392b"
-
-
+STEP_COLOURS = dict(
+    zip(STEP_PARTS, palette("orange sand purple lilac green mint grey red"), strict=True)
+)
 CLIP = 1.5  # bars that tower over the GPU's memory are cut off at this many times of it
 
 
 def save_plan_picture(plan: Plan, path: Path) -> None:
     """Write the PNG. ConfigError where it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     pairs = [(row.configured, row.cheapest) for row in plan.rows]
-    figure = Figure(figsize=(max(10.0, 3 + 2.4 * len(pairs)), 6.0), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(10.0, 3 + 2.4 * len(pairs)), 6.0)
     figure.subplots_adjust(left=0.05, right=0.985, top=0.8, bottom=0.23, wspace=0.12)
     memory, time = figure.subplots(1, 2)
 
@@ -48,10 +48,10 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
     highest = max(e.total for pair in pairs for e in pair if e) / 1e9
     top = min(max(highest, capacity), CLIP * capacity)
     _bars(memory, pairs, _memory_parts, MEMORY_COLOURS, lambda e: f"{e.total / 1e9:.1f}", top)
-    memory.axhline(capacity, color=ALARM, linewidth=1.2, linestyle=(0, (5, 3)), zorder=3)
+    memory.axhline(capacity, color=RED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=3)
     memory.annotate(
         f"{capacity:.0f} GB", (1, capacity), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-        textcoords="offset points", ha="right", fontsize=8, color=ALARM,
+        textcoords="offset points", ha="right", fontsize=8, color=RED,
     )  # fmt: skip
     longest = max(sum(_step_parts(e).values()) for pair in pairs for e in pair if e)
     _bars(
@@ -62,24 +62,21 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
         (memory, "memory per GPU, GB"),
         (time, "GPU time per image, ms (above the bars: one step)"),
     ):
-        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+        axes_title(axes, title)
         axes.tick_params(axis="y", labelsize=8, length=0, labelcolor=PALE)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#999999")
-        axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+        axes.spines["bottom"].set_color(AXIS)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         names = [n for n in dict.fromkeys((*PARTS, *STEP_PARTS)) if n in handles]
-        axes.legend(
-            [handles[name] for name in names], names, loc="upper center",
+        colour_legend(
+            axes, [handles[name] for name in names], names, loc="upper center",
             bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8,
-            frameon=False, labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.4,
         )  # fmt: skip
     _heading(figure, plan)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
     try:
-        path.write_bytes(data.getvalue())
+        save_figure(figure, path)
     except OSError as error:
         raise ConfigError(f"--png: {path}: cannot be written ({error.strerror})") from None
 
@@ -87,18 +84,16 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
 def _heading(figure: Any, plan: Plan) -> None:
     c, w = plan.config, plan.workload
     name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep"
-    figure.text(
-        0.05, 0.95, f"{name}, {w.parameters.numel / 1e6:,.0f} M parameters, batch "
+    heading(
+        figure,
+        f"{name}, {w.parameters.numel / 1e6:,.0f} M parameters, batch "
         f"{c.training.global_batch:,}, on {plan.gpu.title}",
-        fontsize=13, fontweight="bold", color=INK, va="center",
-    )  # fmt: skip
-    figure.text(
-        0.05, 0.915, "left of each pair: as configured; right: the cheapest setting that fits "
+        "left of each pair: as configured; right: the cheapest setting that fits "
         "(Z: ZeRO stage, forwards x micro-batch, ckpt: every block checkpointed)\n"
         f"estimates from datasheet speeds at {plan.assumptions.efficiency:.0%} of peak; nothing "
         "measured",
-        fontsize=8.5, color=PALE, va="top", linespacing=1.4,
-    )  # fmt: skip
+        left=0.05,
+    )
 
 
 def _memory_parts(e: Estimate) -> dict[str, float]:
@@ -128,7 +123,7 @@ def _bars(
         for k, estimate in enumerate(pair):
             x = i + (k - 0.5) * (width + 0.05)
             if estimate is None:
-                _write(axes, x, 0, "nothing\nfits", 4, ALARM)
+                _write(axes, x, 0, "nothing\nfits", 4, RED)
                 continue
             bottom = 0.0
             for part, value in parts_of(estimate).items():
@@ -142,7 +137,12 @@ def _bars(
                 bottom += value
             cut = sum(parts_of(estimate).values()) > 1.001 * top
             _write(
-                axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, ALARM if cut else INK
+                axes,
+                x,
+                bottom,
+                total(estimate) + (" ↑" if cut else ""),
+                3,
+                RED if cut else INK,
             )
             s = estimate.sharding
             how = f"\nrecompute {s.recompute}" if s.recompute else ""

@@ -16,7 +16,8 @@ from fastrepa.config import CodecConfig, EncoderConfig
 from fastrepa.data.column_check import column_fields
 from fastrepa.data.format.columns import moments_dtype
 from fastrepa.data.format.index import load_index
-from fastrepa.data.format.reference import moments_of, read_moments
+from fastrepa.data.format.reference import read_moments
+from fastrepa.data.format.reference_layout import moments_of
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.vision.codec import build_codec

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ import numpy as np
 from fastrepa.commands.prepare.plan import Plan, open_plan
 from fastrepa.commands.prepare.writer import write_shard
 from fastrepa.data.format.partial import join_writers
-from fastrepa.errors import DataError
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.ranks import Ranks
-from fastrepa.runtime.spawn import clean_start, end_with_parent
+from fastrepa.runtime.spawn import go_on, run_jobs
 
 _LOOK = 2.0  # seconds between two looks at what the other ranks have finished
 
@@ -64,7 +61,7 @@ class _Bar:
     def __init__(
         self, plan: Plan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
     ) -> None:
-        self._plan, self._folder, self._ranks, self._visible = plan, folder, ranks, visible
+        self._plan, self._folder, self._visible = plan, folder, visible
         self._before = sum(len(plan.keys(shard)) for shard in finished)
         self._others = [
             s for s in range(plan.num_shards) if s % ranks.size != ranks.rank and s not in finished
@@ -115,33 +112,18 @@ def _in_workers(
     skip_bad: bool,
     show: Callable[[int], None],
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    # Without locks, which a killed worker might never release: a count per shard, and a stop sign.
-    counts, stop = context.RawArray("I", plan.num_shards), context.RawValue("B", 0)
+    # Without locks, which a killed worker might never release: a count per shard.
+    counts = multiprocessing.get_context("spawn").RawArray("I", plan.num_shards)
     seen = np.frombuffer(counts, dtype=np.uint32)
-    job = (folder, skip_bad, counts, stop)
-    with ProcessPoolExecutor(workers, context, _start_worker, job) as pool:
-        try:
-            with clean_start():
-                futures = [pool.submit(_write_one, shard) for shard in missing]
-            pending: set[Future[None]] = set(futures)
-            while pending:
-                finished, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
-                show(int(seen.sum()))
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                f"{plan.root}: a worker was killed, perhaps for want of memory; use fewer workers"
-            ) from None
-        finally:
-            # After Ctrl-C or an error, running shards end at their next image.
-            stop.value = 1
-            pool.shutdown(cancel_futures=True)
-
-
-class _StoppedError(Exception):
-    """Ends the work of a worker whose result nobody waits for any more."""
+    run_jobs(
+        _write_one,
+        missing,
+        workers,
+        doing=str(plan.root),
+        progress=lambda _: show(int(seen.sum())),
+        start=_start_worker,
+        arguments=(folder, skip_bad, counts),
+    )
 
 
 # Of a worker process, set once at its start.
@@ -149,24 +131,21 @@ _plan: Plan
 _folder: Path
 _skip_bad: bool
 _counts: Any
-_stop: Any
 
 
-def _start_worker(folder: Path, skip_bad: bool, counts: Any, stop: Any) -> None:
-    global _plan, _folder, _skip_bad, _counts, _stop
-    end_with_parent()
+def _start_worker(folder: Path, skip_bad: bool, counts: Any) -> None:
+    global _plan, _folder, _skip_bad, _counts
     join_writers(folder)
     parent = multiprocessing.parent_process()
     # Only now: a parent that dies later is succeeded by a run that waits for our lock.
     if parent is not None and connection.wait([parent.sentinel], timeout=0):
         os._exit(1)
-    _plan, _folder, _skip_bad, _counts, _stop = open_plan(folder), folder, skip_bad, counts, stop
+    _plan, _folder, _skip_bad, _counts = open_plan(folder), folder, skip_bad, counts
 
 
 def _write_one(shard: int) -> None:
     def image_done() -> None:
         _counts[shard] += 1
-        if _stop.value:
-            raise _StoppedError
+        go_on()
 
     write_shard(_plan, _folder, shard, _skip_bad, image_done)

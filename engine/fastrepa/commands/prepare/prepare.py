@@ -142,14 +142,7 @@ def prepare(
     Raises DataError, in one line, for whatever is wrong with source or out.
     """
     source, out = Path(source), Path(out)
-    _check_settings(resolution, shard_size, image_format, quality, seed)
-    settings = Settings(
-        resolution=resolution,
-        shard_size=shard_size,
-        image_format=image_format,
-        quality=None if image_format == "png" else quality,
-        seed=seed,
-    )
+    settings = _checked_settings(resolution, shard_size, image_format, quality, seed)
     _check_places(source, out)
     folder = partial_folder(out)
     with joined_ranks() as ranks, _failures(out, ranks), ExitStack() as stack:
@@ -184,21 +177,26 @@ def prepare(
         if encode is not None:
             encode(folder, ranks)
             ranks.wait()
-        done = None
-        if ranks.is_first:
-            release(folder)
-            settle_folder(folder)
-            os.rename(folder, out)
-            settle_folder(out.parent)
-            done = PrepareReport(
-                path=out,
-                report=read_report(out),
-                ignored=ignored,
-                num_bytes=sum(path.stat().st_size for path in out.iterdir()),
-                images=images,
-                seconds=seconds,
-            )
+        done = _publish(folder, out, images, seconds, ignored) if ranks.is_first else None
         return replace(ranks.share(done), is_first=ranks.is_first)
+
+
+def _publish(
+    folder: Path, out: Path, images: int, seconds: float, ignored: list[str]
+) -> PrepareReport:
+    """Give the complete set its name."""
+    release(folder)
+    settle_folder(folder)
+    os.rename(folder, out)
+    settle_folder(out.parent)
+    return PrepareReport(
+        path=out,
+        report=read_report(out),
+        ignored=ignored,
+        num_bytes=sum(path.stat().st_size for path in out.iterdir()),
+        images=images,
+        seconds=seconds,
+    )
 
 
 def _make_images(
@@ -340,9 +338,9 @@ def _check_listing(listing: Listing, skip_bad: bool) -> None:
         raise DataError(f"{listing.root}: holds no usable image")
 
 
-def _check_settings(
-    resolution: int, shard_size: int, image_format: str, quality: int, seed: int
-) -> None:
+def _checked_settings(
+    resolution: int, shard_size: int, image_format: ImageFormat, quality: int, seed: int
+) -> Settings:
     formats = get_args(ImageFormat)
     if image_format not in formats:
         raise DataError(
@@ -358,6 +356,13 @@ def _check_settings(
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise DataError(f"{name} {value} is outside {low}..{high}")
+    return Settings(
+        resolution=resolution,
+        shard_size=shard_size,
+        image_format=image_format,
+        quality=None if image_format == "png" else quality,
+        seed=seed,
+    )
 
 
 def _check_places(source: Path, out: Path) -> None:

@@ -174,16 +174,7 @@ def probe_data(
     of_class = sample.labels if sample.labels is not None else np.zeros(len(sample.names), int)
     pictured = choose(of_class, PICTURED, seed)
 
-    tokens, missing = [], []
-    for number, (config, label) in enumerate(zip(encoders, labels, strict=True)):
-        progress(label, number / len(encoders) / 2)
-        try:
-            tokens.append(_encode(config, sample.images, batch_size, device))
-        except WeightsError as error:
-            missing.append((label, str(error)))
-    if not tokens:
-        raise WeightsError("; ".join(reason for _, reason in missing))
-
+    tokens, missing = _encoded(encoders, sample.images, batch_size, device, progress)
     hashes = np.stack([difference_hash(i.permute(1, 2, 0).numpy()) for i in sample.images])
     by_hash = alike_by_hash(hashes)
     by_features = [alike_by_features(made.features.numpy()) for made in tokens]
@@ -227,9 +218,7 @@ def probe_data(
         duplicates=[(sample.names[a], sample.names[b]) for a, b in by_hash],
         groups=len(np.unique(groups)),
         seed=seed,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        device=_named(device),
         said=list(sample.said),
     )
 
@@ -273,6 +262,33 @@ class _Encoded:
     random: Tensor
     images_per_second: float
     input_side: int
+
+
+def _named(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _encoded(
+    encoders: Sequence[EncoderConfig],
+    images: Tensor,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[list[_Encoded], list[tuple[str, str]]]:
+    """The encoders that could be had, and (label, reason) of those that are missing."""
+    tokens, missing = [], []
+    for number, config in enumerate(encoders):
+        label = encoder_label(config)
+        progress(label, number / len(encoders) / 2)
+        try:
+            tokens.append(_encode(config, images, batch_size, device))
+        except WeightsError as error:
+            missing.append((label, str(error)))
+    if not tokens:
+        raise WeightsError("; ".join(reason for _, reason in missing))
+    return tokens, missing
 
 
 def _encode(

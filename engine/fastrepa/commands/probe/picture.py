@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,27 @@ from fastrepa.commands.probe.data import DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
 from fastrepa.commands.probe.similarity import NEIGHBOURS
 from fastrepa.data.sheet import Strip, comparison, save_picture
+from fastrepa.drawing import (
+    INK,
+    PALE,
+    RED,
+    axes_title,
+    heading,
+    new_figure,
+    save_figure,
+    shortened,
+)
 
-INK, PALE, MARK = "#222222", "#666666", "#c0392b"
 COLOURS = "YlGnBu"
 WRITTEN = 14  # columns, above which a cell has no number
 
 
 def save_heat_map(probe: RunProbe, path: Path) -> None:
     """CKNNA and CKA of each encoder, and the linear probe, as block x training step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: list[tuple[str, np.ndarray, str, str]] = []
     chance = f"unrelated: about {NEIGHBOURS / probe.held_out:.2g}"
     for number, name in enumerate(probe.encoders):
-        to = f", {_short(name)}" if len(probe.encoders) > 1 else ""
+        to = f", {shortened(name, 26)}" if len(probe.encoders) > 1 else ""
         panels.append((f"CKNNA{to}", probe.cknna[number], "{:.2f}", chance))
         panels.append((f"linear CKA{to}", probe.cka[number], "{:.2f}", "debiased; unrelated: 0"))
     if np.isfinite(probe.accuracy).any():
@@ -39,8 +44,7 @@ def save_heat_map(probe: RunProbe, path: Path) -> None:
     rows = -(-len(panels) // columns)
     width = columns * max(3.7, 0.46 * min(count, 24) + 1.2)
     each = max(1.9, 0.3 * depth + 1.25)
-    figure = Figure(figsize=(width, 0.95 + rows * each), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, 0.95 + rows * each)
     top = 1 - 0.95 / figure.get_figheight()
     grid = figure.add_gridspec(
         rows, columns, left=0.55 / width, right=1 - 0.25 / width, top=top,
@@ -50,9 +54,7 @@ def save_heat_map(probe: RunProbe, path: Path) -> None:
         axes = figure.add_subplot(grid[divmod(place, columns)])
         _panel(axes, probe, *panel, leftmost=place % columns == 0)
     _heading(figure, probe)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    path.write_bytes(data.getvalue())
+    save_figure(figure, path)
 
 
 def _panel(
@@ -80,8 +82,8 @@ def _panel(
                     color="white" if dark else INK,
                 )  # fmt: skip
     if probe.block is not None:
-        axes.axhline(probe.block - 1.5, color=MARK, linewidth=1)
-        axes.axhline(probe.block - 0.5, color=MARK, linewidth=1)
+        axes.axhline(probe.block - 1.5, color=RED, linewidth=1)
+        axes.axhline(probe.block - 0.5, color=RED, linewidth=1)
     every = max(1, -(-count // 10))
     shown = [i for i in range(count) if i % every == 0 or i == count - 1]
     axes.set_xticks(shown, [f"{probe.steps[i]:,}" for i in shown], fontsize=7)
@@ -89,31 +91,23 @@ def _panel(
     axes.set_yticks(range(depth), [str(i + 1) for i in range(depth)], fontsize=7.5)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     if probe.block is not None:
-        axes.get_yticklabels()[probe.block - 1].set_color(MARK)
+        axes.get_yticklabels()[probe.block - 1].set_color(RED)
         axes.get_yticklabels()[probe.block - 1].set_fontweight("bold")
     if leftmost:
         axes.set_ylabel("block", fontsize=8.5, color=PALE)
     axes.set_xlabel(f"training step   ({reference})", fontsize=8.5, color=PALE)
-    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=5)
+    axes_title(axes, title, pad=5)
     axes.spines[:].set_visible(False)
 
 
 def _heading(figure: Any, probe: RunProbe) -> None:
-    height = figure.get_figheight()
-    figure.text(
-        0.15 / figure.get_figwidth(), 1 - 0.24 / height, f"{probe.run.resolve().name}: what the "
-        f"blocks of {probe.title} know", fontsize=12.5, fontweight="bold", color=INK, va="center",
-    )  # fmt: skip
     aligned = f"; red: block {probe.block}, the aligned one" if probe.block else ""
-    figure.text(
-        0.15 / figure.get_figwidth(), 1 - 0.49 / height, f"against {', '.join(probe.encoders)}; "
-        f"{probe.held_out:,} images at t = {probe.time:g}, averaged weights{aligned}", fontsize=8.5,
-        color=PALE, va="center",
-    )  # fmt: skip
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:18]}…{name[-7:]}"
+    heading(
+        figure,
+        f"{probe.run.resolve().name}: what the blocks of {probe.title} know",
+        f"against {', '.join(probe.encoders)}; {probe.held_out:,} images at t = {probe.time:g}, "
+        f"averaged weights{aligned}",
+    )
 
 
 def save_features(probe: DataProbe, path: Path) -> None:

@@ -123,19 +123,16 @@ def probe_run(
             continue
         paths.append(path)
         states.append(read_state(path))
-    depth, steps = len(model.blocks), [0, *(state.step for state in states)]
-    shape = (depth, len(steps))
-    found_cknna, found_cka = (np.full((len(encoders), *shape), np.nan) for _ in range(2))
-    accuracy = np.full(shape, np.nan)
-    for column, weights in enumerate(_weights(config, model, made, paths)):
-        progress(f"step {steps[column]:,}", column / len(steps))
-        for block, x in enumerate(block_features(weights, inputs, time, batch_size)):
-            for number, y in enumerate(features):
-                found_cknna[number, block, column] = cknna(x[data.rest], y[data.rest])
-                found_cka[number, block, column] = linear_cka(
-                    x[data.rest], y[data.rest], debiased=True
-                )
-            accuracy[block, column] = data.accuracy(x)
+    steps = [0, *(state.step for state in states)]
+
+    def blocks() -> Iterator[list[np.ndarray]]:
+        for column, weights in enumerate(_weights(config, model, made, paths)):
+            progress(f"step {steps[column]:,}", column / len(steps))
+            yield block_features(weights, inputs, time, batch_size)
+
+    found_cknna, found_cka, accuracy = _compared(
+        blocks(), features, data, (len(model.blocks), len(steps))
+    )
     own = tuple(e.name for e in config.vision.encoders)
     aligned = config.alignment.block if own and config.alignment.weight > 0 else None
     if config.model.label_dropout == 0:
@@ -160,6 +157,29 @@ def probe_run(
         held_out=int(np.count_nonzero(data.rest)),
         said=said,
     )
+
+
+def _compared(
+    blocks: Iterator[list[np.ndarray]],
+    features: Sequence[np.ndarray],
+    data: _Images,
+    shape: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CKNNA and debiased CKA [encoders, depth, steps], and the probe's accuracy [depth, steps].
+
+    `blocks` yields, step by step, the features [N,D] of every block; `features` are the encoders'.
+    """
+    found_cknna, found_cka = (np.full((len(features), *shape), np.nan) for _ in range(2))
+    accuracy = np.full(shape, np.nan)
+    for column, of_blocks in enumerate(blocks):
+        for block, x in enumerate(of_blocks):
+            for number, y in enumerate(features):
+                found_cknna[number, block, column] = cknna(x[data.rest], y[data.rest])
+                found_cka[number, block, column] = linear_cka(
+                    x[data.rest], y[data.rest], debiased=True
+                )
+            accuracy[block, column] = data.accuracy(x)
+    return found_cknna, found_cka, accuracy
 
 
 def block_features(model: SiT, x_t: Tensor, time: float, batch_size: int) -> list[np.ndarray]:

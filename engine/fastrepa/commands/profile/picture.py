@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from fastrepa.commands.profile.profile import Profile, Report, Row, by_operation, by_part
+from fastrepa.drawing import (
+    AXIS,
+    BLUE,
+    GRID,
+    INK,
+    PALE,
+    axes_title,
+    colour_legend,
+    heading,
+    new_figure,
+    palette,
+    readable_on,
+    save_figure,
+    shortened,
+)
 from fastrepa.runtime.regions import NAMES
 
 REGION_COLOURS = dict(
-    zip(
-        NAMES,
-        ("#c0392b", "#8e6bb0", "#c3a6d8", "#3f7cac", "#1f4e79", "#8c8c8c", "#2a7f62", "#7cc4a4",
-         "#d4d4d4"),
-        strict=True,
-    )
-)  # fmt: skip
-PART_COLOURS = ("#1f4e79", "#3f7cac", "#7fb0d3", "#2a7f62", "#e08e45", "#f2c48d", "#d4d4d4")
-INK, PALE = "#222222", "#666666"
+    zip(NAMES, palette("red purple lilac blue navy grey green mint silver"), strict=True)
+)
+PART_COLOURS = palette("navy blue sky green orange sand silver")
 WRITTEN = 0.045  # of the longest bar: narrower segments have no number
 NAMED = 9  # operations in the roofline
 
@@ -28,7 +36,7 @@ def save_step(report: Report, path: Path) -> None:
     profiles = report.profiles
     count = len(profiles)
     bar = 0.42 * count  # inches of bars in an axes
-    figure = _figure(11.0, 2.75 + 2 * bar)
+    figure = new_figure(11.0, 2.75 + 2 * bar)
     height = figure.get_figheight()
     _heading(figure, report, "where a training step goes")
     bottoms = (height - 1.15 - bar, height - 2.25 - 2 * bar)
@@ -49,14 +57,14 @@ def save_step(report: Report, path: Path) -> None:
         [
             [
                 (part, sum(s for n, s in table.items() if n.rpartition(", ")[0] == part),
-                 colours.get(part, "#d4d4d4"))
+                 colours.get(part, PART_COLOURS[-1]))
                 for part in ordered
             ]
             for table in tables
         ],
         "the generator's operations by part, forward and backward, ms, under the profiler",
     )  # fmt: skip
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _bars(
@@ -78,7 +86,7 @@ def _bars(
             if seconds > WRITTEN * longest:
                 axes.text(
                     left + seconds / 2, -number, _ms(seconds), ha="center", va="center", fontsize=8,
-                    color=_readable(colour),
+                    color=readable_on(colour),
                 )  # fmt: skip
             left += seconds
         axes.text(
@@ -89,14 +97,13 @@ def _bars(
             -0.008 * longest, -number, profile.kernels, ha="right", va="center", fontsize=9.5,
             color=INK,
         )  # fmt: skip
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=6)
+    axes_title(axes, title, pad=6)
     axes.set_xlim(0, 1.07 * longest)
     axes.set_ylim(-len(bars) + 0.5, 0.5)
     axes.set_axis_off()
-    axes.legend(
-        list(shown.values()), list(shown), loc="upper left", bbox_to_anchor=(-0.008, 0.02),
-        ncols=9, fontsize=8.5, frameon=False, labelcolor=INK, handlelength=1, handleheight=1,
-        columnspacing=1.3,
+    colour_legend(
+        axes, list(shown.values()), list(shown), loc="upper left", bbox_to_anchor=(-0.008, 0.02),
+        ncols=9, fontsize=8.5,
     )  # fmt: skip
 
 
@@ -104,7 +111,7 @@ def save_roofline(report: Report, path: Path) -> None:
     """Left: achieved FLOP/s over FLOPs per byte, under the measured ceilings. Right: the longest
     operations, their time and what of it the roofline asks for.
     """
-    figure = _figure(13.0, 6.2)
+    figure = new_figure(13.0, 6.2)
     _heading(figure, report, f"{report.profiles[0].kernels} kernels against the roofline")
     height = 0.68
     left = figure.add_axes((0.065, 0.12, 0.40, height))
@@ -113,7 +120,7 @@ def save_roofline(report: Report, path: Path) -> None:
     rows = by_operation(profile)
     _roofline(left, report, [r for r in rows if r.cost.flops and r.cost.bytes and r.seconds])
     _floors(right, report, rows[:14], profile.trace.seconds)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
@@ -137,7 +144,7 @@ def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
     for number, row in enumerate(rows):
         x, y = row.cost.flops / row.cost.bytes, row.flops_per_second
         axes.scatter(
-            x, y, s=24 + 320 * row.seconds / longest, color="#3f7cac", alpha=0.6, edgecolor="white",
+            x, y, s=24 + 320 * row.seconds / longest, color=BLUE, alpha=0.6, edgecolor="white",
             linewidth=0.8, zorder=3,
         )  # fmt: skip
         if number < NAMED:
@@ -163,16 +170,13 @@ def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
         f"{_si(c.bytes_per_second)}B/s,\ncopy", (middle, middle * c.bytes_per_second),
         xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=8.5, color=INK,
     )  # fmt: skip
-    axes.set_title(
-        "operations with matrix products or declared FLOPs (area: time)", loc="left", fontsize=10,
-        fontweight="bold", color=INK,
-    )  # fmt: skip
+    axes_title(axes, "operations with matrix products or declared FLOPs (area: time)")
     axes.set_xlabel("FLOPs per byte", fontsize=9, color=PALE)
     axes.set_ylabel("FLOP/s achieved", fontsize=9, color=PALE)
     axes.tick_params(labelsize=8, colors=PALE)
-    axes.grid(which="major", color="#ebebeb", linewidth=0.8, zorder=0)
+    axes.grid(which="major", color=GRID, linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.spines[["left", "bottom"]].set_color(AXIS)
 
 
 def _free_place(
@@ -196,7 +200,7 @@ def _floors(axes: Any, report: Report, rows: list[Row], step: float) -> None:
     for number, row in enumerate(rows):
         floor = row.floor(report.ceilings)
         axes.barh(-number, row.seconds, 0.7, color="#d9e4ee", zorder=2)
-        axes.barh(-number, min(floor, row.seconds), 0.7, color="#3f7cac", zorder=3)
+        axes.barh(-number, min(floor, row.seconds), 0.7, color=BLUE, zorder=3)
         share = f", {floor / row.seconds:.0%}" if row.seconds and row.cost.bytes else ""
         axes.annotate(
             f"{_ms(row.seconds)}{share}", (row.seconds, -number), xytext=(4, 0),
@@ -208,52 +212,25 @@ def _floors(axes: Any, report: Report, rows: list[Row], step: float) -> None:
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
-    axes.set_title(
-        f"longest of {_ms(step)} ms a step; dark: the roofline's floor", loc="right",
-        fontsize=10, fontweight="bold", color=INK,
-    )  # fmt: skip
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150)
-    FigureCanvasAgg(figure)
-    return figure
+    axes_title(axes, f"longest of {_ms(step)} ms a step; dark: the roofline's floor", loc="right")
 
 
 def _heading(figure: Any, report: Report, title: str) -> None:
-    c, height = report.config, figure.get_figheight()
+    c = report.config
     name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep"
-    figure.text(
-        0.015, 1 - 0.3 / height, f"{name}, batch {c.training.global_batch:,}, "
-        f"{c.training.precision}, on {report.device}: {title}",
-        fontsize=12.5, fontweight="bold", color=INK, va="center",
-    )  # fmt: skip
     rates = ", ".join(
         f"{p.kernels} {p.line['images_per_s']:,.1f} images/s" for p in report.profiles
     )
-    figure.text(
-        0.015, 1 - 0.57 / height, f"{rates}; {'; '.join(report.said)}", fontsize=8.5, color=PALE,
-        va="center",
-    )  # fmt: skip
-
-
-def _save(figure: Any, path: Path) -> None:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    path.write_bytes(data.getvalue())
+    heading(
+        figure,
+        f"{name}, batch {c.training.global_batch:,}, {c.training.precision}, on {report.device}: "
+        f"{title}",
+        f"{rates}; {'; '.join(report.said)}",
+    )
 
 
 def _short(name: str) -> str:
-    name = name.removeprefix("aten::").removeprefix("_")
-    return name if len(name) <= 34 else f"{name[:24]}…{name[-9:]}"
-
-
-def _readable(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 140 else INK
+    return shortened(name.removeprefix("aten::").removeprefix("_"), 34)
 
 
 def _ms(seconds: float) -> str:

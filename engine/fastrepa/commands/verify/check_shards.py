@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from fastrepa.commands.verify.checks import Check, Findings, Problem, image_problem
 from fastrepa.data.format.columns import CRC_BYTES, open_rows
-from fastrepa.data.format.index import KEY_DIGITS, load_index
+from fastrepa.data.format.index import BLOCK, key_text, padded
 from fastrepa.data.format.partial import CONTACT_SHEET, REPORT
 from fastrepa.data.format.shards import (
     EXTENSIONS,
@@ -26,19 +26,17 @@ from fastrepa.data.format.shards import (
     FileRecord,
     Manifest,
     MomentsColumn,
+    QuickCheck,
     ShardRecord,
     load_manifest,
+    size_problem,
 )
 from fastrepa.errors import DataError
-from fastrepa.runtime.files import sha256_of
 
 IMAGES_PER_CHECK = 256
 BYTES_PER_CHECK = 32 << 20
-_BLOCK = tarfile.BLOCKSIZE
 _HASH_STEP = 8 << 20
 _BESIDE = (MANIFEST, REPORT, CONTACT_SHEET)  # what belongs to a set and is in no list
-
-_Size = TypeVar("_Size", int, np.ndarray)
 
 
 def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]:
@@ -54,44 +52,42 @@ def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]
     for name in twice:
         findings.wrong(MANIFEST, f"lists {name} more than once")
     _note_others(folder, {record.file for record in records}, findings)
-    there = {record.file for record in records if _size_fits(folder, record, findings)}
+    quick_check = QuickCheck(folder, manifest)
+    for fault in quick_check.faults():
+        findings.wrong(fault.file, fault.problem, fault.sample)
+    there, indices = quick_check.sound, quick_check.indices
+    if (problem := size_problem(folder, manifest.sources)) is None:
+        there.add(manifest.sources.file)
+        _check_sources(folder, manifest, indices, findings)
+    else:
+        findings.wrong(manifest.sources.file, problem)
     findings.num_files = len({record.file for record in records}) + 1
     findings.num_bytes = sum(record.bytes for record in records if record.file in there)
-    indices = {
-        shard.file: index
-        for shard in manifest.shards
-        if (index := _index(folder, shard, len(manifest.classes), findings)) is not None
-    }
-    _check_counts(manifest, indices, findings)
+    names = Counter(record.name for record in manifest.classes)
+    for name in (name for name, times in names.items() if times > 1):
+        findings.wrong(MANIFEST, f"class {name!r} is there more than once")
     _check_keys(indices, findings)
-    if manifest.sources.file in there:
-        _check_sources(folder, manifest, indices, findings)
-    checks: list[Check] = []
+    return [] if quick else list(_checks(quick_check, findings))
+
+
+def _checks(quick_check: QuickCheck, findings: Findings) -> Iterator[Check]:
+    """What is to be read; counts it in `findings`."""
+    folder, manifest = quick_check.folder, quick_check.manifest
+    indices = quick_check.indices
     for shard in manifest.shards:
-        if shard.file in there:
-            checks.append(HashCheck(folder, shard))
+        if shard.file in quick_check.sound:
+            yield HashCheck(folder, shard)
         if shard.file in indices and (folder / shard.file).is_file():
-            checks += _image_checks(folder, shard, indices[shard.file], manifest)
+            yield from _image_checks(folder, shard, indices[shard.file], manifest)
             findings.num_images += len(indices[shard.file])
     for column in manifest.columns:
         findings.columns[column.name] = 0
-        if len(column.files) != len(manifest.shards):
-            findings.wrong(
-                MANIFEST,
-                f"{column.name} has {len(column.files)} files for {len(manifest.shards)} shards",
-            )
         for shard, record in zip(manifest.shards, column.files, strict=False):
-            if record.file not in there:
-                continue  # its size was named
-            checks.append(HashCheck(folder, record))
-            try:
-                open_rows(folder / record.file, column.dtype, shard.samples, column.views)
-            except DataError as error:
-                findings.wrong(record.file, str(error).removeprefix(f"{folder / record.file}: "))
-                continue
-            findings.columns[column.name] += shard.samples
-            checks += _row_checks(folder, shard, record, column, indices.get(shard.file))
-    return [] if quick else checks
+            if record.file in quick_check.sound:
+                yield HashCheck(folder, record)
+            if record.file in quick_check.columns:
+                findings.columns[column.name] += shard.samples
+                yield from _row_checks(folder, shard, record, column, indices.get(shard.file))
 
 
 def _manifest(folder: Path, findings: Findings) -> Manifest | None:
@@ -131,82 +127,6 @@ def _note_others(folder: Path, known: set[str], findings: Findings) -> None:
             findings.notes.append(f"{path.name}: unknown; the manifest does not list it")
 
 
-def _size_fits(folder: Path, record: FileRecord, findings: Findings) -> bool:
-    try:
-        size = (folder / record.file).stat().st_size
-    except FileNotFoundError:
-        findings.wrong(record.file, "missing, but the manifest lists it")
-        return False
-    except OSError as error:
-        findings.wrong(record.file, f"cannot be read ({error.strerror})")
-        return False
-    if size == record.bytes:
-        return True
-    kind = "truncated" if size < record.bytes else "too long"
-    findings.wrong(record.file, f"{kind} ({size} bytes, the manifest says {record.bytes})")
-    return False
-
-
-def _index(folder: Path, shard: ShardRecord, classes: int, findings: Findings) -> np.ndarray | None:
-    """The index of a shard where it can be read, whatever else is wrong with it."""
-    name = shard.index.file
-    path = folder / name
-    try:
-        if path.stat().st_size == shard.index.bytes and sha256_of(path) != shard.index.sha256:
-            findings.wrong(name, "altered (its SHA-256 is not the manifest's)")
-        index = load_index(path)
-    except FileNotFoundError:
-        return None  # found missing above
-    except OSError as error:
-        findings.wrong(name, f"cannot be read ({error.strerror})")
-        return None
-    except DataError as error:
-        findings.wrong(name, str(error).removeprefix(f"{path}: "))
-        return None
-    if len(index) != shard.samples:
-        findings.wrong(name, f"{len(index)} samples, the manifest says {shard.samples}")
-    starts, sizes = index["image_offset"], index["image_size"].astype(np.int64)
-    next_header = starts + _padded(sizes) + 2 * _BLOCK  # the label's header and text come between
-    expected = np.concatenate(([_BLOCK], next_header[:-1] + _BLOCK))
-    keys, labels = index["key"], index["label"]
-    digits = np.char.isdigit(keys) & (np.char.str_len(keys) == KEY_DIGITS)
-    outside = (starts < _BLOCK) | (sizes < 1) | (next_header > shard.bytes)
-    wrong = {
-        f"its key is not {KEY_DIGITS} digits": ~digits,
-        f"its label is outside 0..{classes - 1}": (labels < 0) | (labels >= classes),
-        f"its bytes do not lie within {shard.file}": outside,
-        f"does not follow the sample before it in {shard.file}": ~outside & (starts != expected),
-    }
-    for problem, where in wrong.items():
-        for number in np.flatnonzero(where):
-            findings.wrong(name, problem, _text(keys[number]))
-    return index
-
-
-def _check_counts(manifest: Manifest, indices: dict[str, np.ndarray], findings: Findings) -> None:
-    in_shards = sum(shard.samples for shard in manifest.shards)
-    if in_shards != manifest.num_samples:
-        findings.wrong(
-            MANIFEST, f"num_samples is {manifest.num_samples}, its shards hold {in_shards}"
-        )
-    names = Counter(record.name for record in manifest.classes)
-    for name in (name for name, times in names.items() if times > 1):
-        findings.wrong(MANIFEST, f"class {name!r} is there more than once")
-    if len(indices) < len(manifest.shards):
-        return  # the classes cannot be counted; why was said
-    counts = np.zeros(len(manifest.classes), dtype=np.int64)
-    for index in indices.values():
-        labels = index["label"]
-        labels = labels[(labels >= 0) & (labels < len(counts))]
-        counts += np.bincount(labels, minlength=len(counts))
-    for record, count in zip(manifest.classes, counts, strict=True):
-        if record.samples != count:
-            findings.wrong(
-                MANIFEST,
-                f"class {record.name!r} has {record.samples} samples, the indices {count}",
-            )
-
-
 def _check_keys(indices: dict[str, np.ndarray], findings: Findings) -> None:
     """A key that several samples of the set have is named at every one after the first."""
     if not indices:
@@ -219,7 +139,7 @@ def _check_keys(indices: dict[str, np.ndarray], findings: Findings) -> None:
     shards = list(indices)
     for place in np.flatnonzero(again):
         shard = shards[int(np.searchsorted(ends, place, side="right"))]
-        findings.wrong(shard, "its key is another sample's, too", _text(keys[place]))
+        findings.wrong(shard, "its key is another sample's, too", key_text(keys[place]))
 
 
 def _check_sources(
@@ -247,7 +167,7 @@ def _check_sources(
         beyond = places >= len(unnamed)
         beyond[~beyond] = unnamed[places[~beyond]]
         for key in keys[beyond]:
-            findings.wrong(name, "no source is named for it", _text(key))
+            findings.wrong(name, "no source is named for it", key_text(key))
 
 
 @dataclass(frozen=True)
@@ -296,8 +216,8 @@ class ImagesCheck:
             for number, record in enumerate(self.index):
                 go_on()
                 start, size = int(record["image_offset"]), int(record["image_size"])
-                file.seek(start - _BLOCK)
-                data = file.read(3 * _BLOCK + _padded(size))
+                file.seek(start - BLOCK)
+                data = file.read(3 * BLOCK + padded(size))
                 key = _key(self.index, number)
                 problems += [
                     Problem(self.file, key, problem)
@@ -306,20 +226,20 @@ class ImagesCheck:
         return problems
 
     def _of_sample(self, data: bytes, record: np.void, key: str, size: int) -> Iterator[str]:
-        if len(data) < _BLOCK + size:
+        if len(data) < BLOCK + size:
             yield "beyond the end of the file"
             return
-        image, label = data[_BLOCK : _BLOCK + size], data[_BLOCK + _padded(size) :]
-        yield from _header_problem(data[:_BLOCK], f"{key}.{EXTENSIONS[self.image_format]}", size)
+        image, label = data[BLOCK : BLOCK + size], data[BLOCK + padded(size) :]
+        yield from _header_problem(data[:BLOCK], f"{key}.{EXTENSIONS[self.image_format]}", size)
         if zlib.crc32(image) != record["image_crc32"]:
             yield "altered (its CRC-32 is not the index's)"
         if (problem := image_problem(image, self.resolution, self.image_format)) is not None:
             yield f"image {problem}"
         text = b"%d" % record["label"]
-        named = list(_header_problem(label[:_BLOCK], f"{key}.cls", None))
+        named = list(_header_problem(label[:BLOCK], f"{key}.cls", None))
         yield from named
-        if not named and label[_BLOCK:].rstrip(b"\0\n ") != text:
-            found = label[_BLOCK:].rstrip(b"\0").decode("ascii", "replace")[:20]
+        if not named and label[BLOCK:].rstrip(b"\0\n ") != text:
+            found = label[BLOCK:].rstrip(b"\0").decode("ascii", "replace")[:20]
             yield f"its .cls says {found!r}, the index {text.decode()}"
 
 
@@ -390,7 +310,7 @@ def _image_checks(
     sizes = index["image_size"].astype(np.int64)
     ends = index["image_offset"] + sizes
     # The others were named already.
-    index = index[(index["image_offset"] >= _BLOCK) & (sizes > 0) & (ends <= shard.bytes)]
+    index = index[(index["image_offset"] >= BLOCK) & (sizes > 0) & (ends <= shard.bytes)]
     for first in range(0, len(index), IMAGES_PER_CHECK):
         part = index[first : first + IMAGES_PER_CHECK]
         yield ImagesCheck(folder, shard.file, part, manifest.resolution, manifest.image_format)
@@ -426,14 +346,5 @@ def _header_problem(block: bytes, name: str, size: int | None) -> Iterator[str]:
         yield f"{name} has {member.size} bytes in the tar, {size} in the index"
 
 
-def _padded(size: _Size) -> _Size:
-    """Bytes that `size` bytes take in a tar."""
-    return (size + _BLOCK - 1) // _BLOCK * _BLOCK
-
-
 def _key(index: np.ndarray, number: int) -> str:
-    return _text(index["key"][number])
-
-
-def _text(key: bytes) -> str:
-    return key.decode("ascii", "backslashreplace")
+    return key_text(index["key"][number])

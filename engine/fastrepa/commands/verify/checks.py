@@ -7,21 +7,16 @@ of raising the first. So the pieces are independent: nothing that is damaged hid
 from __future__ import annotations
 
 import io
-import multiprocessing
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
 from fastrepa.data.format.partial import partial_folder
-from fastrepa.errors import DataError
 from fastrepa.runtime.progress import BYTES, Bar
-from fastrepa.runtime.spawn import clean_start, end_with_parent
+from fastrepa.runtime.spawn import go_on, run_jobs
 
 # What the training's decoder turns into RGB as it should.
 _MODES = ("RGB", "L")
@@ -68,10 +63,6 @@ class Findings:
         self.problems.append(Problem(file, sample, problem))
 
 
-class StoppedError(Exception):
-    """Ends a check whose result nobody waits for any more."""
-
-
 def image_problem(data: bytes, side: int, image_format: str) -> str | None:
     """What is wrong with an encoded image that should be `side` px square; None: nothing.
 
@@ -103,48 +94,25 @@ def run_checks(
     shown = progress and total > 0
     with Bar("verifying", total, BYTES, shown=shown, rate=True, stays=True) as bar:
 
-        def done(check: Check) -> None:
-            bar.advance(check.num_bytes)
+        def done(finished: Sequence[Check]) -> None:
+            bar.advance(sum(check.num_bytes for check in finished))
 
-        if min(workers, len(checks)) > 1:
-            results: Iterable[list[Problem]] = _in_workers(checks, min(workers, len(checks)), done)
+        if (workers := min(workers, len(checks))) > 1:
+            results: Iterable[list[Problem]] = run_jobs(
+                _run_one, checks, workers, doing="verify", progress=done
+            )
         else:
             results = _here(checks, done)
         for problems in results:
             found(problems)
 
 
-def _here(checks: Sequence[Check], done: Callable[[Check], None]) -> Iterable[list[Problem]]:
+def _here(
+    checks: Sequence[Check], done: Callable[[Sequence[Check]], None]
+) -> Iterable[list[Problem]]:
     for check in checks:
         yield _run(check, lambda: None)
-        done(check)
-
-
-def _in_workers(
-    checks: Sequence[Check], workers: int, done: Callable[[Check], None]
-) -> list[list[Problem]]:
-    context = multiprocessing.get_context("spawn")
-    stop = context.RawValue("B", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
-        try:
-            with clean_start():
-                futures = {pool.submit(_run_one, check): check for check in checks}
-            pending = set(futures)
-            while pending:
-                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                    done(futures[future])
-                time.sleep(0.02)  # `wait` looks at every pending future: not once for each
-            return [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise DataError(
-                "verify: a worker was killed, perhaps for want of memory; use fewer workers"
-            ) from None
-        finally:
-            # After Ctrl-C the checks under way end at their next image or block.
-            stop.value = 1
-            pool.shutdown(cancel_futures=True)
+        done([check])
 
 
 def _run(check: Check, go_on: Callable[[], None]) -> list[Problem]:
@@ -154,24 +122,9 @@ def _run(check: Check, go_on: Callable[[], None]) -> list[Problem]:
         return [Problem(check.file, None, f"cannot be read ({error.strerror or error})")]
 
 
-# Of a worker process, set once at its start.
-_go_on: Callable[[], None]
-
-
-def _start_worker(stop: Any) -> None:
-    global _go_on
-    end_with_parent()
-
-    def go_on() -> None:
-        if stop.value:
-            raise StoppedError
-
-    _go_on = go_on
-
-
 def _run_one(check: Check) -> list[Problem]:
-    _go_on()
-    return _run(check, _go_on)
+    go_on()
+    return _run(check, go_on)
 
 
 def leftovers(folder: Path) -> list[str]:

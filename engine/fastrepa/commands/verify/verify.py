@@ -13,9 +13,10 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from fastrepa.commands.verify.check_reference import is_reference, plan_reference
+from fastrepa.commands.verify.check_reference import plan_reference
 from fastrepa.commands.verify.check_shards import plan_shards
 from fastrepa.commands.verify.checks import Check, Findings, Problem, leftovers, run_checks
+from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
 
@@ -79,12 +80,12 @@ def verify(
     try:
         if (folder / MANIFEST).exists() or any(folder.glob("shard-*.tar")):
             layout, plan = "shards", plan_shards
-        elif is_reference(folder):
+        elif (folder / IMAGES).is_dir() or (folder / LATENTS).is_dir():  # sound or not
             layout, plan = "reference", plan_reference
         else:
             raise DataError(
                 f"{folder}: no data set: it holds neither {MANIFEST} (made by `fastrepa prepare`) "
-                f"nor images/ or vae-sd/ (the reference layout)"
+                f"nor {IMAGES}/ or {LATENTS}/ (the reference layout)"
             )
         checks = plan(folder, findings, quick=quick)
     except OSError as error:

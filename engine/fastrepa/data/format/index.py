@@ -10,12 +10,16 @@ This module and `reader.py` import numpy only: DALI's worker processes load them
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from fastrepa.errors import DataError
 
 KEY_DIGITS = 8
+BLOCK = 512  # bytes of a tar header, and what a member is padded to a multiple of
+
+_Size = TypeVar("_Size", int, np.ndarray)
 
 INDEX_DTYPE = np.dtype(
     [
@@ -42,3 +46,13 @@ def load_index(path: Path) -> np.ndarray:
             f"{path}: not a shard index (lacks {', '.join(missing) or 'one dimension'})"
         )
     return index
+
+
+def padded(size: _Size) -> _Size:
+    """Return the bytes that `size` bytes take in a tar."""
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def key_text(key: bytes) -> str:
+    """Return a key of an index as text, whatever its bytes."""
+    return key.decode("ascii", "backslashreplace")

@@ -1,39 +1,37 @@
-"""The reference's data layout (REPA_SPEC.md), read as it is.
+"""A data set in the reference's layout (reference_layout.py), opened and read as it is.
 
-    images/00000/img00000000.png             8-bit RGB
-    vae-sd/00000/img-mean-std-00000000.npy   float32 [2C,h,w], cat[mean, std]
-    vae-sd/dataset.json                      {"labels": [["00000/img-mean-std-00000000.npy", 12]]}
-
-An image, its latents and its label belong together by folder and number, never by position. The
-sub-folders are the set's shards. There are no checksums: names and sizes are checked at opening,
-an array's header and its values when it is read, an image when it is decoded.
+The sub-folders are the set's shards. There are no checksums: names and sizes are checked at
+opening, an array's header and its values when it is read, an image when it is decoded.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+from fastrepa.data.format.reference_layout import (
+    IMAGES,
+    LABELS,
+    LATENTS,
+    Scan,
+    name_of,
+    read_labels,
+    scan_folder,
+    short,
+)
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
 from fastrepa.data.format.store import Slots, read_exactly
 from fastrepa.errors import DataError
 from fastrepa.runtime.progress import Bar
 
-IMAGES, LATENTS, LABELS = "images", "vae-sd", "dataset.json"
-
-_IMAGE = re.compile(r"img(\d+)\.png")
-_MOMENTS = re.compile(r"img-mean-std-(\d+)\.npy")
-_LABELLED = re.compile(r"([^/\\]+)/img-mean-std-(\d+)\.npy")
 _STAT_THREADS = 16  # on a network file system, asking takes longer than answering
 _SHOWN = 3  # names in a message
 
@@ -62,15 +60,6 @@ class _Folder:
     labels: np.ndarray  # int32
 
 
-class _Found(NamedTuple):
-    """What lies in a sub-folder, by number; `odd`: latents of another size, `strange`: the rest."""
-
-    images: set[str]
-    moments: set[str]
-    odd: list[str]
-    strange: list[str]
-
-
 class ReferenceSet:
     """A set in the reference's layout, opened and checked; see `open`."""
 
@@ -96,13 +85,13 @@ class ReferenceSet:
         files; and when the first image is not of the `resolution` (pixels a side) asked for.
         """
         folder = Path(path)
-        labels = _read_labels(folder / LATENTS / LABELS)
+        labels = _labels(folder)
         first_folder = next(iter(labels))
-        first = f"{first_folder}/{{}}{next(iter(labels[first_folder]))}{{}}"
-        header = _read_header(folder / LATENTS / first.format("img-mean-std-", ".npy"))
+        first = first_folder, next(iter(labels[first_folder]))
+        header = _read_header(folder / name_of(LATENTS, first))
         size = len(header.raw) + 4 * int(np.prod(header.shape))
         _check_files(folder, labels, size, progress)
-        side = _image_side(folder / IMAGES / first.format("img", ".png"))
+        side = _image_side(folder / name_of(IMAGES, first))
         if resolution is not None and side != resolution:
             raise DataError(
                 f"{folder}: images of {side} px, but {resolution} px is asked for; "
@@ -123,12 +112,9 @@ class ReferenceSet:
     def pair(self, shard: int, sample: int) -> Pair:
         """The files and the label of a sample of sub-folder number `shard`."""
         folder = self._folders[shard]
-        number = folder.numbers[sample].decode()
-        return Pair(
-            self.path / IMAGES / folder.name / f"img{number}.png",
-            self.path / LATENTS / folder.name / f"img-mean-std-{number}.npy",
-            int(folder.labels[sample]),
-        )
+        key = folder.name, folder.numbers[sample].decode()
+        image, moments = (self.path / name_of(part, key) for part in (IMAGES, LATENTS))
+        return Pair(image, moments, int(folder.labels[sample]))
 
     def store(
         self, *, image: bool, moments: bool, features: Sequence[str], open_shards: int
@@ -159,18 +145,6 @@ class ReferenceStore:
 
     def close(self) -> None:
         return
-
-
-def moments_of(image: str) -> str:
-    """Path of an image's moments below the set's folder, given the image's; ValueError for others.
-
-    "images/00000/img00000000.png" -> "vae-sd/00000/img-mean-std-00000000.npy"
-    """
-    top, folder, name = image.split("/")
-    match = _IMAGE.fullmatch(name)
-    if top != IMAGES or match is None:
-        raise ValueError(f"{image}: not {IMAGES}/FOLDER/imgNUMBER.png")
-    return f"{LATENTS}/{folder}/img-mean-std-{match[1]}.npy"
 
 
 def read_moments(path: Path) -> np.ndarray:
@@ -256,35 +230,22 @@ def _image_side(path: Path) -> int:
 # Opening --------------------------------------------------------------------------------------
 
 
-def _read_labels(path: Path) -> dict[str, dict[str, int]]:
-    """Sub-folder -> number -> label."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["labels"]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    except (KeyError, TypeError):
-        entries = None
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f'{path}: has no list "labels" with entries')
+def _labels(folder: Path) -> dict[str, dict[str, int]]:
+    """Sub-folder -> number -> label; DataError at the first entry that is not sound."""
+    path = folder / LATENTS / LABELS
     labels: dict[str, dict[str, int]] = {}
-    for number, entry in enumerate(entries):
-        file, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        match = _LABELLED.fullmatch(file) if isinstance(file, str) else None
-        if match is None or match[1] in (".", ".."):
+    for entry in read_labels(folder):
+        if entry.key is None or not entry.key[0]:
+            raise DataError(f"{path}: {entry.misnamed}")
+        if entry.label is None or entry.label >= 2**31:
             raise DataError(
-                f"{path}: labels[{number}] is {_short(entry)}, "
-                'not ["FOLDER/img-mean-std-NUMBER.npy", label]'
+                f"{path}: labels[{entry.number}]: the label of {entry.file} is "
+                f"{short(entry.entry[1])}, not a whole number from 0 on"
             )
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
-            raise DataError(
-                f"{path}: labels[{number}]: the label of {file} is {_short(label)}, "
-                "not a whole number from 0 on"
-            )
-        if match[2] in labels.setdefault(match[1], {}):
-            raise DataError(f"{path}: labels[{number}]: {file} is listed twice")
-        labels[match[1]][match[2]] = label
+        numbers, number = labels.setdefault(entry.key[0], {}), entry.key[1]
+        if number in numbers:
+            raise DataError(f"{path}: labels[{entry.number}]: {entry.file} is listed twice")
+        numbers[number] = entry.label
     return labels
 
 
@@ -292,31 +253,39 @@ def _check_files(
     folder: Path, labels: dict[str, dict[str, int]], size: int, progress: bool
 ) -> None:
     """DataError unless images, latents and labels are the same samples, and latents of `size`."""
-    names = sorted(labels.keys() | set(_folders(folder / IMAGES)) | set(_folders(folder / LATENTS)))
+    parts = (IMAGES, LATENTS)
+    present = {part: set(scan_folder(folder, part).folders) for part in parts}
+    names = sorted(labels.keys() | present[IMAGES] | present[LATENTS])
     problems: dict[str, list[str]] = {}
 
-    def note(problem: str, files: Iterator[str]) -> None:
-        if found := list(files):
-            problems.setdefault(problem, []).extend(found)
+    def look(name: str) -> list[tuple[str, Scan]]:
+        nothing = Scan({}, [], [], [])
+        return [
+            (part, scan_folder(folder, part, name) if name in present[part] else nothing)
+            for part in parts
+        ]
+
+    def note(problem: str, part: str, name: str, numbers: Iterable[str]) -> None:
+        if files := [name_of(part, (name, number)) for number in sorted(numbers)]:
+            problems.setdefault(problem, []).extend(files)
 
     with (
         ThreadPoolExecutor(_STAT_THREADS) as pool,
         Bar("opening", len(names), "folders", shown=progress, stays=True) as bar,
     ):
-        found = pool.map(lambda name: _look(folder, name, size), names)
-        for name, there in zip(names, found, strict=True):
+        found = pool.map(look, names)
+        for name, halves in zip(names, found, strict=True):
             bar.advance()
             wanted = labels.get(name, {}).keys()
-            image, latent = (
-                f"{IMAGES}/{name}/img{{}}.png",
-                f"{LATENTS}/{name}/img-mean-std-{{}}.npy",
-            )
-            note("labelled, but missing", map(image.format, sorted(wanted - there.images)))
-            note("labelled, but missing", map(latent.format, sorted(wanted - there.moments)))
-            note(f"no label in {LABELS}", map(image.format, sorted(there.images - wanted)))
-            note(f"no label in {LABELS}", map(latent.format, sorted(there.moments - wanted)))
-            note("empty, or latents of another size than the first", iter(there.odd))
-            note("not of this layout", iter(there.strange))
+            for part, scan in halves:
+                note("labelled, but missing", part, name, wanted - scan.sizes.keys())
+            for part, scan in halves:
+                note(f"no label in {LABELS}", part, name, scan.sizes.keys() - wanted)
+            for part, scan in halves:
+                odd = (n for n, s in scan.sizes.items() if not s or (part == LATENTS and s != size))
+                note("empty, or latents of another size than the first", part, name, odd)
+                if strange := [f"{part}/{name}/{other}" for other in scan.strange + scan.folders]:
+                    problems.setdefault("not of this layout", []).extend(strange)
     if problems:
         raise DataError(
             f"{folder}: "
@@ -328,43 +297,6 @@ def _check_files(
         )
 
 
-def _folders(path: Path) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _look(folder: Path, name: str, size: int) -> _Found:
-    """What lies in one sub-folder of images/ and vae-sd/."""
-    found = _Found(set(), set(), [], [])
-    for part, pattern, numbers in (
-        (IMAGES, _IMAGE, found.images),
-        (LATENTS, _MOMENTS, found.moments),
-    ):
-        try:
-            entries = list(os.scandir(folder / part / name))
-        except FileNotFoundError:
-            continue  # its samples are missing
-        except OSError as error:
-            raise DataError(f"{folder / part / name}: cannot be read ({error.strerror})") from None
-        for entry in entries:
-            match = pattern.fullmatch(entry.name)
-            if match is None:
-                if entry.name[0] != ".":
-                    found.strange.append(f"{part}/{name}/{entry.name}")
-                continue
-            try:
-                bytes_ = entry.stat().st_size
-            except OSError:  # a link to nowhere: missing
-                continue
-            if bytes_ == 0 or (part == LATENTS and bytes_ != size):
-                found.odd.append(f"{part}/{name}/{entry.name}")
-            numbers.add(match[1])
-    return found
-
-
 def _folder(name: str, labels: dict[str, int]) -> _Folder:
     numbers = sorted(labels)
     return _Folder(
@@ -372,8 +304,3 @@ def _folder(name: str, labels: dict[str, int]) -> _Folder:
         np.array([number.encode() for number in numbers]),
         np.array([labels[number] for number in numbers], dtype=np.int32),
     )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastrepa.data.format.columns import features_dtype, first_damaged, moments_dtype, open_rows
-from fastrepa.data.format.index import load_index
+from fastrepa.data.format.index import BLOCK, KEY_DIGITS, key_text, load_index, padded
 from fastrepa.data.format.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
 from fastrepa.runtime.files import sha256_of, write_whole
@@ -187,7 +187,9 @@ class ShardSet:
                 f" set data.resolution={manifest.resolution} or prepare it again"
             )
         shards = cls(folder, manifest)
-        shards._check_indices()
+        for fault in QuickCheck(folder, manifest).faults():
+            if fault.refusal is not None:
+                raise DataError(f"{folder / fault.file}: {fault.refusal}")
         if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
             shards._check_contents()
         return shards
@@ -257,36 +259,6 @@ class ShardSet:
         paths = [self.path / record.file for record in column.files]
         return ColumnFiles(paths, column.dtype, column.views)
 
-    def _check_indices(self) -> None:
-        counts = np.zeros(len(self.manifest.classes), dtype=np.int64)
-        for shard in self.manifest.shards:
-            _check_size(self.path, shard)
-            _check_size(self.path, shard.index)
-            path = self.path / shard.index.file
-            if sha256_of(path) != shard.index.sha256:
-                raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
-            index = load_index(path)
-            labels, ends = index["label"], index["image_offset"] + index["image_size"]
-            if len(index) != shard.samples:
-                raise DataError(f"{path}: {len(index)} samples, the manifest says {shard.samples}")
-            if labels.min() < 0 or labels.max() >= len(counts):
-                raise DataError(f"{path}: a label outside the manifest's {len(counts)} classes")
-            if index["image_offset"].min() < 0 or ends.max() > shard.bytes:
-                raise DataError(f"{path}: a sample beyond the end of {shard.file}")
-            counts += np.bincount(labels, minlength=len(counts))
-        for column in self.manifest.columns:
-            if len(column.files) != len(self.manifest.shards):
-                raise DataError(
-                    f"{self.path / MANIFEST}: {column.name} has {len(column.files)} files for "
-                    f"{len(self.manifest.shards)} shards"
-                )
-            for shard, record in zip(self.manifest.shards, column.files, strict=True):
-                _check_size(self.path, record)
-                open_rows(self.path / record.file, column.dtype, shard.samples, column.views)
-        recorded = [record.samples for record in self.manifest.classes]
-        if counts.tolist() != recorded or counts.sum() != self.num_samples:
-            raise DataError(f"{self.path / MANIFEST}: its counts are not those of the shards")
-
     def _check_contents(self) -> None:
         for shard in self.manifest.shards:
             path = self.path / shard.file
@@ -301,8 +273,9 @@ class ShardSet:
                     number = first_damaged(rows)
                     which = "" if number is None else f" (sample {number}: its CRC-32 is wrong)"
                     raise DataError(f"{path}: damaged{which}")
-        _check_size(self.path, self.manifest.sources)
         path = self.path / self.manifest.sources.file
+        if (problem := size_problem(self.path, self.manifest.sources)) is not None:
+            raise DataError(f"{path}: {problem}")
         if sha256_of(path) != self.manifest.sources.sha256:
             raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
 
@@ -352,17 +325,145 @@ def load_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: {place}: {first['msg']}") from None
 
 
-def _check_size(folder: Path, record: FileRecord) -> None:
-    path = folder / record.file
+class Fault(NamedTuple):
+    """A fault of a file or sample. `refusal`: opening's words for it; None: it is opened anyway."""
+
+    file: str
+    problem: str
+    refusal: str | None
+    sample: str | None = None
+
+
+class QuickCheck:
+    """What can be found wrong with a set without reading an image or a row.
+
+    After `faults` was read to its end, `sound` has the names of the shards' and columns' files that
+    are as long as recorded, `columns` the names of those that can be opened, too, and `indices` the
+    index, by the shard's name, of every shard whose index can be read, whatever is wrong in it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.sound: set[str] = set()
+        self.columns: set[str] = set()
+        self.indices: dict[str, np.ndarray] = {}
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield every fault; the first with a refusal is what opening the set raises."""
+        for shard in self.manifest.shards:
+            for record in (shard, shard.index):
+                yield from self._size(record)
+            yield from self._index(shard)
+        for column in self.manifest.columns:
+            yield from self._column(column)
+        yield from self._counts()
+
+    def _size(self, record: FileRecord) -> Iterator[Fault]:
+        if (problem := size_problem(self.folder, record)) is None:
+            self.sound.add(record.file)
+        else:
+            yield Fault(record.file, problem, problem)
+
+    def _index(self, shard: ShardRecord) -> Iterator[Fault]:
+        name = shard.index.file
+        path = self.folder / name
+        try:
+            if name in self.sound and sha256_of(path) != shard.index.sha256:
+                problem = "(its SHA-256 is not the manifest's)"
+                yield Fault(name, f"altered {problem}", f"damaged {problem}")
+            if not path.exists():
+                return  # said already
+            index = self.indices[shard.file] = load_index(path)
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+            yield Fault(name, problem, problem)
+            return
+        except DataError as error:
+            problem = str(error).removeprefix(f"{path}: ")
+            yield Fault(name, problem, problem)
+            return
+        if len(index) != shard.samples:
+            problem = f"{len(index)} samples, the manifest says {shard.samples}"
+            yield Fault(name, problem, problem)
+        classes = len(self.manifest.classes)
+        starts, sizes = index["image_offset"], index["image_size"].astype(np.int64)
+        # The label's header and text come between.
+        next_header = starts + padded(sizes) + 2 * BLOCK
+        expected = np.concatenate(([BLOCK], next_header[:-1] + BLOCK))
+        keys, labels = index["key"], index["label"]
+        digits = np.char.isdigit(keys) & (np.char.str_len(keys) == KEY_DIGITS)
+        outside = (starts < BLOCK) | (sizes < 1) | (next_header > shard.bytes)
+        wrong: tuple[tuple[str, str | None, np.ndarray], ...] = (
+            (f"its key is not {KEY_DIGITS} digits", None, ~digits),
+            (
+                f"its label is outside 0..{classes - 1}",
+                f"a label outside the manifest's {classes} classes",
+                (labels < 0) | (labels >= classes),
+            ),
+            (
+                f"its bytes do not lie within {shard.file}",
+                f"a sample beyond the end of {shard.file}",
+                outside,
+            ),
+            (
+                f"does not follow the sample before it in {shard.file}",
+                None,
+                ~outside & (starts != expected),
+            ),
+        )
+        for problem, refusal, where in wrong:
+            for number in np.flatnonzero(where):
+                yield Fault(name, problem, refusal, key_text(keys[number]))
+
+    def _column(self, column: MomentsColumn | FeaturesColumn) -> Iterator[Fault]:
+        shards = self.manifest.shards
+        if len(column.files) != len(shards):
+            problem = f"{column.name} has {len(column.files)} files for {len(shards)} shards"
+            yield Fault(MANIFEST, problem, problem)
+        for record in column.files:
+            yield from self._size(record)
+        for shard, record in zip(shards, column.files, strict=False):
+            if record.file not in self.sound:
+                continue
+            path = self.folder / record.file
+            try:
+                open_rows(path, column.dtype, shard.samples, column.views)
+                self.columns.add(record.file)
+            except DataError as error:
+                problem = str(error).removeprefix(f"{path}: ")
+                yield Fault(record.file, problem, problem)
+
+    def _counts(self) -> Iterator[Fault]:
+        manifest, refusal = self.manifest, "its counts are not those of the shards"
+        total = sum(shard.samples for shard in manifest.shards)
+        if total != manifest.num_samples:
+            problem = f"num_samples is {manifest.num_samples}, its shards hold {total}"
+            yield Fault(MANIFEST, problem, refusal)
+        if len(self.indices) < len(manifest.shards):
+            return  # the classes cannot be counted; why was said
+        counts = np.zeros(len(manifest.classes), dtype=np.int64)
+        for index in self.indices.values():
+            labels = index["label"]
+            labels = labels[(labels >= 0) & (labels < len(counts))]
+            counts += np.bincount(labels, minlength=len(counts))
+        for record, count in zip(manifest.classes, counts, strict=True):
+            if record.samples != count:
+                problem = f"class {record.name!r} has {record.samples} samples, the indices {count}"
+                yield Fault(MANIFEST, problem, refusal)
+
+
+def size_problem(folder: Path, record: FileRecord) -> str | None:
+    """Return what is wrong with a file's presence and size; None: nothing."""
     try:
-        size = path.stat().st_size
+        size = (folder / record.file).stat().st_size
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, but the manifest lists it") from None
+        return "missing, but the manifest lists it"
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if size != record.bytes:
-        kind = "truncated" if size < record.bytes else "too long"
-        raise DataError(f"{path}: {kind} ({size} bytes, the manifest says {record.bytes})")
+        return f"cannot be read ({error.strerror})"
+    if size == record.bytes:
+        return None
+    kind = "truncated" if size < record.bytes else "too long"
+    return f"{kind} ({size} bytes, the manifest says {record.bytes})"
 
 
 def _first_damaged(path: Path, index: np.ndarray) -> str:

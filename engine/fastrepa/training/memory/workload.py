@@ -20,7 +20,6 @@ from fastrepa.config import (
 )
 from fastrepa.data.format.columns import features_dtype, moments_dtype
 from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
-from fastrepa.generation.sampler import forwards_per_image
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
 from fastrepa.training.frozen import decoding, encoder_network, encoding
@@ -43,9 +42,9 @@ class Workload:
     """One configuration, whatever it runs on. FLOPs and bytes are per image.
 
     forward_flops: of the generator and its projectors; block_flops: of its blocks alone;
-    training_flops: forward and backward, nothing twice; sampling_flops: by the configuration's
-    `sample`, decoding left out. encoders and codec: those that run in training, with their names;
-    codec_weights: of both halves; codec_decoder: what the grids of sample_every run, if any.
+    training_flops: forward and backward, nothing twice. encoders and codec: those that run in
+    training, with their names; codec_weights: of both halves; codec_decoder: what the grids of
+    sample_every run, if any.
     """
 
     config: Config
@@ -56,7 +55,6 @@ class Workload:
     forward_flops: int
     block_flops: int
     training_flops: int
-    sampling_flops: int
     encoders: tuple[tuple[str, Frozen], ...]
     codec_weights: int
     codec_encoder: Frozen | None
@@ -103,10 +101,6 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     )
 
     flops = model_flops(config, side=side, channels=channels, encoder_widths=widths)
-    sampling = flops.transformer * forwards_per_image(
-        config.sample.sampler, config.sample.steps, config.sample.cfg,
-        config.sample.guidance_low, config.sample.guidance_high,
-    )  # fmt: skip
 
     manifest = _manifest(config)
     cached_latents = _latents_are_cached(config, manifest)
@@ -129,7 +123,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     )  # fmt: skip
     return Workload(
         config, side, channels, widths, parameters, flops.forward, flops.blocks, flops.training,
-        sampling, encoders, codec_weights, encoder, decoder, size, described,
+        encoders, codec_weights, encoder, decoder, size, described,
     )  # fmt: skip
 
 
