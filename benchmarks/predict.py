@@ -9,10 +9,10 @@ where there is one. Its time, in ms:
 
 Our kernels' shares of the copy rate are what aot.py estimates from their machine code; the rates of
 copies, products and attention were measured on an H200; everything else is assumed, and printed.
-Launches of the model are those tests/kernels/test_predict.py counts; of the optimiser's phase and
-of the draws, the most that tests allow. Weights and activations are bf16 around an fp32 residual
-stream, targets are cached, one GPU. `plain+compile` is commands/bench/plain_step.py: its blocks'
-bytes were counted in the code that Inductor (torch 2.11) made of two of them for sm_90.
+Launches of the model are those tests/benchmarks/test_predict.py counts; of the optimiser's phase
+and of the draws, the most that tests allow. Weights and activations are bf16 around an fp32
+residual stream, targets are cached, one GPU. `plain+compile` is commands/bench/plain_step.py: its
+blocks' bytes were counted in the code that Inductor (torch 2.11) made of two of them for sm_90.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "a trial's tolerance times ten", "kernels/fastrepa_kernels/attention/choice.py",
         "allowed = 10 * torch.finfo", "allowed = 100 * torch.finfo",
-        "tests/kernels/test_attention_trial.py",
+        "tests/kernels/attention/test_attention_trial.py",
     ),
     Mutation(
         "clamp below eps ignored in backward", "kernels/fastrepa_kernels/projector_alignment.py",

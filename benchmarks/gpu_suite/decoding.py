@@ -86,8 +86,8 @@ def _rate(size: Size, decode: str) -> Iterator[Record]:
 
 def _step(size: Size) -> Iterator[Record]:
     """A step whose images DALI decodes for the encoder, against the same step fed with noise."""
+    from fastrepa.profiling.random_batches import RandomBatches
     from fastrepa.runtime.world import join_world, leave_world
-    from fastrepa.training.random_batches import RandomBatches
     from fastrepa.training.trainer import Trainer
 
     config, world = _config(size), join_world()

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.aot.sass import Traffic
 from fastrepa_kernels.cost import Cost
-from fastrepa_kernels.sass import Traffic
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
-from fastrepa_kernels.sass import Traffic
+from fastrepa_kernels.aot.sass import Traffic
 
 
 @triton.jit

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.aot.sass import Traffic
 from fastrepa_kernels.cost import Cost
-from fastrepa_kernels.sass import Traffic
 
 # Elements. ATen's fused AdamW gives each thread whole cache lines; its lerp gives one thread all of
 # 32 Ki elements, or each of two a half of 64 Ki. So pieces of at most CPU_PIECE, whole in CPU_LINE,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
-from fastrepa_kernels.sass import Traffic
+from fastrepa_kernels.aot.sass import Traffic
 
 
 @triton.jit

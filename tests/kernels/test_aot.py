@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fastrepa_kernels import aot, launch, sass
+from fastrepa_kernels import aot, launch
+from fastrepa_kernels.aot import sass
 
-KERNELS = Path(aot.__file__).parents[1]
+KERNELS = Path(aot.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

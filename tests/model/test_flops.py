@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastrepa.config import EncoderConfig, config_from_dict
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT
-from fastrepa.training.frozen import frozen_flops
+from fastrepa.training.memory.frozen import frozen_flops
 from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrepa.config import load_config
-from fastrepa.training.random_batches import RandomBatches
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa_kernels import launch
 from tests.launches import SYNC, counted, interpreted

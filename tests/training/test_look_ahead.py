@@ -8,8 +8,8 @@ import torch
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import check_compile
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training.look_ahead import LookAhead
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.targets import Targets
 from fastrepa.training.trainer import Trainer
 from tests.runs import ROOT, SMALL, metrics, tensors, train

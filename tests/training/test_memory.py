@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import ConfigError
-from fastrepa.training.random_batches import RandomBatches
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.offload import check_offload
 from fastrepa.training.zero.settings import (

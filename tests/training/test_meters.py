@@ -9,12 +9,12 @@ from deepspeed.comm.torch import TorchBackend
 
 from fastrepa.commands.profile.host_syncs import IN_HOST_MEMORY, HostSyncs
 from fastrepa.config import load_config
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.runtime.hardware import GPUS, peak_flops
 from fastrepa.runtime.regions import NAMES, SAMPLING
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import slow_precision
 from fastrepa.training.meters import ImageFlops, Meter
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
 from fastrepa.training.zero import settings

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastrepa.config import config_from_dict, load_config, save_config
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training.messages import warn_of_changes
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.schedule import learning_rate
 from fastrepa.training.trainer import Trainer
 from tests.runs import ROOT, SMALL

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastrepa.config import Config, config_from_dict
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import first_line
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.settings import as_run
 from fastrepa.vision.codec import SD_VAE_PARAMETERS

@@ -35,7 +35,7 @@ from fastrepa.model.flops import model_flops
 from fastrepa.runtime.hardware import peak_flops
 from fastrepa.runtime.regions import NAMES, OTHER, SAMPLING
 from fastrepa.runtime.world import World
-from fastrepa.training.frozen import frozen_flops
+from fastrepa.training.memory.frozen import frozen_flops
 from fastrepa.vision.codec import codec_shape
 from fastrepa.vision.features import plan_encoder
 

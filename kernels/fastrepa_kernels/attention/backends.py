@@ -30,8 +30,8 @@ from torch import Tensor
 from fastrepa_kernels import launch
 from fastrepa_kernels.activation import column_sums, sum_of_parts
 from fastrepa_kernels.aot import AotCase
+from fastrepa_kernels.aot.sass import Traffic
 from fastrepa_kernels.registration import differentiable, first_order
-from fastrepa_kernels.sass import Traffic
 
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")  # torch's own kernels
 # flash-attn and flash-attn-4 share the folder flash_attn.

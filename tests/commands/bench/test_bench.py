@@ -34,10 +34,10 @@ from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import compile_generator
 from fastrepa.profiling.activity import WAIT
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.runtime.regions import OTHER, REGIONS
 from fastrepa.training import trainer as training
 from fastrepa.training.messages import first_line
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"

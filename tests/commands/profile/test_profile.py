@@ -17,10 +17,10 @@ from fastrepa.config import load_config
 from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
 from fastrepa.profiling.operation_costs import OURS, PARTS, Counted, operation_cost
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.profiling.trace import PART, REGION, STEP, read_trace
 from fastrepa.runtime.regions import NAMES
 from fastrepa.training.memory.workload import measure_workload
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.vision.codec import PixelCodec
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
 from fastrepa_kernels.cost import Cost, matmul_cost

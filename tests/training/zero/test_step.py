@@ -8,8 +8,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from fastrepa.config import load_config
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training import optimizer as ema
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero import engine as zero
 from fastrepa.training.zero import settings

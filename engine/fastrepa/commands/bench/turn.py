@@ -26,10 +26,10 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.generation.generate import generate
 from fastrepa.model.compilation import compile_forward
 from fastrepa.profiling.activity import Annotating, profile_steps
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.runtime.world import World, join_world, leave_world
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.messages import first_line
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives
 

@@ -26,6 +26,7 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import ConfigError, WeightsError
 from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
+from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.profiling.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.runtime.regions import NAMES, REGIONS
 from fastrepa.runtime.world import World
@@ -33,7 +34,6 @@ from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.messages import first_line
 from fastrepa.training.meters import image_flops
-from fastrepa.training.random_batches import RandomBatches
 from fastrepa.training.run import Run
 from fastrepa.training.trainer import Trainer
 from fastrepa.training.zero.collectives import time_collectives

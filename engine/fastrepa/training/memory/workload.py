@@ -22,8 +22,8 @@ from fastrepa.data.format.columns import features_dtype, moments_dtype
 from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
-from fastrepa.training.frozen import decoding, encoder_network, encoding
 from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.training.memory.frozen import decoding, encoder_network, encoding
 from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.codec import (
     SD_VAE_PARAMETERS,

@@ -19,14 +19,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastrepa_kernels import sass
+from fastrepa_kernels.aot import sass
 
 MODULES = (
     "adaln_kernels",
@@ -244,7 +243,3 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print(_line(report), flush=True)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
