@@ -398,7 +398,7 @@ MUTATIONS = (
     # Generation and evaluation.
     Mutation(
         "guidance interval open at its upper end", "engine/fastrepa/generation/sampler.py",
-        "cfg > 1.0 and low <= t <= high", "cfg > 1.0 and low <= t < high",
+        "self.low <= t <= self.high", "self.low <= t < self.high",
         "tests/generation/test_sampler.py",
     ),
     Mutation(
