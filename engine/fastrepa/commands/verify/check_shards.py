@@ -85,7 +85,7 @@ def _checks(quick_check: QuickCheck, findings: Findings) -> Iterator[Check]:
         for shard, record in zip(manifest.shards, column.files, strict=False):
             if record.file in quick_check.sound:
                 yield HashCheck(folder, record)
-            if record.file in quick_check.columns:
+            if (shard.file, record.file) in quick_check.opened:
                 findings.columns[column.name] += shard.samples
                 yield from _row_checks(folder, shard, record, column, indices.get(shard.file))
 

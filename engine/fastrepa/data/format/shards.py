@@ -338,14 +338,14 @@ class QuickCheck:
     """What can be found wrong with a set without reading an image or a row.
 
     After `faults` was read to its end, `sound` has the names of the shards' and columns' files that
-    are as long as recorded, `columns` the names of those that can be opened, too, and `indices` the
-    index, by the shard's name, of every shard whose index can be read, whatever is wrong in it.
+    are as long as recorded, `opened` (shard, column file) of the rows that can be opened, `indices`
+    the index, by the shard's name, of every shard whose index can be read, whatever is wrong in it.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.sound: set[str] = set()
-        self.columns: set[str] = set()
+        self.opened: set[tuple[str, str]] = set()
         self.indices: dict[str, np.ndarray] = {}
 
     def faults(self) -> Iterator[Fault]:
@@ -428,7 +428,7 @@ class QuickCheck:
             path = self.folder / record.file
             try:
                 open_rows(path, column.dtype, shard.samples, column.views)
-                self.columns.add(record.file)
+                self.opened.add((shard.file, record.file))
             except DataError as error:
                 problem = str(error).removeprefix(f"{path}: ")
                 yield Fault(record.file, problem, problem)
