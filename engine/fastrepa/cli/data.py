@@ -97,19 +97,11 @@ def prepare(
     done = make_shards(
         source,
         out,
-        resolution=resolution,
-        shard_size=shard_size,
+        resolution=resolution, shard_size=shard_size, quality=quality, seed=seed,
         image_format=image_format,  # type: ignore[arg-type]
-        quality=quality,
-        seed=seed,
-        workers=workers,
-        skip_bad=skip_bad,
-        inside=inside,
-        class_names=class_names,
-        image_column=image_column,
-        label_column=label_column,
-        encode=encode,
-    )
+        workers=workers, skip_bad=skip_bad, inside=inside, class_names=class_names,
+        image_column=image_column, label_column=label_column, encode=encode,
+    )  # fmt: skip
     if done.is_first:
         print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
         for report in encoded:

@@ -196,21 +196,11 @@ def evaluate(
         metrics=[m.strip() for m in metrics.split(",") if m.strip()] if metrics else None,
         encoders=parse_encoders(encoders, "--encoders") if encoders else (),
         inception_weights=None if inception_weights is None else str(inception_weights),
-        clip=(model, weights or None),
-        batch_size=batch_size,
-        cache=cache,
-        save_statistics=save_statistics,
-        seed=seed,
-        ema=ema,
-        num=num,
-        sampler=sampler,
-        steps=steps,
-        cfg=cfg,
-        guidance_low=guidance_low,
-        guidance_high=guidance_high,
-        precision=precision,
-        compile=compile,
-    )
+        clip=(model, weights or None), batch_size=batch_size, cache=cache,
+        save_statistics=save_statistics, seed=seed, ema=ema, num=num, sampler=sampler,
+        steps=steps, cfg=cfg, guidance_low=guidance_low, guidance_high=guidance_high,
+        precision=precision, compile=compile,
+    )  # fmt: skip
     if done.is_first:
         print_evaluation(done, as_json=json)
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -295,30 +296,17 @@ def sample_run(
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
     mine = rank_batches(num, batch_size, world.rank, world.size)
-    shown = world.is_first and sys.stderr.isatty()
     missing = [ids for ids in mine if not all(image_path(folder, int(i)).is_file() for i in ids)]
+    shown = world.is_first and sys.stderr.isatty()
     # The images of all processes, which are as far as this one.
-    bar = Bar("sampling", num, "images", done=there, rate=True, stays=True, shown=shown)
-    with bar, ThreadPoolExecutor(4) as writers:
-        for ids in missing:
-            images = generate(
-                model,
-                codec,
-                labels[ids],
-                seed=seed,
-                sample_ids=ids,
-                batch_size=batch_size,
-                sample_config=config.sample,
-                path=config.objective.path,
-                input_shape=(info.channels, info.side, info.side),
-                null_label=config.model.num_classes,
-                progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
-            )
-            files = [image_path(folder, int(i)) for i in ids]
-            try:
-                list(writers.map(write_png, images, files))
-            except OSError as e:
-                raise FastrepaError(f"{folder}: cannot be written ({e})") from None
+    with Bar("sampling", num, "images", done=there, rate=True, stays=True, shown=shown) as bar:
+        draw = partial(
+            generate, model, codec, seed=seed, batch_size=batch_size, sample_config=config.sample,
+            path=config.objective.path, input_shape=(info.channels, info.side, info.side),
+            null_label=config.model.num_classes,
+            progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
+        )  # fmt: skip
+        _write_images(draw, labels, missing, folder)
     packed: list[Path] = []
 
     def gather() -> None:
@@ -337,6 +325,19 @@ def sample_run(
     grid = folder / "grid.png"
     npz_path = packed[0] if packed else None
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
+
+
+def _write_images(
+    draw: Callable[..., Tensor], labels: Tensor, batches: Sequence[Tensor], folder: Path
+) -> None:
+    """Draw the images of every batch of numbers and write them, a file each."""
+    with ThreadPoolExecutor(4) as writers:
+        for ids in batches:
+            images = draw(labels[ids], sample_ids=ids)
+            try:
+                list(writers.map(write_png, images, [image_path(folder, int(i)) for i in ids]))
+            except OSError as e:
+                raise FastrepaError(f"{folder}: cannot be written ({e})") from None
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
