@@ -23,7 +23,7 @@ from fastrepa_kernels import keyed_random
 
 
 class Stream(IntEnum):
-    """What a draw is for; streams share no value. The numbers are part of a run's identity."""
+    """Names what a draw is for; streams share no value. Its numbers are part of a run."""
 
     LATENT = 0
     """The posterior sample of an autoencoder's latent."""

@@ -43,7 +43,7 @@ READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint says beside its tensors (state.json)."""
+    """A checkpoint's facts beside its tensors (state.json)."""
 
     step: int
     optimizer_step: int
@@ -85,7 +85,7 @@ def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
 
 
 def fingerprint(run: Path, step: int) -> str:
-    """Of a checkpoint's contents: SHA-256 of its manifest, which has those of its files."""
+    """Return the SHA-256 of a checkpoint's manifest, which has those of its files."""
     return sha256_of(checkpoint_path(run, step) / "manifest.json")
 
 
@@ -196,7 +196,7 @@ def rng_state(world: World) -> dict[str, Tensor]:
 
 
 def damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What differs from the manifest, None where all is well; without `contents` sizes only."""
+    """Say what differs from the manifest, None where all is well; without `contents` sizes only."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         for name, expected in files.items():

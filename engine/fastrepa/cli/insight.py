@@ -238,7 +238,7 @@ def probe(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """What a run's blocks know, step by step; or whether an encoder will help on your images.
+    """Find out what a run's blocks know, step by step; or if an encoder will help on your images.
 
     A run: how far each block agrees with the encoder (CKNNA, linear CKA) and what a linear probe
     reads from it, over all checkpoints. Images: every encoder beside random weights and raw pixels.

@@ -34,7 +34,7 @@ BATCH = 2  # images of the one step
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one step of a configuration showed."""
+    """The findings of one step of a configuration."""
 
     first_line: str
     loss: float

@@ -1,4 +1,4 @@
-"""What the pipeline reads, whatever its layout on disk, and how a folder is recognised."""
+"""Data sets as the pipeline reads them, whatever their layout, and how one is recognised."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class DataSet(Protocol):
 
     @property
     def moments(self) -> MomentsColumn | None:
-        """What is known of the stored latents; None: the set holds none."""
+        """The stored latents' column; None: the set holds none."""
 
     @property
     def features(self) -> tuple[FeaturesColumn, ...]:
-        """What is known of every encoder's stored features."""
+        """The column of every encoder's stored features."""
 
     def store(
         self, *, image: bool, moments: bool, features: Sequence[str], open_shards: int
@@ -57,7 +57,7 @@ class DataSet(Protocol):
 
 
 def is_data(path: Path) -> bool:
-    """Whether the folder is a data set by what it holds, sound or not."""
+    """Tell whether the folder is a data set by what it holds, sound or not."""
     return (path / MANIFEST).exists() or (path / LATENTS / LABELS).exists()
 
 

@@ -37,7 +37,7 @@ class Gallery:
         self._stores: dict[str, SampleStore] = {}
 
     def key(self, number: int) -> str:
-        """What the set calls a sample."""
+        """Return the set's name for a sample."""
         place = self._place(number)
         if isinstance(self._data, ReferenceSet):
             image = self._data.pair(*place).image

@@ -193,7 +193,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Whether every decoder reads the same pixels from this JPEG, in colours or grey."""
+    """Tell whether every decoder reads the same pixels from this JPEG, in colours or grey."""
     if image.format != "JPEG" or _frame_marker(data) not in (_BASELINE, _PROGRESSIVE):
         return False
     if image.mode == "L":

@@ -315,7 +315,7 @@ class _Reading:
 
     @property
     def failed(self) -> bool:
-        """Of what is done."""
+        """Return the error of what is done."""
         return any(task.exception() is not None for task in self.tasks)
 
 

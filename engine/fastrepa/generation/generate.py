@@ -220,7 +220,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """What `sample_run` left behind."""
+    """The images that `sample_run` left, and where."""
 
     folder: Path
     num: int
@@ -403,7 +403,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
 
 
 def _but_num(record: str) -> dict[str, Any] | None:
-    """What decides an image; None for no record."""
+    """Return what decides an image; None for no record."""
     try:
         return {k: v for k, v in json.loads(record).items() if k != "num"}
     except (ValueError, AttributeError):

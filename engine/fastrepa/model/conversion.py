@@ -23,7 +23,7 @@ from fastrepa.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Reference:
-    """What a foreign file holds, by the reference's names, on the CPU.
+    """A foreign file's contents by the reference's names, on the CPU.
 
     Of a bare state dict `model` and `ema` are the same, `steps` is 0 and the moments are empty.
     `emas` are further averages, `record` says which each is and `ema_since` when it began, where

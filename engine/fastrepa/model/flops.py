@@ -42,7 +42,7 @@ class ModelFlops:
 def model_flops(
     config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
 ) -> ModelFlops:
-    """Of the generator of `config`; side and channels are the latent's, as SiT.from_config's."""
+    """Count the generator of `config`; side and channels are the latent's, as SiT.from_config's."""
     m = config.model
     tokens, values = (side // m.patch) ** 2, m.patch**2 * channels
     transformer = diffusion_transformer_flops(1, tokens, m.width, m.depth, patch_values=values)

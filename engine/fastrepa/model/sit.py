@@ -388,7 +388,7 @@ class SiT(nn.Module):
         return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
 
     def is_recomputed(self, done: int) -> bool:
-        """Whether that block is. The last one never: backward begins with it."""
+        """Tell whether that block is. The last one never: backward begins with it."""
         last = done == len(self.blocks) - 1
         return (
             self.recompute > 0

@@ -64,7 +64,7 @@ def profiler(device: torch.device) -> Any:
 
 
 def profile_steps(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """What ran in PROFILED calls of `step`, after one under the profiler, whose first is slow; see
+    """Trace PROFILED calls of `step`, after one under the profiler, whose first is slow; see
     `summary`.
     """
     on_gpu = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What every operation of a step costs, counted while it runs: FLOPs and least bytes.
+"""The cost of every operation of a step, counted while it runs: FLOPs and least bytes.
 
 fastrepa_kernels' operations have the costs that they declare (`*_cost`); matrix products,
 convolutions and attention the FLOPs of torch's counter; the rest none. Bytes are each distinct
@@ -109,7 +109,7 @@ class Parts:
             self._open[-1] = outer, context, torch.autograd._get_sequence_nr()
 
     def _note(self) -> None:
-        """What was recorded since the last change belongs to the part that was open."""
+        """Book what was recorded since the last change to the part that was open."""
         if self._open:
             part, _, since = self._open[-1]
             for number in range(since, torch.autograd._get_sequence_nr()):
@@ -152,7 +152,7 @@ class OperationCosts(TorchDispatchMode):
 
 
 def operation_cost(func: Any, args: Any, kwargs: Any, out: Any) -> Cost:
-    """Of one call."""
+    """Count one call."""
     name = func._schema.name
     names = [a.name for a in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -169,7 +169,7 @@ def operation_cost(func: Any, args: Any, kwargs: Any, out: Any) -> Cost:
 
 
 def _bytes(values: Any) -> int:
-    """Of the distinct memory under the tensors: an expanded one is small."""
+    """Count the distinct memory under the tensors: an expanded one is small."""
     seen: dict[tuple[int, ...], int] = {}
     for t in tree_leaves(values):
         if isinstance(t, Tensor) and t.layout == torch.strided:
@@ -190,7 +190,7 @@ def _norm_modulate(a: dict[str, Any], backward: bool = False) -> Cost:
 
 
 def _adaln(cost: Callable[..., Cost], weight: str, *, backward: bool) -> Callable[..., Cost]:
-    """Of adaln_linear and adaln_mlp; `weight` names the first one, whose rows are the width."""
+    """Count adaln_linear and adaln_mlp; `weight` names the first one, whose rows are the width."""
 
     def of_call(a: dict[str, Any]) -> Cost:
         x, w = a["x"], a[weight]

@@ -13,7 +13,7 @@ from fastrepa.vision.codec import Codec
 
 
 class Reader(Protocol):
-    """What says which parts a batch has: a Trainer, or another loop."""
+    """Says which parts a batch has: a Trainer, or another loop."""
 
     codec: Codec
     targets: Targets

@@ -152,7 +152,7 @@ def step_windows(events: Iterable[FunctionEvent]) -> list[tuple[float, float]]:
 
 
 def inside(windows: Sequence[tuple[float, float]], e: FunctionEvent) -> bool:
-    """Whether an event began in one of the steps."""
+    """Tell whether an event began in one of the steps."""
     at = bisect_right(windows, e.time_range.start, key=lambda window: window[0]) - 1
     return at >= 0 and e.time_range.start < windows[at][1]
 
@@ -160,8 +160,8 @@ def inside(windows: Sequence[tuple[float, float]], e: FunctionEvent) -> bool:
 def what_ran(
     events: Iterable[FunctionEvent], windows: Sequence[tuple[float, float]], *, on_gpu: bool
 ) -> list[Span]:
-    """What kept the device busy in the steps, by start: kernels and copies on a GPU, on the CPU the
-    operations that no other called.
+    """List what kept the device busy in the steps, by start: kernels and copies on a GPU, on the
+    CPU the operations that no other called.
     """
 
     def counts(e: FunctionEvent) -> bool:
@@ -173,7 +173,7 @@ def what_ran(
 
 
 def on_device(e: FunctionEvent) -> bool:
-    """Whether an event is of the GPU, not of the host."""
+    """Tell whether an event is of the GPU, not of the host."""
     return e.device_type != torch.autograd.DeviceType.CPU
 
 

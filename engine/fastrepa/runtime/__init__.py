@@ -1,1 +1,1 @@
-"""What every process needs, whatever it does: its life, its files, the machine."""
+"""Needed by every process, whatever it does: its life, its files, the machine."""

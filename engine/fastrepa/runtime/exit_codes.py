@@ -16,7 +16,7 @@ NOTE = "FASTREPA_EXIT_CODES"  # environment variable: a file, to which each proc
 
 
 def for_launcher(code: int) -> int:
-    """What a process that means `code` exits with."""
+    """Return what a process that means `code` exits with."""
     note = os.environ.get(NOTE)
     if not note:
         return code

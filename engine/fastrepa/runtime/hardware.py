@@ -98,7 +98,7 @@ class Links:
         return min(self.nvlink, self.per_node * self.network)
 
     def latency(self, world: int) -> float:
-        """Of one pass down a tree over `world` GPUs."""
+        """Return the seconds of one pass down a tree over `world` GPUs."""
         inside = min(world, self.per_node)
         nodes = math.ceil(world / self.per_node)
         return (

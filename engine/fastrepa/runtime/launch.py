@@ -1,4 +1,4 @@
-"""What a launcher says to a rank, and a process that is to hear nothing of it."""
+"""A launcher's words to a rank, and a process that is to hear nothing of them."""
 
 import os
 

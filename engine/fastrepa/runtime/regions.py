@@ -1,4 +1,4 @@
-"""What a step's time is divided into: the keys under which metrics.jsonl has its shares."""
+"""The regions of a step's time: the keys under which metrics.jsonl has its shares."""
 
 REGIONS = (
     "data_wait", "encoder", "codec", "forward", "backward", "communication", "optimiser",

@@ -288,7 +288,7 @@ class Watch:
 
 
 def _is_of_peers(e: BaseException) -> bool:
-    """Whether an error is what a collective says when a peer has gone."""
+    """Tell whether an error is what a collective says when a peer has gone."""
     words = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "store")
     return isinstance(e, dist.DistError) or (
         isinstance(e, RuntimeError) and any(w in str(e).lower() for w in words)

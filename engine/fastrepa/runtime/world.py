@@ -87,7 +87,7 @@ def _take_over_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def of_first_rank(world: World, work: Callable[[], T]) -> T:
-    """What `work` gives on the first rank, given to all; its FastrepaError is raised on all alike
+    """Return to all what `work` gives on rank 0; its FastrepaError is raised on all alike
     (collective).
     """
     answer: list[Any] = [None]

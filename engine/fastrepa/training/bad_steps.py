@@ -25,7 +25,7 @@ FEWEST = 10  # of them, before there is a verdict
 
 
 class BadSteps:
-    """Whether the step under way is bad, and how many in a row were."""
+    """Knows whether the step under way is bad, and how many in a row were."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -40,7 +40,7 @@ class BadSteps:
         self._loss = self._loss | ~loss.detach().isfinite()
 
     def agree(self) -> Tensor:
-        """Whether any rank's loss of this step is not finite: bool, on the device (collective)."""
+        """Tell whether any rank's loss of this step is not finite: bool, on the device; collective."""
         flag = self._loss.float()
         if self.world.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)

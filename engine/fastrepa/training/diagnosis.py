@@ -1,4 +1,4 @@
-"""What in a bad step is not finite: the step is repeated, and looked at."""
+"""A bad step, repeated to find what in it is not finite."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class SampleNames:
         )
 
     def of(self, step: int, forward: int) -> list[str]:
-        """Of the forward-th micro-batch of the update that leads to `step`."""
+        """Name the samples of the forward-th micro-batch of the update that leads to `step`."""
         batch = (step - 1) * self.batches.passes + forward
         places = map(self.order.locate, self.batches.positions(batch))
         return [self.store.name(shard, sample) for shard, sample in places]

@@ -25,7 +25,7 @@ class Evaluator(Protocol):
     """Measures a model's images against the run's reference; every method is collective."""
 
     def first_words(self) -> list[str]:
-        """What there is to know of the metrics before the first of them is seen, in lines."""
+        """Return lines to be read before the first of the metrics is seen."""
 
     def prepare(self, *, alive: Callable[[], None], warn: Callable[[str], None]) -> None:
         """Have the reference measured; `alive` is called after every batch."""
@@ -61,7 +61,7 @@ class Evaluations:
         return self._latest[1] if self._latest[0] == step else {}
 
     def first_words(self) -> list[str]:
-        """What there is to know of the metrics before the first of them is seen."""
+        """Return what there is to know of the metrics before the first of them is seen."""
         return self.evaluator.first_words() if self.evaluator else []
 
     def measure(

@@ -1,4 +1,4 @@
-"""What makes the generator's inputs of a batch: the codec its latents, the encoders its targets."""
+"""The frozen parts of a run: the codec gives a batch its latents, the encoders its targets."""
 
 from __future__ import annotations
 

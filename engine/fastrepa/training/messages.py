@@ -1,4 +1,4 @@
-"""What a run says of itself: its first line, its warnings, and how it takes its leave."""
+"""Lines that a run prints: its first, its warnings, its last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself between two log lines: rates, shares of time, peak memory.
+"""Measures of a run between two log lines: rates, shares of time, peak memory.
 
 Time is cut at marks. Whoever enters or leaves a region sets one, and the time up to the next mark
 belongs to the innermost open region, so shares add up to one and nothing is counted twice. On the
@@ -52,7 +52,7 @@ class ImageFlops:
 
 
 def image_flops(config: Config, device: torch.device, *, cached_latents: bool) -> ImageFlops:
-    """Of a run of `config`. The peak of a GPU is its datasheet's (runtime/hardware.py)."""
+    """Count an image of a run of `config`. A GPU's peak is its datasheet's."""
     channels, side = codec_shape(config.data.codec, config.data.resolution)
     plans = [plan_encoder(e, resolution=config.data.resolution) for e in config.vision.encoders]
     widths = [p.width for p in plans]
@@ -192,7 +192,7 @@ class Meter:
         return out
 
     def _utilisation(self, images_per_s: float) -> dict[str, float]:
-        """Of one device, at its share of the images."""
+        """Return the MFU of one device, at its share of the images."""
         f = self.flops
         if f is None:
             return {}

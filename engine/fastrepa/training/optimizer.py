@@ -134,7 +134,7 @@ class AdamWEMA(torch.optim.AdamW):
         return norm, (self.max_norm / (norm + 1e-6)).clamp(max=1) if self.max_norm > 0 else None
 
     def _decays(self, step: Tensor | int) -> list[Any]:
-        """Of every EMA at update number `step`; does not wait for a GPU.
+        """Return the decay of every EMA at update number `step`; does not wait for a GPU.
 
         The update counts as the first where even that one was skipped: nothing is made of it.
         """
@@ -205,7 +205,7 @@ def _norm_of(grads: Sequence[Tensor]) -> Tensor:
 
 
 def bad_norm(norm: Tensor | float) -> Tensor:
-    """Whether a gradient norm is NaN, infinite or DeepSpeed's -1 for either: a bool scalar on
+    """Tell whether a gradient norm is NaN, infinite or DeepSpeed's -1 for either: a bool scalar on
     its device.
     """
     value = torch.as_tensor(norm).reshape(())

@@ -294,7 +294,7 @@ class Run:
             raise self._diagnosis(in_row)
 
     def _diagnosis(self, in_row: int) -> TrainingError:
-        """What is not finite in the last step, which is repeated for it (collective)."""
+        """Say what is not finite in the last step, which is repeated for it (collective)."""
         step, batches = self.step, self.trainer.last_batches
         self.trainer.step -= 1  # the draws are keyed by the step that is under way
         names = SampleNames(
@@ -357,7 +357,7 @@ def _open_data(config: Config) -> DataSet:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """What the first rank finds and verifies; its warnings are lines."""
+    """Find and verify it, on the first rank; warnings are lines."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = newest_checkpoint(run)

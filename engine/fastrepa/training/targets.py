@@ -1,4 +1,4 @@
-"""What the generator is aligned to, and where its latents come from: computed online, or stored."""
+"""The alignment's targets, and the latents: computed online, or stored."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Targets:
         self._likeness: dict[str, float] = {}
 
     def prepare(self, images: Callable[[], Tensor], *, refuse: bool) -> None:
-        """What `vision.precision` and `vision.compile` ask for; to be called once.
+        """Do what `vision.precision` and `vision.compile` ask for; to be called once.
 
         images: gives some of what the encoders will see, uint8 [B,3,R,R], to measure fp8 on.
         ConfigError where that cannot run here or, with `refuse`, changes features too much.
@@ -124,7 +124,7 @@ class Targets:
 
 
 def latents_are_cached(config: DataConfig, data: DataSet, codec: Codec) -> bool:
-    """Whether a run takes its latents from the set's moments.
+    """Tell whether a run takes its latents from the set's moments.
 
     ConfigError where `data.latents: cached` asks for what is not there, and where the moments are
     another autoencoder's, which `auto` must not pass over in silence either.

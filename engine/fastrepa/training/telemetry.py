@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, metrics.jsonl, TensorBoard, wandb, environment.json."""
+"""A run's reports: progress bar, metrics.jsonl, TensorBoard, wandb, environment.json."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def git_state() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a run ran on, for environment.json."""
+    """Return what a run ran on, for environment.json."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "command": sys.argv,

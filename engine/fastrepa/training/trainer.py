@@ -172,7 +172,7 @@ class Trainer:
         return torch.arange(first, first + self.micro, device=self.world.device)
 
     def draws(self, samples: Tensor) -> Draws:
-        """What is random in these samples [B] of this step: a few launches on a GPU."""
+        """Draw what is random in these samples [B] of this step: a few launches on a GPU."""
         draw, step, o = self.random, self.step, self.config.objective
         shape = (self.codec.channels, self.codec.side, self.codec.side)
         if o.time == "uniform":

@@ -35,7 +35,7 @@ RANDOM_SEED = 0
 
 
 class Codec(Protocol):
-    """What the trainer and the sampler need of a codec.
+    """A codec as the trainer and the sampler need it.
 
     channels and side: the latent is [B, channels, side, side]; stochastic: whether `latents` uses
     its noise; scale: latents are this times the autoencoder's own.

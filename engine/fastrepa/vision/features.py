@@ -41,7 +41,7 @@ UNBUILDABLE = (AssertionError, RuntimeError, ValueError, TypeError, ArithmeticEr
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """What an encoder will be, known without its weights.
+    """An encoder's shapes, known without its weights.
 
     `input_side` in pixels; `own_grid` is the network's token grid (h, w) at that side; `width` is
     Z; `index` is timm's number of the block or stage whose output is taken; `plain`: a transformer

@@ -31,7 +31,7 @@ from fastrepa.vision.registry import REGISTRY, Recipe, find_recipe
 
 @dataclass(frozen=True)
 class PooledPlan:
-    """What a pooled encoder will be, known without its weights: side in pixels, width Z."""
+    """A pooled encoder's shapes, known without its weights: side in pixels, width Z."""
 
     recipe: Recipe
     side: int

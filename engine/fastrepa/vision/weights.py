@@ -99,7 +99,7 @@ def find_package_weights(package: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What a weights file holds, as tensors and plain containers on the CPU."""
+    """Read a weights file's tensors and plain containers, on the CPU."""
     if not path.is_file():
         raise WeightsError(
             f"{path}: no such weights file; encoder weights are hub, random, package:NAME or "

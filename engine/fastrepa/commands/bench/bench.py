@@ -63,7 +63,7 @@ GRACE = 10.0
 
 @dataclass(frozen=True)
 class Case:
-    """What one turn runs; sampler is '' for training, else as `ode-50`."""
+    """One turn's contender and setting; sampler is '' for training, else as `ode-50`."""
 
     contender: str
     precision: str
@@ -79,7 +79,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What the turns of one case gave; bytes are of the fullest moment of a step.
+    """One case's measures over its turns; bytes are of the fullest moment of a step.
 
     seconds: of each step or, where `timing` says so, the mean of each turn. problem, '' where there
     is none: why it has no time; unfinished: why it has nothing but that; stderr: all that the turn
@@ -98,7 +98,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether something broke; what does not fit into memory is a measurement."""
+        """Tell whether something broke; what does not fit into memory is a measurement."""
         return bool(self.problem) and self.problem != DOES_NOT_FIT
 
     def milliseconds(self, share: float) -> float:
@@ -193,7 +193,7 @@ def gather(turns: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def context() -> dict[str, Any]:
-    """What every record of a bench says of where and when it was made."""
+    """Return what every record of a bench says of where and when it was made."""
     return {
         **versions(),
         **{f"git_{key}": value for key, value in git_state().items()},

@@ -27,7 +27,7 @@ REFERENCE = replace(EAGER, projector_alignment=per_sample_alignment)
 
 
 class ReferenceEngine:
-    """What a Trainer calls where DeepSpeed's engine and our optimiser would be; one process."""
+    """Stands for a Trainer's DeepSpeed engine and optimiser; one process."""
 
     def __init__(self, module: nn.Module, config: Config, precision: str, forwards: int) -> None:
         self.module, self.clip, self.forwards = module, config.training.clip, forwards

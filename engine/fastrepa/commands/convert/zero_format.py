@@ -197,7 +197,7 @@ def _read_partitions(
 
 
 def _shapes(main: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Of every trained parameter."""
+    """Return the shape of every trained parameter."""
     return {n: torch.Size(s) for group in main["param_shapes"] for n, s in group.items()}
 
 
@@ -214,7 +214,7 @@ def _spans_of_stage_3(
 
 
 def _fixed(main: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What is in the module and was not trained; stage 3 has cut that too."""
+    """Return what is in the module and was not trained; stage 3 has cut that too."""
     trained = _shapes(main).keys()
     buffers = set(main["buffer_names"])
     fixed = {
@@ -228,8 +228,8 @@ def _fixed(main: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str,
 
 
 def _record(main: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is ours in it, empty in other people's. Names of averages become names of files, so they
-    must be those that their values have.
+    """Read our own record, empty in other people's. Names of averages become names of files, so
+    they must be those that their values have.
     """
     record: Mapping[str, Any] = main.get(RECORD, {})
     for kind, value in record.get("emas", {}).items():

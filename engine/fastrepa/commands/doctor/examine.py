@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, fast paths, and what would enable the others.
+"""An examination of this machine: versions, devices, fast paths, and what would enable the others.
 
 Every fast path is really tried, on a few hundred numbers. A probe runs in a process of its own,
 because what is broken may not raise but abort, hang, or need a variable set before it is imported;
@@ -160,7 +160,7 @@ def _ending(code: int) -> str:
 
 
 def _installed(module: str) -> bool:
-    """Whether the module's file is there. Its parents are not imported: they may be broken."""
+    """Tell whether the module's file is there. Its parents are not imported: they may be broken."""
     path: Sequence[str] | None = None
     parts = module.split(".")
     for i in range(len(parts)):

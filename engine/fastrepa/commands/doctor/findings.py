@@ -1,4 +1,4 @@
-"""What the doctor says: one line of its report, and how values are written there."""
+"""The doctor's findings: one line of its report, and how values are written there."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _attention_backend(torch: Any, name: str) -> Finding:
 
 
 def _probe_attention() -> list[Finding]:
-    """What attention.backend auto takes here."""
+    """Say what attention.backend auto takes here."""
     import torch
 
     from fastrepa_kernels.attention import FLASH, choose

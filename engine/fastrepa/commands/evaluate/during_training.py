@@ -1,4 +1,4 @@
-"""What `fastrepa train` hands into a run that its configuration wants evaluated."""
+"""The evaluator that `fastrepa train` hands into a run that wants to be evaluated."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from fastrepa.vision.codec import build_codec
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; `settings` are those of a run's images."""
+    """The findings of `evaluate`; `settings` are those of a run's images."""
 
     samples: str
     reference: str

@@ -305,7 +305,7 @@ class Evaluator:
         return out
 
     def _of(self, side: Side, metric: Metric) -> Any:
-        """What the metric compares, of one side."""
+        """Return what the metric compares, of one side."""
         if metric.kind == "frechet":
             return side.gaussians[metric.feature]
         return side.kept[metric.feature].to(self.world.device)  # pairs are worth a GPU's time

@@ -56,7 +56,7 @@ class Wanted:
 
 @dataclass
 class FeatureSet:
-    """Of `num` images: moments by feature name; kept features fp32 [K,D] and the images [K] they
+    """Features of `num` images: moments by name; kept features fp32 [K,D] and the images [K] they
     are of. On the first rank; on the others nothing is kept.
     """
 
@@ -165,7 +165,7 @@ class StatisticsCache:
         return self.folder / f"{extractor.name}-{name}.npz"
 
     def load(self, digest: str, extractor: Extractor, wanted: Wanted) -> FeatureSet | None:
-        """What is stored of it, where all that is wanted is there."""
+        """Return what is stored of it, where all that is wanted is there."""
         fields = self._fields(digest, extractor)
         try:
             num = int(fields["num"])
@@ -196,7 +196,7 @@ class StatisticsCache:
             np.savez(file, allow_pickle=False, **fields)
 
     def _fields(self, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
-        """What the file holds; nothing where it is missing, damaged or of another key."""
+        """Read the file; nothing where it is missing, damaged or of another key."""
         try:
             with np.load(self.path(digest, extractor), allow_pickle=False) as stored:
                 fields = {name: stored[name] for name in stored}

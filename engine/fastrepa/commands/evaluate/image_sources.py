@@ -1,4 +1,4 @@
-"""What `fastrepa evaluate` compares: images of a folder, npz, data set or run, or statistics.
+"""The sides of `fastrepa evaluate`: images of a folder, npz, data set or run, or statistics.
 
 A source has `num` images, numbered from 0; `labels` int64 [num] and `classes` (their names) where
 it knows them; `batches(numbers)` gives, for each tensor of image numbers, its images as uint8
@@ -251,7 +251,7 @@ def is_run(path: Path) -> bool:
 
 
 def open_stored(path: Path) -> Stills | AdmImages | Statistics:
-    """What lies at `path` and is no run; DataError, naming what is allowed, for anything else."""
+    """Open what lies at `path` and is no run; else a DataError that names what is allowed."""
     if path.is_file() and path.suffix == ".npz":
         return open_npz(path)
     if not path.is_dir():

@@ -75,7 +75,7 @@ class Moments:
         self.count = total
 
     def merge_ranks(self) -> None:
-        """What all ranks have seen, on all of them (collective, over the default group)."""
+        """Merge what all ranks have seen, on all of them (collective, over the default group)."""
         share = self.count * self.mean
         seen = torch.tensor([self.count], dtype=torch.float64, device=share.device)
         for part in (seen, share):
@@ -129,7 +129,7 @@ def frechet_bias(features: Tensor, mu: Tensor, sigma: Tensor) -> float:
 
 
 def _distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Of two Gaussians given as mean [D] and factor [D,r] of the covariance."""
+    """Return the distance of two Gaussians given as mean [D] and factor [D,r] of the covariance."""
     (mu1, factor1), (mu2, factor2) = a, b
     traces = factor1.square().sum() + factor2.square().sum()
     overlap = torch.linalg.svdvals(factor1.T @ factor2).sum()

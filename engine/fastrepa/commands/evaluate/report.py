@@ -52,7 +52,7 @@ def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
 
 
 def described(metric: Metric) -> str:
-    """What a metric is, in words; its name says in which space."""
+    """Describe a metric in words; its name says in which space."""
     if metric.kind == "clip_score":
         return f"{TITLES[metric.kind]}, class-named prompts"
     return NAMES.get(metric.name, TITLES[metric.kind])

@@ -38,7 +38,7 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not known before it is measured; every field is an option of `fastrepa plan`.
+    """Values not known before they are measured; every field is an option of `fastrepa plan`.
 
     Rates in bytes/s per GPU and direction, shares in (0, 1], reserve in bytes.
     """

@@ -66,7 +66,7 @@ def version(column: Column) -> str:
 
 
 def identity(column: Column) -> dict[str, Any]:
-    """What a column's rows depend on: every field but its files and what was measured of them."""
+    """Return what a column's rows depend on: all fields but its files and what was measured."""
     return column.model_dump(mode="json", exclude={"files", "min_cosine"})
 
 

@@ -1,4 +1,4 @@
-"""What makes the rows of a column: a network, or the files of REPA's own layout."""
+"""Makers of a column's rows: a network, or the files of REPA's own layout."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ PENDING_WRITES = 4  # batches that wait for the disk, at most
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What `encode_columns` left: every column asked for, and those of them that were there."""
+    """The columns that `encode_columns` left: all asked for, and those of them that were there."""
 
     columns: tuple[Column, ...]
     kept: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a preparation will do, on disk: every image in its shuffled place, and the settings.
+"""A preparation's plan, on disk: every image in its shuffled place, and the settings.
 
     plan.entries.npy   [n] of ENTRY_DTYPE, shuffled: the place is the sample's key
     plan.names         the entries' names in UTF-8, one after the other
@@ -217,7 +217,7 @@ def _start_again(folder: Path) -> str:
 
 
 def _fingerprint(folder: Path, listing: Listing) -> str:
-    """Of names, places, sizes and labels; not of where the source lies."""
+    """Hash names, places, sizes and labels; not where the source lies."""
     state = hashlib.blake2b(digest_size=16)
     bases = (listing.root.absolute(), folder.absolute())  # containers lie in the source or spool
     inside = []

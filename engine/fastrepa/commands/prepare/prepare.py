@@ -66,7 +66,7 @@ _BLOCK = 100_000  # names read at once
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did."""
+    """A preparation's outcome."""
 
     path: Path
     report: Report  # what `report.json` says

@@ -1,4 +1,4 @@
-"""What a preparation did, as `report.json` inside the set and as tables on the screen.
+"""A preparation's report: `report.json` inside the set, and tables on the screen.
 
 The file holds no times and nothing about the machine: it depends on the source and settings alone.
 """

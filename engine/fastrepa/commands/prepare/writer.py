@@ -44,7 +44,7 @@ class ShardDone(BaseModel):
     traits: dict[str, int]  # how many were animated, enlarged, original, misnamed
 
     def is_whole(self, folder: Path) -> bool:
-        """Whether the files lie there with their sizes."""
+        """Tell whether the files lie there with their sizes."""
         files = (self.record, self.record.index) if self.record else ()
         try:
             return all((folder / file.file).stat().st_size == file.bytes for file in files)

@@ -124,7 +124,7 @@ class EncoderProbe:
 
 @dataclass(frozen=True)
 class DataProbe:
-    """What `probe_data` found: encoders best first, and those that could not be had, with why.
+    """The findings of `probe_data`: encoders best first, and those that could not be had, with why.
 
     duplicates: names of pairs of images nearly identical by hash. groups: of images that are kept
     on one side of every split.

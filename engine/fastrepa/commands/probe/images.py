@@ -166,7 +166,7 @@ def _of_folder(path: Path, num: int, seed: int, resolution: int, progress: Progr
 
 
 def has_folders(path: Path) -> bool:
-    """Whether there is a visible folder in it: a class."""
+    """Tell whether there is a visible folder in it: a class."""
     return any(p.is_dir() for p in path.iterdir() if not p.name.startswith("."))
 
 

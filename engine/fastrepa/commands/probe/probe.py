@@ -35,7 +35,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found, its record, and where record and picture lie."""
+    """A probe's findings, its record, and where record and picture lie."""
 
     found: RunProbe | DataProbe
     record: dict[str, Any]

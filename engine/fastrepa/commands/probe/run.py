@@ -1,4 +1,4 @@
-"""What a run's generator knows of its images, block by block and step by step.
+"""A run's knowledge of its images, block by block and step by step.
 
 For every checkpoint: images are encoded, mixed with noise at one time t and given to the averaged
 weights under the null class (the true one would tell a probe the answer). A block's output, the
@@ -53,7 +53,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class RunProbe:
-    """What `probe_run` found.
+    """The findings of `probe_run`.
 
     cknna, cka: [E, blocks, steps] of each of E encoders. accuracy: [blocks, steps], balanced, of
     the linear probe; encoder_accuracy: [E]; chance: of guessing; all nan without two classes.

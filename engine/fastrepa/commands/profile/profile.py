@@ -207,8 +207,8 @@ def by_part(profile: Profile) -> list[Row]:
 
 
 def findings(report: Report) -> list[str]:
-    """What stands out, a sentence each: stalls, syncs, operations far above their floor, gaps, and
-    what is slower than its rival.
+    """Say what stands out, a sentence each: stalls, syncs, operations far above their floor, gaps,
+    and what is slower than its rival.
     """
     ours, ceilings = report.profiles[0], report.ceilings
     out = []
@@ -362,7 +362,7 @@ def _weights_are_here(name: str, weights: str) -> bool:
 
 
 def _on_disk(weights: str, file: str = "config.json") -> bool:
-    """Whether a local folder, or the hub's cache, holds a model."""
+    """Tell whether a local folder, or the hub's cache, holds a model."""
     if Path(weights).is_dir():
         return True
     try:

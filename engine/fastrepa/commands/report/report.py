@@ -240,7 +240,7 @@ def _cell(value: Any) -> str:
 
 
 def _config_table(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """What differs between the runs' configurations; of a single run, from the defaults."""
+    """Tabulate what differs between the runs' configurations; of one run, from the defaults."""
     names = [run.name for run in runs]
     columns = [dict(flattened(run.config)) for run in runs]
     if len(runs) == 1:

@@ -33,7 +33,7 @@ _PREVIEWED = 3  # channels of a latent that become red, green and blue
 
 @dataclass(frozen=True)
 class ShowReport:
-    """What `show` wrote, and the set's properties in words."""
+    """The files that `show` wrote, and the set's properties in words."""
 
     pictures: list[Path]
     summary: list[tuple[str, str]]

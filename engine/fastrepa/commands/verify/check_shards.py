@@ -71,7 +71,7 @@ def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]
 
 
 def _checks(quick_check: QuickCheck, findings: Findings) -> Iterator[Check]:
-    """What is to be read; counts it in `findings`."""
+    """List what is to be read; counts it in `findings`."""
     folder, manifest = quick_check.folder, quick_check.manifest
     indices = quick_check.indices
     for shard in manifest.shards:

@@ -24,7 +24,7 @@ _MODES = ("RGB", "L")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one file, or with one sample of it; `file` is relative to the set."""
+    """A problem of one file, or of one sample of it; `file` is relative to the set."""
 
     file: str
     sample: str | None
@@ -50,7 +50,7 @@ class Check(Protocol):
 
 @dataclass
 class Findings:
-    """What is known of a set: problems, notes (nothing wrong, but worth a look), what was read."""
+    """All that is known of a set: problems, notes (not wrong, but worth a look), what was read."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Findings:
 
 
 def image_problem(data: bytes, side: int, image_format: str) -> str | None:
-    """What is wrong with an encoded image that should be `side` px square; None: nothing.
+    """Say what is wrong with an encoded image that should be `side` px square; None: nothing.
 
     Pillow, not the training's decoder: DALI fails a whole batch without saying which image or why.
     `image_format` as Pillow names it, lower case.

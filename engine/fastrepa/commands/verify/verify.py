@@ -28,7 +28,7 @@ Layout = Literal["shards", "reference"]
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked in a data set, and every problem of it.
+    """All that was checked in a data set, and every problem of it.
 
     columns: rows checked of each; num_bytes: of the files that were read; notes: what is not wrong,
     but worth a look. Counts are of what was there to check; `quick` leaves them 0, files apart.

@@ -102,7 +102,7 @@ class ReferenceSet:
 
     @property
     def moments(self) -> MomentsColumn:
-        """What is known of the latents; they are fp32 here."""
+        """The latents' column; they are fp32 here."""
         channels, side, _ = self._header.shape
         return MomentsColumn(
             views=1, precision="fp32", weights="unknown", digest=None, files=(),

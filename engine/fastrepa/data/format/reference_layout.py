@@ -32,7 +32,7 @@ _SHORT = 60  # characters of a value in a message
 
 
 class Scan(NamedTuple):
-    """What lies in one folder of `images/` or `vae-sd/`, by name, in order; hidden names apart."""
+    """One folder of `images/` or `vae-sd/` as it lies there, in order; hidden names apart."""
 
     sizes: dict[str, int]  # bytes of every file of the layout, by its digits
     folders: list[str]

@@ -82,7 +82,7 @@ class SkippedRecord(_Record):
 
 
 class _Column(_Record):
-    """What every column has: its views (2 with mirrored images), and a file for every shard."""
+    """Every column's views (2 with mirrored images), and a file for every shard."""
 
     views: Annotated[int, Field(ge=1, le=2)]
     precision: Literal["fp32", "bf16"]  # what the network computed in
@@ -229,12 +229,12 @@ class ShardSet:
 
     @property
     def moments(self) -> MomentsColumn | None:
-        """What is known of the stored latents; None: the set holds none."""
+        """The stored latents' column; None: the set holds none."""
         return self.manifest.moments
 
     @property
     def features(self) -> tuple[FeaturesColumn, ...]:
-        """What is known of every encoder's stored features."""
+        """The column of every encoder's stored features."""
         return self.manifest.features
 
     def store(
@@ -335,7 +335,7 @@ class Fault(NamedTuple):
 
 
 class QuickCheck:
-    """What can be found wrong with a set without reading an image or a row.
+    """Finds what is wrong with a set without reading an image or a row.
 
     After `faults` was read to its end, `sound` has the names of the shards' and columns' files that
     are as long as recorded, `opened` (shard, column file) of the rows that can be opened, `indices`

@@ -1,1 +1,1 @@
-"""What images are read from: folders, archives, tables, the reference's layout."""
+"""Sources of images: folders, archives, tables, the reference's layout."""

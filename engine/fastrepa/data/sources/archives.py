@@ -79,7 +79,7 @@ def list_archives(
 
 
 def _kind(path: Path) -> str:
-    """What an archive is by its first bytes, whatever its name says."""
+    """Tell an archive's kind by its first bytes, whatever its name says."""
     if not path.is_file():
         raise DataError(printable(f"{path}: not a regular file"))
     try:

@@ -47,7 +47,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds. The order is the source's own, the same at every call."""
+    """A source's entries. The order is the source's own, the same at every call."""
 
     root: Path  # the source
     classes: list[str]  # the place in the list is the label

@@ -1,4 +1,4 @@
-"""What `fastrepa prepare` reads: any kind of source -> one flat listing of labelled byte ranges.
+"""Any kind of source that `fastrepa prepare` reads -> one flat listing of labelled byte ranges.
 
 A source is, told by what lies at its path:
     a folder of class folders of images

@@ -1,4 +1,4 @@
-"""What an archive holds. A member's name is only ever a name: nothing is written under it."""
+"""An archive's members. A member's name is only ever a name: nothing is written under it."""
 
 from __future__ import annotations
 

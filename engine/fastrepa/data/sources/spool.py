@@ -41,13 +41,13 @@ def byte_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], Non
 
 
 def identity(path: Path, **settings: Any) -> dict[str, Any]:
-    """What a copy depends on: its source's name, size and time of change, and settings."""
+    """Return what a copy depends on: its source's name, size and time of change, and settings."""
     status = path.stat()
     return {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, **settings}
 
 
 def finished(copy: Path, source: dict[str, Any]) -> dict[str, Any] | None:
-    """What was noted about a complete copy of this very source; None where there is none."""
+    """Return what was noted about a complete copy of this very source; None where there is none."""
     try:
         note = json.loads(copy.with_suffix(".json").read_bytes())
         if note["source"] == source and copy.stat().st_size == note["bytes"]:

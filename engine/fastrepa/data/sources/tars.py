@@ -45,7 +45,7 @@ def scan_inner_tar(
 
 
 def is_header(block: bytes) -> bool:
-    """Whether a block of 512 bytes has the checksum of a tar header."""
+    """Tell whether a block of 512 bytes has the checksum of a tar header."""
     try:
         wanted = _number(block[148:156])
     except ValueError:

@@ -28,7 +28,7 @@ class _Sample:
 
 
 def holds_labels(found: list[Members]) -> bool:
-    """Whether archives hold labels of their own, rather than class folders."""
+    """Tell whether archives hold labels of their own, rather than class folders."""
     if any(name.lower().endswith(".cls") for members in found for name in members.names):
         return True
     tried = 0

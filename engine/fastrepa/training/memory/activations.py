@@ -43,7 +43,7 @@ BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
 @dataclass(frozen=True)
 class Curve:
-    """What is live, besides the weights, between one parameter's gradient and the next.
+    """Live bytes, besides the weights, between one parameter's gradient and the next.
 
     fixed, per_image: bytes, the highest of interval i being fixed[i] + batch * per_image[i];
     done: elements of gradients that were complete before interval i. Gradients are counted while
@@ -94,7 +94,7 @@ def frozen_network(
     run: Callable[[Any, int, torch.dtype], Any],
     dtype: torch.dtype,
 ) -> Frozen:
-    """What `run(network, batch, dtype)` takes outside autograd; it makes its own input."""
+    """Measure what `run(network, batch, dtype)` takes outside autograd; it makes its own input."""
     flops, network = counted_flops(build, lambda network: run(network, 1, torch.float32))
     with FakeTensorMode(), torch.no_grad():
         _fake(network, dtype)

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps on every GPU and sends between them, per ZeRO stage.
+"""DeepSpeed's shards: what every GPU keeps and sends, per ZeRO stage.
 
 The rules are those of DeepSpeed 0.19, read in its source and measured on it (test_plan.py):
 
@@ -119,7 +119,7 @@ class Sharding:
 
     @property
     def leaves_early(self) -> bool:
-        """Whether stage 1's gradients leave during backward, as those of stage 2 always do."""
+        """Tell whether stage 1's gradients leave during backward, as those of stage 2 always do."""
         return self.stage == 1 and self.overlaps and not self._sums_whole
 
     def persistent(self, p: Parameters) -> int:
@@ -187,7 +187,7 @@ def host(s: Sharding, p: Parameters, *, saves: bool = True) -> dict[str, float]:
 
 
 def host_sums(s: Sharding, p: Parameters) -> float:
-    """Of those, bytes that are there from backward to update alone: stages 1 and 2 add up whole
+    """Bytes of those that are there from backward to update alone: stages 1 and 2 add up whole
     gradients where there are several micro-batches.
     """
     whole = s.offload != "none" and s.stage in (1, 2) and s.forwards > 1
@@ -295,7 +295,7 @@ class Message:
 
 
 def messages(s: Sharding, p: Parameters, recomputed: int = 0) -> list[Message]:
-    """What one step sends; norms and flags of a few bytes are left out.
+    """List what one step sends; norms and flags of a few bytes are left out.
 
     recomputed: elements of the weights that stage 3 lets go once more between a block's second
     forward and its backward (`twice_let_go`).

@@ -1,4 +1,4 @@
-"""What one image of a configuration costs: parameters, FLOPs, memory, bytes read. Nothing is built
+"""The cost of one image of a configuration: parameters, FLOPs, memory, bytes read. Nothing is built
 that has values, and no weights are read or downloaded.
 """
 
@@ -72,7 +72,7 @@ class Workload:
         return _curve(self.config, t, self.side, self.channels, self.encoder_widths)
 
     def recomputed_flops(self, recompute: int) -> float:
-        """Of one image. The second forward ends once it has what backward wants: with kernels
+        """Count one image's. The second forward ends once it has what backward wants: with kernels
         "eager" before a block's last product, which is a part of the fused operation.
         """
         m = self.config.model

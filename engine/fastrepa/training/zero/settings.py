@@ -59,7 +59,7 @@ def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, An
 
 
 def block_elements(config: Config) -> int:
-    """Of the weights of one block, biases left out."""
+    """Count the weights of one block, biases left out."""
     return 18 * config.model.width**2
 
 
@@ -133,7 +133,7 @@ def _sums_in_fp32(config: Config, forwards: int) -> bool:
 
 
 def steps_itself(config: Config, forwards: int) -> bool:
-    """Whether the optimiser's phase is step.py's, with norm and clipping in AdamWEMA."""
+    """Tell whether the optimiser's phase is step.py's, with norm and clipping in AdamWEMA."""
     z = config.zero
     if z.stage == 1 and _sums_in_fp32(config, forwards):
         return False
