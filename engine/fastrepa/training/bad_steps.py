@@ -40,7 +40,7 @@ class BadSteps:
         self._loss = self._loss | ~loss.detach().isfinite()
 
     def agree(self) -> Tensor:
-        """Tell whether any rank's loss of this step is not finite: bool, on the device; collective."""
+        """Tell if any rank's loss of this step is not finite: bool, on the device (collective)."""
         flag = self._loss.float()
         if self.world.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
