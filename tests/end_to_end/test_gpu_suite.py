@@ -185,6 +185,28 @@ def test_commit_without_git(tmp_path):
         read(tmp_path)
 
 
+def test_commit_that_travelled_with_the_wheels(tmp_path, monkeypatch):
+    """It counts where git has another tree's commit, and only for the code it was written for."""
+    for folder in provenance.CODE:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "engine/a.py").write_text("1")
+    (tmp_path / ".git").mkdir()
+    said = {"rev-parse": "old", "status": " M engine/a.py"}
+    monkeypatch.setattr(provenance, "_git", lambda root, command, *_: said[command])
+    read = provenance.provenance.__wrapped__
+    code = read(tmp_path)["code"]
+    assert read(tmp_path) == {"git": "old", "dirty": True, "code": code}
+    written = tmp_path / provenance.COMMIT
+    written.parent.mkdir()
+    written.write_text(json.dumps({"git": "abc", "dirty": False, "code": code}))
+    assert read(tmp_path) == {"git": "abc", "dirty": False, "code": code}
+    said["status"] = ""
+    assert read(tmp_path) == {"git": "old", "dirty": False, "code": code}
+    said["status"] = " M engine/a.py"
+    (tmp_path / "engine/a.py").write_text("2")
+    assert read(tmp_path)["git"] == "old" and read(tmp_path)["dirty"]
+
+
 def test_parts_of_dali_are_joined_checked_and_installed(tmp_path, monkeypatch):
     installed = []
     monkeypatch.setattr(wheels, "PARTS", tmp_path / "dali.json")
