@@ -45,9 +45,7 @@ def test_stage_3_leaves_torch_as_it_was(world):
     """DeepSpeed replaces F.linear in the whole process and for good, unless told otherwise."""
     before = functional.linear
     overrides = ["run=nowhere", *SMALL, "zero.stage=3", "kernels=eager", "training.recompute=1"]
-    trainer = Trainer(
-        load_config(ROOT / "configs/quickstart.yaml", overrides), world, random_weights=True
-    )
+    trainer = Trainer(load_config(ROOT / "configs/quickstart.yaml", overrides), world)
     seen = []
     trainer.engine.module.final_layer.register_forward_hook(
         lambda *_: seen.append(functional.linear)

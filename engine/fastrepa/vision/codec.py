@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastrepa.config import CodecConfig, Config
 from fastrepa.errors import ConfigError, WeightsError
-from fastrepa.vision.digest import digest
+from fastrepa.vision.weights import digest
 
 SD_VAE_SCALE = 0.18215
 SD_VAE_DOWN = 8

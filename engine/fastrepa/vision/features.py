@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.vision import weights as weights_of
-from fastrepa.vision.digest import digest
 from fastrepa.vision.preprocess import Preprocess
 from fastrepa.vision.quantise import dequantise
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
 from fastrepa.vision.replays import Replays
+from fastrepa.vision.weights import digest
 
 RANDOM_SEED = 0
 # What timm's networks raise, each in its own way, for an input side they cannot take.

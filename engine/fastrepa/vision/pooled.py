@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.vision import weights as weights_of
-from fastrepa.vision.digest import digest
 from fastrepa.vision.features import UNBUILDABLE, blueprint, load_network
 from fastrepa.vision.registry import REGISTRY, Recipe, find_recipe
+from fastrepa.vision.weights import digest
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ Position tables of another grid are resampled by timm's filter: bicubic, antiali
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import pickle
 import re
@@ -209,3 +210,13 @@ def _timm_filter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict
 def one_line(error: BaseException) -> str:
     """The gist of a library's error, for the end of our own one-line message."""
     return shorten(" ".join(str(error).split()) or type(error).__name__, 160, placeholder=" ...")
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor: the encoder's identity."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+    return sha.hexdigest()

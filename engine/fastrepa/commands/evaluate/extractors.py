@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, WeightsError
-from fastrepa.vision.digest import digest
 from fastrepa.vision.pooled import PooledEncoder
-from fastrepa.vision.weights import one_line, read_checkpoint
+from fastrepa.vision.weights import digest, one_line, read_checkpoint
 
 SPATIAL_CHANNELS = 7  # of sFID: what ADM takes of mixed_6/conv
 SPATIAL_SIDE = 17
