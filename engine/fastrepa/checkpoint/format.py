@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fastrepa.checkpoint.averages import choose_ema, resumed_emas, stored_emas
 from fastrepa.checkpoint.kinds import WEIGHT, Whole
-from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_config
-from fastrepa.errors import CheckpointError, ConfigError
+from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
+from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.runtime.files import sha256_of
@@ -140,12 +140,11 @@ def load_ema_model(
     average than the first.
     """
     run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: not a run folder (no config.yaml)")
+    config = load_run_config(run)
     path = newest_checkpoint(run)
     if path is None:
         raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
-    config, state = load_config(run / "config.yaml"), read_state(path)
+    state = read_state(path)
     model = SiT.from_config(
         config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
     )

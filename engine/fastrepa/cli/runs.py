@@ -101,6 +101,9 @@ def sample(
 
     What was stopped goes on by the same command; --num may grow.
     """
+    from fastrepa.config import load_run_config
+
+    load_run_config(run)  # what is no run is refused before torch is imported, which takes seconds
     from fastrepa.generation.generate import sample_run
 
     done = sample_run(

@@ -1,6 +1,11 @@
 """One typed, validated configuration. Every section is frozen and forbids unknown keys."""
 
-from fastrepa.config.loading import config_from_dict, load_config, save_config
+from fastrepa.config.loading import (
+    config_from_dict,
+    load_config,
+    load_run_config,
+    save_config,
+)
 from fastrepa.config.sections import (
     MAX_EMAS,
     PATCHES,
@@ -30,5 +35,5 @@ __all__ = [
     "Config", "DataConfig", "EmaConfig", "EncoderConfig", "EvaluationConfig", "KeepBestConfig",
     "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "SampleConfig", "ScheduleConfig",
     "SurvivalConfig", "TrainingConfig", "VisionConfig", "ZeroConfig", "config_from_dict",
-    "load_config", "save_config",
+    "load_config", "load_run_config", "save_config",
 ]  # fmt: skip

@@ -63,6 +63,16 @@ def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") 
         raise ConfigError(f"{source}: " + "; ".join(_messages(e))) from None
 
 
+def load_run_config(run: Path) -> Config:
+    """Load the configuration that a run was last trained with.
+
+    Raises ConfigError where the folder is no run's.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: not a run folder (no config.yaml)")
+    return load_config(run / "config.yaml")
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back to the same object."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -29,7 +29,7 @@ from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
 from fastrepa.commands.convert.posthoc import posthoc_ema
 from fastrepa.commands.convert.zero_format import read_zero, write_zero
-from fastrepa.config import Config, load_config, save_config
+from fastrepa.config import Config, load_config, load_run_config, save_config
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
@@ -75,7 +75,7 @@ def export_run(
         raise ConfigError(f"{out}: a {to} file is called *{' or *'.join(suffixes)}")
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another file")
-    config = _config_of(run)
+    config = load_run_config(run)
     path = newest_checkpoint(run)
     if path is None:
         raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
@@ -132,7 +132,7 @@ def import_reference(
     if checkpoints(run):
         raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
     if config is None:
-        resolved = _config_of(run)
+        resolved = load_run_config(run)
     elif (run / "config.yaml").exists():
         raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
     else:
@@ -185,12 +185,6 @@ def import_reference(
     except OSError as e:
         raise CheckpointError(f"{final}: cannot be written ({e})") from None
     return state
-
-
-def _config_of(run: Path) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: not a run folder (no config.yaml)")
-    return load_config(run / "config.yaml")
 
 
 def _empty_model(config: Config, state: RunState) -> SiT:
