@@ -6,6 +6,7 @@ Fixtures import the engine when they are asked for: the tests of the kernels do 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+# A shell that starts the tests in the background has SIGINT ignored, and so would what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEVERAL_RANKS = (
     "tests/training/", "tests/checkpoint/", "tests/commands/convert/", "tests/runtime/",
