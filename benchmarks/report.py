@@ -170,7 +170,7 @@ def training_steps(records: list[Record]) -> str:
 KERNELS = {
     "products (cuBLAS)": ("nvjet", "cublas"),
     "attention (cuDNN)": ("cudnn",),
-    "norms, ours": ("_norm_", "_sums_kernel"),
+    "norms and sums over rows, ours": ("_norm_", "_sums_kernel"),
     "GELU and SiLU, ours": ("_activation",),
     "attention's gradients in one, ours": ("_stack",),
     "AdamW and averages, ours": ("_adamw",),

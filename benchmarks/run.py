@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **provenance(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "driver": _driver() if on_gpu else None,
+        "driver": "".join(nvidia_smi("driver_version")) if on_gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -69,13 +69,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def nvidia_smi(*queries: str) -> list[str]:
+    """What nvidia-smi answers for the first GPU, a text per query; nothing where it is not here."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        return ""
-    return done.stdout.split("\n")[0].strip()
+        return []
+    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
+    return values if done.returncode == 0 and len(values) == len(queries) else []
 
 
 def _problem(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:

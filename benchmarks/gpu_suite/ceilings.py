@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import Item, Record, Size
-from benchmarks.run import DTYPES, milliseconds, spread
+from benchmarks.run import DTYPES, milliseconds, nvidia_smi, spread
 from fastrepa_kernels.cost import Ceilings, matmul_cost, measure_ceilings, median_seconds
 
 E4M3_MOST = torch.finfo(torch.float8_e4m3fn).max
@@ -84,15 +83,10 @@ def _sustained(size: Size, turns: int = 6) -> Iterator[Record]:
 
 
 def _clocks() -> Record:
-    """The SM clock in MHz, power in W and the driver's reasons for the clock, a bit mask."""
-    query = "clocks.sm,power.draw.instant,clocks_event_reasons.active"
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    said = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
-    if done.returncode or len(said) != 3:
-        return {"clocks": done.stdout + done.stderr}
+    """SM clock in MHz, power in W and the driver's reasons for it, a bit mask; or nothing."""
+    said = nvidia_smi("clocks.sm", "power.draw.instant", "clocks_event_reasons.active")
+    if not said:
+        return {}
     return {"sm_mhz": float(said[0]), "watts": float(said[1]), "clock_reasons": said[2]}
 
 
