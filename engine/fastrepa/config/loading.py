@@ -125,8 +125,9 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
         decode = data.get("decode", "auto")
         tree["data"] = {**data, "decode": "cpu" if decode == "auto" else decode}
     alignment, model = tree.get("alignment", {}), tree.get("model")
-    if not isinstance(model, Mapping):  # which is refused, and the block with it
-        return {**tree, "alignment": {"block": 1}}
+    unaligned = isinstance(alignment, Mapping) and alignment.get("block") is None
+    if not isinstance(model, Mapping):  # which is refused, whatever the block
+        return {**tree, "alignment": {**alignment, "block": 1} if unaligned else alignment}
     model = dict(model)
     tree["model"] = model
     name, block = model.get("name"), None
@@ -157,7 +158,7 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4"
         )
-    if isinstance(alignment, Mapping) and alignment.get("block") is None:
+    if unaligned:
         depth = model["depth"]  # which is refused where it is no number
         block = block or (max(1, depth // 3) if is_int(depth) else 1)
         tree["alignment"] = {**alignment, "block": block}

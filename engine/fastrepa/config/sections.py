@@ -68,7 +68,7 @@ class _Section(BaseModel):
 
 
 class CodecConfig(_Section):
-    """How an image becomes what the generator sees: pixels in [-1, 1] or autoencoder latents."""
+    """Makes of an image what the generator sees: pixels in [-1, 1] or autoencoder latents."""
 
     name: Literal["pixel", "sd-vae"] = "sd-vae"
     weights: str = Field("stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder")
