@@ -15,7 +15,6 @@ Shapes: N images, C channels, h and w latent side, H and W image side.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -44,7 +43,7 @@ from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, join_world, leave_world
+from fastrepa.runtime.world import World, join_or_alone, leave_world
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
@@ -266,12 +265,7 @@ def sample_run(
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     KeyedRandom(seed)  # an impossible seed is an error before anything is loaded
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone:
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = World(0, 1, 0, device)
-    else:
-        world = join_world()
+    world = join_or_alone(device)
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = with_settings(config, settings)
@@ -279,17 +273,14 @@ def sample_run(
     num = config.sample.num
     batch_size = min(batch_size, num)
     chosen = choose_classes(classes, info.classes, config.model.num_classes)
+    drawn = [info.classes[c] if info.classes else c for c in chosen] if classes else "all"
     record = {
-        "run": str(run),
-        "checkpoint_step": info.step,
+        "run": str(run), "checkpoint_step": info.step,
         "checkpoint": checkpoint.fingerprint(run, info.step),
         "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
-        "seed": seed,
-        "batch_size": batch_size,
-        **config.sample.model_dump(),
-        "classes": [info.classes[c] if info.classes else c for c in chosen] if classes else "all",
+        "seed": seed, "batch_size": batch_size, **config.sample.model_dump(), "classes": drawn,
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
-    }
+    }  # fmt: skip
     found: list[int] = []  # by the first process, whose bar and words are shown
     _agree(world, lambda: found.append(claim_folder(folder, record)))
     there = sum(found)
@@ -307,24 +298,23 @@ def sample_run(
             progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
         )  # fmt: skip
         _write_images(draw, labels, missing, folder)
-    packed: list[Path] = []
-
-    def gather() -> None:
-        """By the first process, once every image is there."""
-        shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
-        columns = len(chosen) if 1 < len(chosen) <= 16 and num >= 2 * len(chosen) else None
-        save_grid(torch.stack(shown), folder / "grid.png", columns)
-        if npz:
-            packed.append(write_adm_npz(folder, num))
-
+    packed: list[Path | None] = []  # by the first process
     _agree(world, lambda: None)  # every process has written its images
-    _agree(world, gather)
+    _agree(world, lambda: packed.append(_gather(folder, num, len(chosen), npz)))
     seconds = time.perf_counter() - started
-    if not alone:
+    if world.size > 1:
         leave_world()
-    grid = folder / "grid.png"
     npz_path = packed[0] if packed else None
+    grid = folder / "grid.png"
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
+
+
+def _gather(folder: Path, num: int, classes: int, npz: bool) -> Path | None:
+    """Draw the grid of a complete folder; with `npz` pack its images too, and return where."""
+    shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
+    columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
+    save_grid(torch.stack(shown), folder / "grid.png", columns)
+    return write_adm_npz(folder, num) if npz else None
 
 
 def _write_images(

@@ -69,6 +69,16 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
     return World(rank, size, local_rank, device)
 
 
+def join_or_alone(device: torch.device | None = None) -> World:
+    """Join torchrun's ranks where there are several; a process alone has no process group.
+
+    device: of a process alone; by default the GPU where there is one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return join_world()
+    return World(0, 1, 0, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _take_over_slurm(env: MutableMapping[str, str]) -> None:
     """Say what srun says by torchrun's names. A batch script itself is not a task of a step."""
     tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
 from fastrepa.commands.evaluate.evaluator import (
@@ -30,7 +28,7 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, join_world, leave_world, of_first_rank
+from fastrepa.runtime.world import World, join_or_alone, leave_world, of_first_rank
 from fastrepa.vision.codec import build_codec
 
 
@@ -77,7 +75,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     chosen, needed = choose_metrics(metrics, encoders)
-    world = _joined_world()
+    world = join_or_alone()
     notes: list[str] = []
     record: dict[str, Any] = {}
 
@@ -130,13 +128,6 @@ def evaluate(
         time.perf_counter() - started,
         world.is_first,
     )
-
-
-def _joined_world() -> World:
-    """This process among torchrun's, or alone, without a process group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return join_world()
-    return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: Side) -> str:
