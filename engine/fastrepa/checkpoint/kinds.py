@@ -31,7 +31,7 @@ class Whole(Protocol):
     """
 
     optimizer_step: int
-    """How many updates the optimiser has really taken."""
+    """Updates that the optimiser has really taken."""
 
     @property
     def params(self) -> Mapping[str, Any]:

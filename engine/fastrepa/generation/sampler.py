@@ -44,7 +44,7 @@ def sampling_times(sampler: str, steps: int) -> list[float]:
 
 
 def model_evaluations(sampler: str, steps: int) -> int:
-    """How often `sample` calls the network; a guided call counts once (on twice the batch)."""
+    """Count `sample`'s calls of the network; a guided one counts once (on twice the batch)."""
     return 2 * steps - 1 if sampler == "heun" else steps
 
 

@@ -219,7 +219,7 @@ class FinalLayer(nn.Module):
 
 
 def recomputed_blocks(depth: int, every: int) -> int:
-    """How many of a SiT's blocks run again in backward: 1, 1 + every, ..., the last one never."""
+    """Count a SiT's blocks that run again in backward: 1, 1 + every, ..., the last one never."""
     return len(range(0, depth - 1, every)) if every else 0
 
 

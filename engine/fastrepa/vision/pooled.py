@@ -40,7 +40,7 @@ class PooledPlan:
 
 
 def space_name(encoder: str) -> str:
-    """How results name an encoder's space: "efficientnet_lite0", "dinov2_vitb14", "resnet50".
+    """Name an encoder's space, as results do: "efficientnet_lite0", "dinov2_vitb14", "resnet50".
 
     timm's ports lose their "tf_" and their tag; a row of the registry is family, size and patch.
     """

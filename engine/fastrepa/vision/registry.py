@@ -42,7 +42,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one encoder is built and fed.
+    """Says how one encoder is built and fed.
 
     `mean` and `std` are in units of the [0, 1] image. `side` names the rule of `default_side`, and
     `order` says when the resize happens. `norm`:

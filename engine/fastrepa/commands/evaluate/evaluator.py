@@ -1,4 +1,4 @@
-"""How good generated images are, in the field's numbers: which there are, and two sets compared.
+"""The field's numbers for generated images: which there are, and two sets compared.
 
     fid, sfid, kid, precision, recall, inception_score      torch-fidelity's Inception
     fd_SPACE, kd_SPACE, precision_SPACE, recall_SPACE       any encoder (vision/pooled.py)

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart, from their features: pure functions in float64.
+"""Distances of two sets of images, from their features: pure functions in float64.
 
 Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), precision and recall
 (Kynkaanniemi et al. 2019), Inception Score (Salimans et al. 2016) and CLIP score (Hessel et al.
@@ -111,7 +111,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
 
 def frechet_bias(features: Tensor, mu: Tensor, sigma: Tensor) -> float:
-    """How much too great the distance of features [N,D] to a Gaussian comes out, about; N >= 4.
+    """Estimate by how much the distance of features [N,D] to a Gaussian is too great; N >= 4.
 
     With N images it is the true one plus c / N + O(1 / N^2) (Chong and Forsyth 2020), so half of
     them add what all of them add once more: the halves' mean distance less that of the whole.

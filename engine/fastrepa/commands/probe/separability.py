@@ -1,4 +1,4 @@
-"""How well a representation tells classes apart: a linear probe in closed form, and neighbours.
+"""Classes told apart by a representation: a linear probe in closed form, and neighbours.
 
 Pure functions of numpy arrays, computed in float64. N images, D feature width, C classes, labels
 0 .. C-1. Accuracies are balanced: the mean over classes of the share that is right, so that a large
@@ -68,7 +68,7 @@ def knn_probe(
 def cross_validated(
     probe: Classifier, x: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, repeats: int = 1
 ) -> np.ndarray:
-    """How often each row of x [N,D] is told right by a probe of other groups' rows: [N], 0..1.
+    """Return how often a probe of other groups' rows tells each row of x [N,D] right: [N], 0..1.
 
     FOLDS folds, dealt anew in each of the repeats; rows of one group are never on both sides.
     """

@@ -1,4 +1,4 @@
-"""How alike two representations of the same images are, and what one is like by itself.
+"""Likeness of two representations of the same images, and what one is like by itself.
 
 Pure functions of numpy arrays, computed in float64. N images (or samples), T patch tokens of an
 image on an h x w grid, row-major, D and Z feature widths.

@@ -148,7 +148,7 @@ def _labels_of_folders(
 
 
 def _shared_folders(found: list[tuple[Members, list[int]]]) -> int:
-    """How many leading folders all images share, leaving each a class folder."""
+    """Count the leading folders that all images share, leaving each a class folder."""
     shared: list[str] | None = None
     depth, previous = 1 << 30, ""
     for members, chosen in found:

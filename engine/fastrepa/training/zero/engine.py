@@ -264,7 +264,7 @@ class WholeTensors:
 
     @property
     def optimizer_step(self) -> int:
-        """How many updates the optimiser has really taken."""
+        """Updates that the optimiser has really taken."""
         return int(next(self._steps()).item())
 
     @optimizer_step.setter
