@@ -235,10 +235,10 @@ def _values_of(w0, w1, w2, w3, DRAW: tl.constexpr, FLOAT64: tl.constexpr):
 
 
 # Words are u32 whatever their value: without the annotation a step of 1, of a multiple of 16 and
-# of more than 31 bits would each compile the kernel again.
-@triton.jit(do_not_specialize=["key0", "key1", "stream", "step"])
+# of more than 31 bits would each compile the kernel again. `stream` is a word of the launcher's.
+@triton.jit(do_not_specialize=["key0", "key1", "stream_id", "step"])
 def _keyed_random_kernel(
-    samples_ptr, step_ptr, out_ptr, key0: tl.uint32, key1: tl.uint32, stream: tl.uint32,
+    samples_ptr, step_ptr, out_ptr, key0: tl.uint32, key1: tl.uint32, stream_id: tl.uint32,
     step: tl.uint32, count, num_pid_n, stride_samples,
     DRAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +254,7 @@ def _keyed_random_kernel(
         offs_block.to(tl.uint32),
         zeros + sample.to(tl.uint32),
         zeros + step.to(tl.uint32),
-        zeros + ((sample >> 32).to(tl.uint32) | (stream.to(tl.uint32) << 24)),
+        zeros + ((sample >> 32).to(tl.uint32) | (stream_id.to(tl.uint32) << 24)),
         key0.to(tl.uint32),
         key1.to(tl.uint32),
     )
@@ -287,7 +287,7 @@ def _keyed_random(
         num_pid_n = triton.cdiv(count, flat.block * _EACH[draw])
         _keyed_random_kernel[(samples.shape[0] * num_pid_n,)](
             samples_ptr=samples, step_ptr=step_at, out_ptr=out, key0=key[0], key1=key[1],
-            stream=stream, step=step, count=count, num_pid_n=num_pid_n,
+            stream_id=stream, step=step, count=count, num_pid_n=num_pid_n,
             stride_samples=samples.stride(0), DRAW=draw, EACH=_EACH[draw], BLOCK=flat.block,
             num_warps=flat.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -352,7 +352,7 @@ def keyed_random_cost(n: int, itemsize: int) -> Cost:
 
 
 def _aot_cases() -> list[AotCase]:
-    words = dict.fromkeys(("key0", "key1", "stream", "step"), "u32")
+    words = dict.fromkeys(("key0", "key1", "stream_id", "step"), "u32")
     cases = []
     for generation in launch.GENERATIONS:
         flat = launch.FLAT["keyed_random"][generation]

@@ -87,6 +87,18 @@ def test_the_checks_can_fail():
     assert list(aot._faults(case, good, ""))
 
 
+def test_every_kernel_launches_as_far_as_the_device():
+    """By Triton's own launcher, which takes other keywords than the interpreter's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
+    program = Path(__file__).parents[1] / "programs" / "bound_launches.py"
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(json.loads(done.stdout)) == {case.kernel.__name__ for case in aot.all_cases()}
+
+
 def test_reading_of_ptx_and_ttir():
     assert aot.wide_loads("ld.global.v4.b32 {a};\nld.global.L1::evict_last.v2.b32 {b};") == 1
     assert aot.wide_loads("ld.global.v2.b64 {a};\nld.global.v8.b32 {b};\nld.global.b16 x;") == 2
