@@ -52,7 +52,8 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
         )  # fmt: skip
         profile = found.pop("profile", None)
         if profile is not None:
-            text = json.dumps({"name": turn.name, "batch": batch, **profile}, indent=1)
+            of = {"name": turn.name, "batch": batch, "device": bench.context()["device"]}
+            text = json.dumps(of | profile, indent=1)
             (out / records.PROFILE).write_text(text)
         (result,) = bench.gather([vars(case) | found])
         record = {"name": turn.name, **bench.record(result), "run": result.line}

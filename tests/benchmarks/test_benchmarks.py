@@ -130,6 +130,28 @@ def test_records_make_a_report(tmp_path):
     assert run.table(records).count("tiny") == 6
 
 
+def test_contenders_of_the_kit_share_a_table(tmp_path):
+    """Whatever their first lines say; a failure is forgotten once the contender has run."""
+    of = {
+        "case": "training_step", "device": "a device", "precision": "bf16", "ranks": 1,
+        "sampler": "", "torch": "2", "git": "abc", "name": "SiT", "stage": "rivals",
+    }  # fmt: skip
+    time = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), 500.0) | {"batch": 256}
+    lines = [
+        of | {"contender": "ours", "run": "", "problem": "fell", "batch": 192, "utc": "1"},
+        of | time | {"contender": "ours", "run": "kernels fused", "utc": "2"},
+        of | time | {"contender": "eager", "run": "kernels eager", "utc": "2"},
+        of | {"contender": "reference", "run": "", "problem": "fell", "batch": 256, "utc": "1"},
+    ]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    table = report.training_steps(report.load(tmp_path))
+    assert table.count("### training step, bf16, batch of 256") == table.count("###") == 1
+    assert "| ours | 500 | 500 .. 500 | 512 |" in table
+    assert "| eager | 500 | 500 .. 500 | 512 | 1.00x |" in table
+    assert table.count("fell") == 1
+    assert "| reference | fell |" in table
+
+
 def test_a_gpu_has_a_line_for_each_operation_and_a_table_of_its_step():
     """Only where ours, torch.compile and eager are all there, both directions in one."""
     context = {"driver": "1", "device": "a device", "shape": "s", "dtype": "bf16"}
