@@ -219,7 +219,7 @@ def test_without_encoders_it_is_plain_sit():
 def test_bfloat16_weights_keep_a_float32_residual():
     model, e = seeded(SMALL).bfloat16(), example(SMALL)
     seen = []
-    model.blocks[3].register_forward_hook(lambda m, a, out: seen.append(out[1].dtype))
+    model.blocks[3].register_forward_hook(lambda m, a, out: seen.append(out[1].x.dtype))
     velocity, alignment = model.eval()(e["z"], e["t"], e["labels"], e["targets"])
     assert (velocity.dtype, alignment.dtype, seen) == (
         torch.float32,

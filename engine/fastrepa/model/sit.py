@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ class TimestepEmbedder(nn.Module):
         dtype = torch.promote_types(weights, torch.float32)
         half = FREQUENCIES // 2
         exponent = torch.arange(half, dtype=dtype, device=t.device) / half
-        angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)  # [B,128]
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(weights))
 
 
@@ -94,24 +95,32 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-# A branch [B,T,D] and its gate [B,D], not yet added to the residual.
-Pending = tuple[Tensor, Tensor]
+class Stream(NamedTuple):
+    """The residual stream x + gate * branch, whose sum the next norm makes in its own pass.
+
+    x: [B,T,D], float32 or wider; branch: [B,T,D] and gate: [B,D], None where the sum is made.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    @property
+    def residual(self) -> tuple[Tensor, Tensor] | None:
+        """What is still to be added, as the operations take it."""
+        if self.branch is None or self.gate is None:
+            return None
+        return self.branch, self.gate
 
 
-def _next_linear(
-    operations: Operations,
-    x: Tensor,
-    pending: Pending | None,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+def _norm_modulate_linear(
+    operations: Operations, h: Stream, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Add what is pending, then norm, modulate and multiply: (x, the Linear's output)."""
-    given = (x, shift, scale, weight, bias)
-    if pending is None:
-        return x, operations.adaln_linear(*given)
-    return operations.adaln_linear(*given, residual=pending)
+    """Return (the stream's sum [B,T,D], the Linear of its modulated norm [B,T,O])."""
+    given = (h.x, shift, scale, weight, bias)
+    if h.residual is None:
+        return h.x, operations.adaln_linear(*given)
+    return operations.adaln_linear(*given, residual=h.residual)
 
 
 class Attention(nn.Module):
@@ -131,11 +140,9 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending | None
-    ) -> tuple[Tensor, Tensor]:
-        """(x with the pending branch added, attention over its modulated norm)."""
-        b, t, d = x.shape
+    def forward(self, h: Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the stream's sum, attention over its modulated norm), both [B,T,D]."""
+        b, t, d = h.x.shape
         q_norm, k_norm = (
             (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
             for norm in (self.q_norm, self.k_norm)
@@ -144,12 +151,14 @@ class Attention(nn.Module):
         plain = q_norm is None and k_norm is None
         summed = plain and self.operations is FUSED and self.backend in PACKED
         bias = self.qkv.bias.detach() if summed else self.qkv.bias
-        x, qkv = _next_linear(self.operations, x, pending, shift, scale, self.qkv.weight, bias)
+        x, qkv = _norm_modulate_linear(
+            self.operations, h, shift, scale, self.qkv.weight, bias
+        )  # [B,T,D], [B,T,3D]
         out = attention(
             qkv.view(b, t, 3, self.heads, d // self.heads), q_norm=q_norm, k_norm=k_norm,
             backend=self.backend, bias=self.qkv.bias if summed else None,
-        )  # fmt: skip
-        return x, self.proj(out.reshape(b, t, d))  # from [B,T,H,d]
+        )  # [B,T,H,d]  # fmt: skip
+        return x, self.proj(out.reshape(b, t, d))
 
 
 class Mlp(nn.Module):
@@ -161,21 +170,19 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, pending: Pending
-    ) -> tuple[Tensor, Tensor]:
-        """(x with the pending branch added, the MLP of its modulated norm)."""
+    def forward(self, h: Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the stream's sum, the MLP of its modulated norm), both [B,T,D]."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.operations.adaln_mlp(
-            x, shift, scale, weights, residual=pending, keep_h=self.keep_h
+            h.x, shift, scale, weights, residual=h.residual, keep_h=self.keep_h
         )
 
 
 class SiTBlock(nn.Module):
-    """adaLN-Zero block (Peebles & Xie 2023): x [B,T,D] residual, c [B,D] condition.
+    """adaLN-Zero block (Peebles & Xie 2023) of a stream x [B,T,D], under a condition c [B,D]:
 
-    The gated MLP branch is handed on unadded, so that its addition and the next block's norm are
-    one pass over the residual.
+    x = x + gate1 * attention(modulate(norm(x), shift1, scale1))
+    x = x + gate2 * mlp(modulate(norm(x), shift2, scale2))
     """
 
     def __init__(
@@ -192,14 +199,14 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(width, operations, keep_h)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(
-        self, x: Tensor, c: Tensor, pending: Pending | None
-    ) -> tuple[Tensor, Tensor, Pending]:
-        """(x with the pending branch added, x after attention, this block's pending branch)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        before, branch = self.attn(x, shift1, scale1, pending)
-        x, out = self.mlp(before, shift2, scale2, (branch, gate1))
-        return before, x, (out, gate2)
+    def forward(self, h: Stream, c: Tensor) -> tuple[Tensor, Stream]:
+        """Return (the sum of the stream that came in [B,T,D], the stream that goes out)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.adaLN_modulation(c).chunk(6, dim=1)
+        )  # [B,D] each  # fmt: skip
+        x, attended = self.attn(h, shift1, scale1)  # [B,T,D] each
+        y, out = self.mlp(Stream(x, attended, gate1), shift2, scale2)  # y = x + gate1 attended
+        return x, Stream(y, out, gate2)
 
 
 class FinalLayer(nn.Module):
@@ -211,11 +218,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
-        """(x with the pending branch added, patches)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        linear = self.linear
-        return _next_linear(self.operations, x, pending, shift, scale, linear.weight, linear.bias)
+    def forward(self, h: Stream, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the stream's sum [B,T,D], patches [B,T,p*p*C])."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # [B,D] each
+        return _norm_modulate_linear(
+            self.operations, h, shift, scale, self.linear.weight, self.linear.bias
+        )
 
 
 def recomputed_blocks(depth: int, every: int) -> int:
@@ -362,33 +370,30 @@ class SiT(nn.Module):
             raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}")
         if label_drop is None and self.training and self.label_dropout > 0:
             label_drop = torch.rand(labels.shape, device=labels.device) < self.label_dropout
-        h = self.x_embedder(x)
-        h = h.to(torch.promote_types(h.dtype, torch.float32)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(labels, label_drop)
-        pending = None
+        tokens = self.x_embedder(x)  # [B,T,D]
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        h = Stream(tokens.to(wide) + self.pos_embed)
+        c = self.t_embedder(t) + self.y_embedder(labels, label_drop)  # [B,D]
         for done, block in enumerate(self.blocks):
-            # What a block gave is complete once the next one has added its pending branch.
             if self.is_recomputed(done):
                 # The blocks draw nothing at random: no generator's state need be kept.
-                before, h, pending = checkpoint(
-                    block, h, c, pending, use_reentrant=False, preserve_rng_state=False
-                )
+                before, h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
             else:
-                before, h, pending = block(h, c, pending)
-            if done == self.alignment_block:
+                before, h = block(h, c)
+            if done == self.alignment_block:  # the output of block `done`, counted from 1
                 hidden = before
-        before, patches = self.final_layer(h, c, pending)
+        last, patches = self.final_layer(h, c)  # [B,T,D], [B,T,p*p*C]
         if len(self.blocks) == self.alignment_block:
-            hidden = before
-        velocity = self.unpatchify(patches.to(h.dtype))
+            hidden = last
+        velocity = self.unpatchify(patches.to(wide))  # [B,C,S,S]
         if self.prediction == "data":
-            velocity = velocity_from_data(self.path, x.to(h.dtype), velocity, t.to(h.dtype))
+            velocity = velocity_from_data(self.path, x.to(wide), velocity, t.to(wide))
         if targets is None:
             return velocity
         return velocity, alignment_loss(hidden, self.projectors, targets, self.operations)
 
     def is_recomputed(self, done: int) -> bool:
-        """Tell whether that block is. The last one never: backward begins with it."""
+        """Tell if block `done` (from 0) runs again in backward; the last never does."""
         last = done == len(self.blocks) - 1
         return (
             self.recompute > 0
