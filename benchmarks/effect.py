@@ -93,7 +93,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
-class Curve:
+class MetricCurve:
     """A measure of one run: where it was taken, in steps and in seconds of training."""
 
     steps: list[int]
@@ -248,7 +248,7 @@ def _loss(model: SiT, x_t: Tensor, t: Tensor, labels: Tensor, velocity: Tensor) 
     return total / len(x_t)
 
 
-def curves_of(run: Path) -> dict[str, Curve]:
+def curves_of(run: Path) -> dict[str, MetricCurve]:
     """What a finished run has come to, by measure; its losses are kept in RUN/held_out.json."""
     seconds, distances, before = {0: 0.0}, {}, 0
     for line in _lines(run):
@@ -264,7 +264,7 @@ def curves_of(run: Path) -> dict[str, Curve]:
         losses = held_out_losses(run)
         kept.write_text(json.dumps(losses))
     return {
-        name: Curve(list(found), [seconds[step] for step in found], list(found.values()))
+        name: MetricCurve(list(found), [seconds[step] for step in found], list(found.values()))
         for name, found in ((LOSS, losses), (DISTANCE, distances))
     }
 
@@ -286,7 +286,7 @@ def reached(at: Sequence[float], values: Sequence[float], level: float) -> float
     return None
 
 
-def speed_up(plain: Curve, arm: Curve, unit: str) -> float | None:
+def speed_up(plain: MetricCurve, arm: MetricCurve, unit: str) -> float | None:
     """What the plain run needs, in "steps" or "seconds", over what the arm needs, to the best level
     that both reach.
     """
@@ -304,7 +304,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def records_of(
-    curves: dict[str, list[dict[str, Curve]]], fixed: dict[str, Any]
+    curves: dict[str, list[dict[str, MetricCurve]]], fixed: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One record for each arm and measure; curves: of each arm, in the seeds' order.
 
@@ -343,7 +343,7 @@ def records_of(
     return records
 
 
-def _at(curve: Curve, seconds: float) -> float:
+def _at(curve: MetricCurve, seconds: float) -> float:
     """The measure at a time within the run, on straight lines."""
     return float(np.interp(seconds, curve.seconds, curve.values))
 

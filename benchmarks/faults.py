@@ -60,7 +60,7 @@ RUN = [
 ]  # fmt: skip
 
 
-class Ranks:
+class RankProcesses:
     """A run's processes, without a launcher above them; what they print goes to FOLDER/out.txt."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Ranks:
                 for rank in range(size)
             ]  # fmt: skip
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> RankProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -179,7 +179,7 @@ def kills(
     ]  # fmt: skip
     began = time.monotonic()
     whole, killed = folder / "whole", folder / "killed"
-    with Ranks(whole, [*arguments, f"run={whole / 'run'}"], size=size) as ranks:
+    with RankProcesses(whole, [*arguments, f"run={whole / 'run'}"], size=size) as ranks:
         until(lambda: steps_of(whole / "run") or not ranks.running(), "a first step")
         start = time.monotonic() - began
         if any(ranks.wait(300)):
@@ -190,7 +190,7 @@ def kills(
         moment = MOMENTS[number % len(MOMENTS)]
         left, saved = _partials(run), newest(run)
         seen = set(left)
-        with Ranks(killed, arguments, size=size) as ranks:
+        with RankProcesses(killed, arguments, size=size) as ranks:
             if moment == "any":
                 time.sleep(draw.uniform(0.0, 1.1 * start))
             elif moment == "save":
@@ -214,7 +214,7 @@ def kills(
         if life["resumed"] is not None and life["resumed"] != saved:
             raise RuntimeError(f"went on from {life['resumed']}, not from {saved}")
         lives.append(life)
-    with Ranks(killed, arguments, size=size) as ranks:
+    with RankProcesses(killed, arguments, size=size) as ranks:
         if any(ranks.wait(300)):
             raise RuntimeError(ranks.said())
         final = _resumed(ranks)
@@ -243,7 +243,7 @@ def kills(
 
 
 def _kill(
-    ranks: Ranks, run: Path, left: set[tuple[str, int]], draw: random.Random, *, both: bool
+    ranks: RankProcesses, run: Path, left: set[tuple[str, int]], draw: random.Random, *, both: bool
 ) -> dict[str, Any]:
     """SIGKILL one rank or both; a survivor has to end by itself."""
     if not ranks.running():
@@ -268,7 +268,7 @@ def _kill(
     }
 
 
-def _resumed(ranks: Ranks) -> int | None:
+def _resumed(ranks: RankProcesses) -> int | None:
     """The step from which these processes went on, None where they did not come to say so."""
     said = re.findall(r"continuing .* from step (\d+)", ranks.said()[ranks.before :])
     return int(said[-1]) if said else None
@@ -283,7 +283,7 @@ def planted(folder: Path, fault: str, arguments: list[str]) -> dict[str, Any]:
     """
     run = folder / "run"
     arguments = [*arguments, f"run={run}", f"survival.timeout_seconds={TIMEOUT}"]
-    with Ranks(folder, arguments, fault=fault) as ranks:
+    with RankProcesses(folder, arguments, fault=fault) as ranks:
         other = ranks.processes[1 - int(fault.split()[1])]
         code = other.wait(120)
         ended = time.time()
@@ -292,7 +292,7 @@ def planted(folder: Path, fault: str, arguments: list[str]) -> dict[str, Any]:
     logged = steps_of(run)[-1:] or [0]
     saved = newest(run)
     seconds = ended - path.stat().st_mtime if path.exists() else None
-    with Ranks(folder, [*arguments, "training.steps=7"]) as ranks:
+    with RankProcesses(folder, [*arguments, "training.steps=7"]) as ranks:
         codes = ranks.wait(120)
         resumed = _resumed(ranks)
     return {
@@ -355,7 +355,7 @@ def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, 
         run = disk.path / "run"
         arguments += [f"run={place / 'run'}"]
         more = [*arguments, "training.steps=100000"]
-        with Ranks(folder / "full", more, size=1, wrap=disk.enter) as ranks:
+        with RankProcesses(folder / "full", more, size=1, wrap=disk.enter) as ranks:
             until(lambda: newest(run) > 0 or not ranks.running(), "a checkpoint")
             disk.fill()
             full = time.monotonic()
@@ -377,7 +377,7 @@ def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, 
         file.write_bytes(data)
         before = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*"))[-2]
         more = [*arguments, f"training.steps={before + 1}"]
-        with Ranks(folder / "flipped", more, size=1, wrap=disk.enter) as ranks:
+        with RankProcesses(folder / "flipped", more, size=1, wrap=disk.enter) as ranks:
             (code_again,) = ranks.wait(120)
             resumed, said_again = _resumed(ranks), ranks.said()
     warnings = r"^warning: .*(?:cannot be written|is damaged).*$"

@@ -33,7 +33,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from benchmarks.cases import CASES, OperationCase, OperationInputs, Provider, Shape
 from benchmarks.provenance import provenance
 from fastrepa.commands.bench.peak_memory import highest
 from fastrepa_kernels.attention import BACKENDS
@@ -80,29 +80,31 @@ def nvidia_smi(*queries: str) -> list[str]:
     return values if done.returncode == 0 and len(values) == len(queries) else []
 
 
-def _problem(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+def _inputs(
+    case: OperationCase, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> OperationInputs:
     torch.manual_seed(SEED)
-    problem = case.build(shape, dtype, device)
+    inputs = case.build(shape, dtype, device)
     if case.backward:
-        for leaf in problem.leaves:
+        for leaf in inputs.leaves:
             leaf.requires_grad_()
-    return problem
+    return inputs
 
 
-def _once(provider: Provider, problem: Problem) -> list[Tensor]:
+def _once(provider: Provider, inputs: OperationInputs) -> list[Tensor]:
     """Outputs and gradients."""
-    outputs = provider(problem.leaves, problem.fixed)
-    if not problem.upstream:
+    outputs = provider(inputs.leaves, inputs.fixed)
+    if not inputs.upstream:
         return [t.detach() for t in outputs]
-    upstream = [g.to(y.dtype) for g, y in zip(problem.upstream, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, problem.leaves, upstream)
+    upstream = [g.to(y.dtype) for g, y in zip(inputs.upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, inputs.leaves, upstream)
     return [t.detach() for t in (*outputs, *grads)]
 
 
-def _wide(problem: Problem) -> Problem:
-    leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in problem.leaves]
-    return Problem(
-        leaves, [t.double() for t in problem.fixed], [g.double() for g in problem.upstream]
+def _wide(inputs: OperationInputs) -> OperationInputs:
+    leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs.leaves]
+    return OperationInputs(
+        leaves, [t.double() for t in inputs.fixed], [g.double() for g in inputs.upstream]
     )
 
 
@@ -114,7 +116,7 @@ def _errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def gate(
-    case: Case,
+    case: OperationCase,
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
@@ -123,16 +125,16 @@ def gate(
     """The largest error of eager and of `names` at this shape, and what is wrong with those that
     are: the output or gradient, counted from 0, its error and what was allowed.
     """
-    wide = _wide(_problem(case, shape, dtype, device))
+    wide = _wide(_inputs(case, shape, dtype, device))
     exact = _once(case.providers["eager"], wide)
-    eager_values = _once(case.providers["eager"], _problem(case, shape, dtype, device))
+    eager_values = _once(case.providers["eager"], _inputs(case, shape, dtype, device))
     eager = _errors(eager_values, exact)
     del wide, eager_values
     errors, wrong = {"eager": max(eager)}, {}
     for name, provider in case.providers.items():
         if name == "eager" or name not in names or case.refusal(name, shape, dtype, device):
             continue
-        values = _once(provider, _problem(case, shape, dtype, device))
+        values = _once(provider, _inputs(case, shape, dtype, device))
         mine = _errors(values, exact)
         errors[name] = max(mine)
         # A scalar may be right to many digits by luck: there a unit of the operands' dtype counts.
@@ -150,9 +152,9 @@ def gate(
     return errors, wrong
 
 
-def saved_bytes(provider: Provider, problem: Problem) -> int:
+def saved_bytes(provider: Provider, inputs: OperationInputs) -> int:
     """Bytes of the distinct storages that autograd keeps for backward, inputs left out."""
-    given = {t.untyped_storage().data_ptr() for t in (*problem.leaves, *problem.fixed)}
+    given = {t.untyped_storage().data_ptr() for t in (*inputs.leaves, *inputs.fixed)}
     seen: dict[int, int] = {}
     kept = []
 
@@ -164,27 +166,27 @@ def saved_bytes(provider: Provider, problem: Problem) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        provider(problem.leaves, problem.fixed)
+        provider(inputs.leaves, inputs.fixed)
     return sum(seen.values())
 
 
-def peak_bytes(provider: Provider, problem: Problem, device: torch.device) -> int:
+def peak_bytes(provider: Provider, inputs: OperationInputs, device: torch.device) -> int:
     """Most bytes alive above the inputs during forward and backward."""
-    return highest(lambda: _once(provider, problem), device)
+    return highest(lambda: _once(provider, inputs), device)
 
 
-def _copies(problem: Problem, device: torch.device) -> list[Problem]:
+def _copies(inputs: OperationInputs, device: torch.device) -> list[OperationInputs]:
     """Enough input sets that none is still in L2 when its turn comes again (CUDA only)."""
     if device.type == "cpu":
-        return [problem]
-    size = sum(t.nbytes for t in (*problem.leaves, *problem.fixed, *problem.upstream))
+        return [inputs]
+    size = sum(t.nbytes for t in (*inputs.leaves, *inputs.fixed, *inputs.upstream))
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     count = min(max(math.ceil(2 * l2 / size), 1), 8)
-    copies = [problem]
+    copies = [inputs]
     for _ in range(count - 1):
-        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in problem.leaves]
-        fixed = [t.clone() for t in problem.fixed]
-        copies.append(Problem(leaves, fixed, [g.clone() for g in problem.upstream]))
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs.leaves]
+        fixed = [t.clone() for t in inputs.fixed]
+        copies.append(OperationInputs(leaves, fixed, [g.clone() for g in inputs.upstream]))
     return copies
 
 
@@ -251,7 +253,7 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int)
     return [clock.milliseconds(i, i + 1) for i in range(repeats)]
 
 
-def _halves(provider: Provider, given: Problem) -> list[Callable[[], object]]:
+def _halves(provider: Provider, given: OperationInputs) -> list[Callable[[], object]]:
     """The forward pass, and where there is one the backward pass of what it left."""
     outputs: list[Tensor] = []
 
@@ -268,10 +270,14 @@ def _halves(provider: Provider, given: Problem) -> list[Callable[[], object]]:
 
 
 def times(
-    case: Case, names: list[str], problem: Problem, device: torch.device, repeats: int
+    case: OperationCase,
+    names: list[str],
+    inputs: OperationInputs,
+    device: torch.device,
+    repeats: int,
 ) -> dict[str, dict[str, list[float]]]:
     """provider -> direction -> milliseconds, the providers taking turns."""
-    copies = _copies(problem, device)
+    copies = _copies(inputs, device)
     works = {
         name: [
             replayed(halves, device) if case.row_kernels else halves
@@ -311,7 +317,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(
-    case: Case,
+    case: OperationCase,
     shape: Shape,
     dtype_name: str,
     device: torch.device,
@@ -329,15 +335,15 @@ def measure(
     for name, why in wrong.items():
         print(f"{case.name} {shape}: {name} is WRONG ({why}); not timed")
     names = [n for n, why in refused.items() if not why and n not in wrong]
-    problem = _problem(case, shape, dtype, device)
-    timed = times(case, names, problem, device, repeats)  # first, so that compile has compiled
+    inputs = _inputs(case, shape, dtype, device)
+    timed = times(case, names, inputs, device, repeats)  # first, so that compile has compiled
     costs = case.cost(shape, torch.finfo(dtype).bits // 8)
     if "forward" in costs and "backward" in costs:
         costs["both"] = costs["forward"] + costs["backward"]
     records = []
     for name in names:
-        peak = peak_bytes(case.providers[name], problem, device)
-        saved = saved_bytes(case.providers[name], problem) if case.backward else 0
+        peak = peak_bytes(case.providers[name], inputs, device)
+        saved = saved_bytes(case.providers[name], inputs) if case.backward else 0
         for direction, values in timed[name].items():
             record: dict[str, Any] = {
                 "case": case.name, "provider": name, "direction": direction, "shape": str(shape),

@@ -32,7 +32,7 @@ DO_NOT_LAUNCH = (
 )  # fmt: skip
 
 
-class Size(NamedTuple):
+class SweepSize(NamedTuple):
     """Of the tensors that operations are tried on; flat: elements of the optimiser's."""
 
     device: str = "cuda"
@@ -49,7 +49,7 @@ class Size(NamedTuple):
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
 
-LARGE = Size()
+LARGE = SweepSize()
 
 
 class Sweep(NamedTuple):
@@ -62,7 +62,7 @@ class Sweep(NamedTuple):
     work: Work
 
 
-def _norm(size: Size, width: int, backward: bool) -> Work:
+def _norm(size: SweepSize, width: int, backward: bool) -> Work:
     """The gated norm around an fp32 stream; backward makes y again, as a training step does."""
     x = size.randn(size.images, size.tokens, width, dtype=torch.float32)
     branch = size.randn(size.images, size.tokens, width)
@@ -75,13 +75,13 @@ def _norm(size: Size, width: int, backward: bool) -> Work:
     return lambda: adaln._norm_gradients(dy, dx_new, *given, mean, rstd, True, size.dtype)
 
 
-def _residual(size: Size) -> Work:
+def _residual(size: SweepSize) -> Work:
     dx = size.randn(size.images, size.tokens, 1152, dtype=torch.float32)
     branch, gate = size.randn(size.images, size.tokens, 1152), size.randn(size.images, 1152)
     return lambda: adaln._gated_residual_backward(dx, branch, gate, True)
 
 
-def _cosine(size: Size, width: int) -> Work:
+def _cosine(size: SweepSize, width: int) -> Work:
     """The whole alignment with a narrow projector: what changes with the row is the cosine."""
     rows, p = size.rows // 4, 64
     shapes = ((p, p), (p,), (p, p), (p,), (width, p), (width,))
@@ -90,7 +90,7 @@ def _cosine(size: Size, width: int) -> Work:
     return lambda: projector_alignment(x, weights, target, chunk_rows=rows)
 
 
-def _activation(size: Size, backward: bool) -> Work:
+def _activation(size: SweepSize, backward: bool) -> Work:
     a = size.randn(size.rows, 4608)
     out = torch.empty_like(a)
     if not backward:
@@ -99,23 +99,23 @@ def _activation(size: Size, backward: bool) -> Work:
     return lambda: activate_backward(dh, a, out, gelu=True, sums=True)
 
 
-def _stack(size: Size) -> Work:
+def _stack(size: SweepSize) -> Work:
     grads = [size.randn(size.images, size.tokens, 16, 72) for _ in range(3)]
     return lambda: _stacked(grads, True)
 
 
-def _sums(size: Size) -> Work:
+def _sums(size: SweepSize) -> Work:
     t = size.randn(size.rows, 1152)
     return lambda: column_sums(t)
 
 
-def _optimiser(size: Size) -> Work:
+def _optimiser(size: SweepSize) -> Work:
     p, m, v, e = (size.randn(size.flat, dtype=torch.float32).abs_() for _ in range(4))
     g = size.randn(size.flat)
     return lambda: adamw_ema.adamw_ema_(p, g, m, v, e, step=10, lr=1e-4)
 
 
-def _alignment_forward(size: Size) -> Work:
+def _alignment_forward(size: SweepSize) -> Work:
     shapes = ((2048, 1152), (2048,), (2048, 2048), (2048,), (768, 2048), (768,))
     rows, weights = size.rows // 4, [size.randn(*s) for s in shapes]
     x, target = size.randn(rows, 1152), size.randn(rows, 768)
@@ -163,7 +163,9 @@ def row_candidates(family: str, width: int) -> list[launch.Rows]:
     return found
 
 
-def sweeps(generation: int, families: Sequence[str] = (), size: Size = LARGE) -> Iterator[Sweep]:
+def sweeps(
+    generation: int, families: Sequence[str] = (), size: SweepSize = LARGE
+) -> Iterator[Sweep]:
     """Every row of every table of `generation`; with `families`, where the label starts with one.
 
     An operation's tensors are made when its turn comes.

@@ -15,7 +15,7 @@ from benchmarks import gpu_suite
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import DALI, STAGES, Stage
 from benchmarks.gpu_suite.summary import table
-from benchmarks.gpu_suite.supervise import Child, Run, run_stage, start_compilers
+from benchmarks.gpu_suite.supervise import Child, SuiteRun, run_stage, start_compilers
 
 FEWEST = 5.0
 """Seconds for which no stage is started."""
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         options().error(str(error))
     signal.signal(signal.SIGTERM, _stop)
-    run = Run(
+    run = SuiteRun(
         out=given.out.resolve(), size="toy" if given.rehearse else "full",
         ends=started + 60 * given.minutes, cache=given.cache.resolve(),
         again=frozenset(given.again),
@@ -97,7 +97,7 @@ def end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _write_table(run: Run) -> str:
+def _write_table(run: SuiteRun) -> str:
     text = table(records.load(run.out))
     (run.out / records.TABLE).write_text(text + "\n")
     return text

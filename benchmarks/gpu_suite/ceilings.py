@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_suite import records
-from benchmarks.gpu_suite.plan import Item, Record, Size
+from benchmarks.gpu_suite.plan import Item, Record, SuiteSize
 from benchmarks.run import DTYPES, milliseconds, nvidia_smi, spread
 from fastrepa_kernels.cost import Ceilings, matmul_cost, measure_ceilings, median_seconds
 
@@ -25,7 +25,7 @@ SUSTAINED = 3.0
 """Seconds: power is averaged over about one."""
 
 
-def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+def items(stage: str, size: SuiteSize, out: Path) -> Iterator[Item]:
     device = torch.device(size.device)
     yield Item("device", partial(_device, device))
     yield Item("ceilings", partial(_ceilings, device, DTYPES[size.dtype]))
@@ -60,7 +60,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> Iterator[Record]:
     yield asdict(measure_ceilings(device, dtype))
 
 
-def _sustained(size: Size, turns: int = 6) -> Iterator[Record]:
+def _sustained(size: SuiteSize, turns: int = 6) -> Iterator[Record]:
     """fc1's forward product again and again: what power allows, where a short trial allows more."""
     device = torch.device(size.device)
     into, outof = (part * size.width for part in LAYERS["fc1"])
@@ -90,7 +90,7 @@ def _clocks() -> Record:
     return {"sm_mhz": float(said[0]), "watts": float(said[1]), "clock_reasons": said[2]}
 
 
-def _products(recipe: str, layer: str, size: Size) -> Iterator[Record]:
+def _products(recipe: str, layer: str, size: SuiteSize) -> Iterator[Record]:
     """The three products of one Linear in one recipe. FP8 operands are made beforehand: what
     quantising costs is bytes over bandwidth, beside this.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data_sets
-from benchmarks.gpu_suite.plan import B2, ONLINE, TINY, Item, Record, Size
+from benchmarks.gpu_suite.plan import B2, ONLINE, TINY, Item, Record, SuiteSize
 from benchmarks.provenance import ROOT
 from benchmarks.run import quantile
 from fastrepa.config import Config, DataConfig, load_config
@@ -24,7 +24,7 @@ MOST_OFF = 2
 """Of 255: by how much two JPEG decoders may differ (tests/data/test_pipeline.py)."""
 
 
-def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+def items(stage: str, size: SuiteSize, out: Path) -> Iterator[Item]:
     yield Item("pixels", partial(_pixels, size), limit=90, estimate=30)
     for decode in size.decode:
         yield Item(f"decoding, {decode}", partial(_rate, size, decode))
@@ -38,7 +38,7 @@ def _set(images: int) -> ShardSet:
     return data_sets.add_columns(data_sets.image_set(folder, images, 4))
 
 
-def _pipeline(size: Size, decode: str, batch: int, *, moments: bool = False) -> DataPipeline:
+def _pipeline(size: SuiteSize, decode: str, batch: int, *, moments: bool = False) -> DataPipeline:
     data = _set(size.images)
     config = DataConfig.model_validate(
         {"path": str(data.path), "resolution": data.resolution, "decode": decode}
@@ -49,7 +49,7 @@ def _pipeline(size: Size, decode: str, batch: int, *, moments: bool = False) -> 
     )  # fmt: skip
 
 
-def _pixels(size: Size) -> Iterator[Record]:
+def _pixels(size: SuiteSize) -> Iterator[Record]:
     """The largest and the mean difference of pixels between the first batches of the decoders."""
     images = {}
     for decode in size.decode:
@@ -66,7 +66,7 @@ def _pixels(size: Size) -> Iterator[Record]:
         yield record | ({} if off.max() <= MOST_OFF else {"problem": wrong})
 
 
-def _rate(size: Size, decode: str) -> Iterator[Record]:
+def _rate(size: SuiteSize, decode: str) -> Iterator[Record]:
     """Images a second, warm: each batch's time from the one before."""
     batch = size.images // 2
     with _pipeline(size, decode, batch) as pipeline:
@@ -84,7 +84,7 @@ def _rate(size: Size, decode: str) -> Iterator[Record]:
     }  # fmt: skip
 
 
-def _step(size: Size) -> Iterator[Record]:
+def _step(size: SuiteSize) -> Iterator[Record]:
     """A step whose images DALI decodes for the encoder, against the same step fed with noise."""
     from fastrepa.profiling.random_batches import RandomBatches
     from fastrepa.runtime.world import join_world, leave_world
@@ -105,7 +105,7 @@ def _step(size: Size) -> Iterator[Record]:
     }  # fmt: skip
 
 
-def _steps(trainer, batches: Iterator[Batch], size: Size) -> float:
+def _steps(trainer, batches: Iterator[Batch], size: SuiteSize) -> float:
     for _ in range(size.warmup):
         trainer.train_step(batches)
     _wait(size)
@@ -116,7 +116,7 @@ def _steps(trainer, batches: Iterator[Batch], size: Size) -> float:
     return (time.perf_counter() - began) / size.steps
 
 
-def _config(size: Size) -> Config:
+def _config(size: SuiteSize) -> Config:
     if size.device == "cuda":
         return load_config(ROOT / B2, (*ONLINE, "training.global_batch=128"))
     larger = (
@@ -131,6 +131,6 @@ def _image(batch: Batch) -> torch.Tensor:
     return batch.image_u8
 
 
-def _wait(size: Size) -> None:
+def _wait(size: SuiteSize) -> None:
     if size.device == "cuda":
         torch.cuda.synchronize()

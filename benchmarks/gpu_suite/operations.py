@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import tune
-from benchmarks.cases import CASES, Case, Shape
+from benchmarks.cases import CASES, OperationCase, Shape
 from benchmarks.gpu_suite.ceilings import ceilings
-from benchmarks.gpu_suite.plan import Item, Record, Size
+from benchmarks.gpu_suite.plan import Item, Record, SuiteSize
 from benchmarks.run import DTYPES, PROVIDERS, gate, measure, milliseconds, spread
 from fastrepa_kernels import launch
 
 
-def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+def items(stage: str, size: SuiteSize, out: Path) -> Iterator[Item]:
     device, dtype = torch.device(size.device), DTYPES[size.dtype]
     if stage == "correct":
         for batch in size.batches:
@@ -39,7 +39,7 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
 
 
 def _correct(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device
+    case: OperationCase, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Record]:
     """Ours against float64, held to eager's error in the same dtype (tests/kernels/accuracy.py)."""
     errors, wrong = gate(case, shape, dtype, device, ["ours"])
@@ -51,14 +51,14 @@ def _correct(
 
 
 def _measured(
-    case: Case, shape: Shape, size: Size, out: Path, names: tuple[str, ...]
+    case: OperationCase, shape: Shape, size: SuiteSize, out: Path, names: tuple[str, ...]
 ) -> Iterator[Record]:
     device = torch.device(size.device)
     top = ceilings(out, device, DTYPES[size.dtype])
     yield from measure(case, shape, size.dtype, device, top, list(names), size.repeats)
 
 
-def _swept(family: str, size: Size) -> Iterator[Record]:
+def _swept(family: str, size: SuiteSize) -> Iterator[Record]:
     """Every candidate for the rows of launch tables that `family` begins, by the operation."""
     device = torch.device(size.device)
     for sweep in sweeps(family, size):
@@ -74,9 +74,9 @@ def _swept(family: str, size: Size) -> Iterator[Record]:
             yield record
 
 
-def sweeps(family: str, size: Size) -> Iterator[tune.Sweep]:
+def sweeps(family: str, size: SuiteSize) -> Iterator[tune.Sweep]:
     """The sweeps of `family`. Raises ValueError where no row of a launch table begins so."""
-    of = tune.LARGE if size.device == "cuda" else tune.Size("cpu", 1, size.tokens, 1024)
+    of = tune.LARGE if size.device == "cuda" else tune.SweepSize("cpu", 1, size.tokens, 1024)
     found = False
     for sweep in tune.sweeps(launch.generation(torch.device(size.device)), [family], of):
         found = True

@@ -69,7 +69,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Size:
+class SuiteSize:
     """What is measured with. model, tokens, batches: of operations; rows, width, recipes: of
     products.
     """
@@ -119,7 +119,7 @@ def _b(contender: str, estimate: float) -> Turn:
 _ALONE = "peak_memory or ceilings"
 """Tests that measure the device."""
 
-FULL = Size(
+FULL = SuiteSize(
     name="full", device="cuda", dtype="bf16", model="SiT-XL/2", tokens=256, batches=(8, 256),
     rows=65536, width=1152,
     recipes=("bf16", "fp8 tensorwise", "fp8 rowwise"),
@@ -160,7 +160,7 @@ def _tiny(contender: str, *more: str, limit: float = 240, profile: bool = False)
     return Turn(name, config, (*TINY, *more), contender, (4, 2), 1, profile, limit)
 
 
-TOY = Size(
+TOY = SuiteSize(
     name="toy", device="cpu", dtype="fp32", model="SiT-S/2", tokens=16, batches=(1, 2), rows=16,
     width=16, recipes=("bf16", "fp8 tensorwise"), families=("activation",), compilers=1,
     rivals=("ours", "eager"), repeats=2, warmup=1, steps=2,

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.gpu_suite import records
-from benchmarks.gpu_suite.plan import Item, Record, Size, Turn
+from benchmarks.gpu_suite.plan import Item, Record, SuiteSize, Turn
 from benchmarks.provenance import ROOT
 
 with suppress(ImportError):  # now, while another stage runs; where it fails, each turn says so
@@ -28,7 +28,7 @@ EAGER_PER_IMAGE = 0.55e9
 """Estimated bytes that backward needs of an image, to begin with a batch that may fit."""
 
 
-def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+def items(stage: str, size: SuiteSize, out: Path) -> Iterator[Item]:
     for turn in size.turns[stage]:
         limit = turn.limit or max(SHARE * turn.estimate, 60)
         run = partial(_turn, turn, size, limit, out)
@@ -36,7 +36,7 @@ def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
         yield Item(turn.key, run, limit=limit + 30, estimate=turn.estimate)
 
 
-def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
+def _turn(turn: Turn, size: SuiteSize, limit: float, out: Path) -> Iterator[Record]:
     """The record of the first batch that fits, after those that do not."""
     from fastrepa.commands.bench import bench
     from fastrepa.config import load_config
@@ -45,7 +45,7 @@ def _turn(turn: Turn, size: Size, limit: float, out: Path) -> Iterator[Record]:
     config = load_config(ROOT / turn.config, turn.overrides)
     batches = _batches(turn, out)
     for batch in batches:
-        case = bench.Case(turn.contender, size.dtype, batch)
+        case = bench.BenchCase(turn.contender, size.dtype, batch)
         found = bench.run_turn(
             config, case, steps=size.steps, warmup=size.warmup, memory=True,
             profile=turn.profile, timeout=max(ends - time.monotonic(), 1),

@@ -34,7 +34,7 @@ POISONED = 3
 
 
 @dataclass
-class Run:
+class SuiteRun:
     """What the stages of one call share."""
 
     out: Path
@@ -66,7 +66,7 @@ class Run:
 class Child:
     """A stage's process, and what its messages told."""
 
-    def __init__(self, stage: Stage, run: Run) -> None:
+    def __init__(self, stage: Stage, run: SuiteRun) -> None:
         self.stage, self.run = stage, run
         self.due: list[str] | None = None
         self.left: list[str] = []
@@ -149,7 +149,7 @@ class Child:
         os.close(self.messages)
 
 
-def run_stage(child: Child, run: Run) -> Record:
+def run_stage(child: Child, run: SuiteRun) -> Record:
     """Let a stage's waiting process run, and others after it for what it left when it died, to the
     end or the budget's; record that and return the record.
     """
@@ -178,7 +178,7 @@ def run_stage(child: Child, run: Run) -> Record:
     return _record(run, stage, due=due or [], left=child.left, took=took)
 
 
-def start_compilers(run: Run) -> list[subprocess.Popen[bytes]]:
+def start_compilers(run: SuiteRun) -> list[subprocess.Popen[bytes]]:
     """Start the processes that compile what the rows will launch (precompile.py)."""
     count = SIZES[run.size].compilers
     command = [sys.executable, "-m", "benchmarks.gpu_suite.precompile", run.size]
@@ -192,7 +192,7 @@ def start_compilers(run: Run) -> list[subprocess.Popen[bytes]]:
         ]  # fmt: skip
 
 
-def _record(run: Run, stage: Stage, **values: Any) -> Record:
+def _record(run: SuiteRun, stage: Stage, **values: Any) -> Record:
     record = {"stage": stage.name, **values, **run.context, "utc": records.now()}
     records.append(run.out, [record])
     return record

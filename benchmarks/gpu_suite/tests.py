@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_suite.plan import Item, Record, Size
+from benchmarks.gpu_suite.plan import Item, Record, SuiteSize
 
 LIMIT, TO_END = 140.0, 30.0
 """Seconds of an item, and those of them that are for ending: its report is written last."""
@@ -33,7 +33,7 @@ class InTime:
             (processes or self.session).shouldstop = "its time is over"
 
 
-def items(stage: str, size: Size, out: Path) -> Iterator[Item]:
+def items(stage: str, size: SuiteSize, out: Path) -> Iterator[Item]:
     for key, arguments in size.tests:
         yield Item(key, partial(_tests, arguments, out / f"{key}.xml"), limit=LIMIT, estimate=25)
 

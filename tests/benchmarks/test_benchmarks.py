@@ -19,10 +19,10 @@ def tiny(providers, backward=True):
 
     def build(shape, dtype, device):
         x = torch.randn(shape.rows, 8, device=device).to(dtype)
-        return cases.Problem([x], [], [torch.ones_like(x)] if backward else [])
+        return cases.OperationInputs([x], [], [torch.ones_like(x)] if backward else [])
 
     costs = {"forward": Cost(64, 512), "backward": Cost(64, 512)}
-    return cases.Case("tiny", build, providers, lambda shape, size: costs, backward)
+    return cases.OperationCase("tiny", build, providers, lambda shape, size: costs, backward)
 
 
 def double(leaves, fixed):
@@ -88,10 +88,10 @@ def test_memory_is_counted_exactly_on_the_cpu():
         return (b.neg(),)
 
     x = torch.randn(256, 1024)
-    assert run.peak_bytes(two_at_a_time, cases.Problem([x], [], []), CPU) == 2 * x.nbytes
+    assert run.peak_bytes(two_at_a_time, cases.OperationInputs([x], [], []), CPU) == 2 * x.nbytes
     x.requires_grad_()
     # exp saves its result, sin its input: the same tensor, counted once.
-    assert run.saved_bytes(two_at_a_time, cases.Problem([x], [], [])) == x.nbytes
+    assert run.saved_bytes(two_at_a_time, cases.OperationInputs([x], [], [])) == x.nbytes
 
 
 @pytest.mark.parametrize("name", sorted(cases.CASES))
@@ -193,7 +193,7 @@ def test_a_sweep_tries_what_the_tables_hold(family):
 
 
 def test_a_sweep_runs_an_operation_with_each_candidate():
-    size = tune.Size("cpu", 1, 3, 64, torch.float16)  # what the interpreter knows
+    size = tune.SweepSize("cpu", 1, 3, 64, torch.float16)  # what the interpreter knows
     families = ("norm_forward 384", "norm_backward 384", "columns residual", "columns sums")
     seen = []
     with launch.backend("triton"):

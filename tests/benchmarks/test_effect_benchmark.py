@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from benchmarks import effect, report
-from benchmarks.effect import Curve, mean_and_interval, reached, records_of, speed_up
+from benchmarks.effect import MetricCurve, mean_and_interval, reached, records_of, speed_up
 
 TINY = [
     "model.width=48", "model.depth=2", "model.heads=3", "alignment.block=1",
@@ -26,12 +26,12 @@ def test_where_a_curve_comes_down_to_a_level():
 
 
 def test_a_speed_up_is_read_off_at_the_best_level_that_both_reach():
-    plain = Curve([10, 20, 30, 40], [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0])
-    twice = Curve([10, 20, 30, 40], [3.0, 6.0, 9.0, 12.0], [3.0, 1.0, 0.5, 0.2])
+    plain = MetricCurve([10, 20, 30, 40], [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0])
+    twice = MetricCurve([10, 20, 30, 40], [3.0, 6.0, 9.0, 12.0], [3.0, 1.0, 0.5, 0.2])
     assert speed_up(plain, twice, "steps") == 2
     assert speed_up(plain, twice, "seconds") == pytest.approx(4 / 6)
     assert speed_up(twice, plain, "steps") == 0.5
-    assert speed_up(plain, Curve([10, 20], [1.0, 2.0], [0.9, 0.8]), "steps") is None
+    assert speed_up(plain, MetricCurve([10, 20], [1.0, 2.0], [0.9, 0.8]), "steps") is None
 
 
 def test_intervals_are_students():
@@ -42,7 +42,7 @@ def test_intervals_are_students():
 
 def test_arms_are_compared_seed_by_seed():
     def run(last, seconds):
-        curve = Curve([10, 20], [seconds / 2, seconds], [4.0, last])
+        curve = MetricCurve([10, 20], [seconds / 2, seconds], [4.0, last])
         return dict.fromkeys(effect.MEASURES, curve)
 
     curves = {"none": [run(2.0, 8.0), run(3.0, 8.0)], "aligned": [run(1.0, 10.0), run(2.0, 10.0)]}

@@ -95,7 +95,7 @@ def test_what_hangs_or_dies_is_recorded_and_the_rest_goes_on(tmp_path, monkeypat
     program = tmp_path / "child.py"
     program.write_text(textwrap.dedent(CHILD.format(context=HERE)))
     monkeypatch.setattr(supervise, "PROGRAM", [sys.executable, str(program)])
-    run = supervise.Run(tmp_path, "toy", 1e12, tmp_path / "cache")
+    run = supervise.SuiteRun(tmp_path, "toy", 1e12, tmp_path / "cache")
     stage = Stage("rows", 60, "operations")
     ended = supervise.run_stage(supervise.Child(stage, run), run)
     assert ended["due"] == ["slow", "dead", "good"]
@@ -112,7 +112,7 @@ def test_a_stage_is_cut_off_when_its_time_is_over(tmp_path, monkeypatch):
     slow = CHILD.replace("0.5", "60")
     program.write_text(textwrap.dedent(slow.format(context=HERE)))
     monkeypatch.setattr(supervise, "PROGRAM", [sys.executable, str(program)])
-    run = supervise.Run(tmp_path, "toy", 1e12, tmp_path / "cache")
+    run = supervise.SuiteRun(tmp_path, "toy", 1e12, tmp_path / "cache")
     supervise.run_stage(supervise.Child(Stage("rows", 1.5, "operations"), run), run)
     (found,) = (r for r in records.load(tmp_path) if "seconds" in r)
     assert found["item"] == "slow" and found["cut"] and found["failed"]

@@ -70,7 +70,7 @@ def test_the_checks_can_fail():
         aot.all_cases()[0], registers=64, shared=100, wide_loads=2, wgmma=True, generation=90,
         long_offsets=("x_ptr",), share=0.8,
     )  # fmt: skip
-    good = aot.Report(
+    good = aot.CompiledCase(
         "name", registers=64, spills=0, shared=100, wide_loads=2, wgmma=True, share=0.8
     )
     ttir = "%1 = tt.addptr %x_ptr, %0 : !tt.ptr<f32>, i64"

@@ -63,7 +63,7 @@ class AotCase:
 
 
 @dataclass(frozen=True)
-class Report:
+class CompiledCase:
     """The resources and the machine code's counts of a compiled case, and what is wrong with it."""
 
     name: str
@@ -81,7 +81,7 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def compile_case(case: AotCase) -> Report:
+def compile_case(case: AotCase) -> CompiledCase:
     """Compile, assemble, read the resource report, and compare with the budget."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -109,7 +109,7 @@ def compile_case(case: AotCase) -> Report:
     shared = compiled.metadata.shared
     counted = sass.hot_pass(sass.disassemble(compiled.asm["cubin"]))
     programs = sass.programs(case.generation, registers, shared, case.num_warps)
-    report = Report(
+    report = CompiledCase(
         name=case.name,
         registers=registers,
         spills=spills,
@@ -179,7 +179,7 @@ def offset_widths(ttir: str) -> dict[str, set[int]]:
     return widths
 
 
-def _faults(case: AotCase, report: Report, ttir: str) -> Iterable[str]:
+def _faults(case: AotCase, report: CompiledCase, ttir: str) -> Iterable[str]:
     if report.spills:
         yield f"spills {report.spills} bytes"
     if report.registers > case.registers:
@@ -208,7 +208,7 @@ def all_cases() -> list[AotCase]:
     return cases
 
 
-def _line(report: Report) -> str:
+def _line(report: CompiledCase) -> str:
     flight = "-" if report.in_flight is None else f"{report.in_flight / 1024:.1f}"
     issue = "-" if report.issue is None else f"{report.issue:.0f}"
     share = "-" if report.share is None else f"{report.share:.0%}"

@@ -17,7 +17,7 @@ from fastrepa.commands.bench.bench import (
     DEFAULT_RIVALS,
     FILE,
     TURNS,
-    Case,
+    BenchCase,
     Result,
     bench,
     gather,
@@ -67,11 +67,14 @@ def published(*more):
 def test_what_runs():
     rivals = ["eager", "plain+compile", "reference"]
     named = plan_cases(rivals, ["fp32", "fp16"], [4, 8], [1, 2], True)
-    assert Case("reference", "fp16", 8) in named and Case("ours", "fp16", 8) not in named
-    assert Case("eager", "fp32", 4, 2) in named and Case("reference", "fp32", 4, 2) not in named
+    assert BenchCase("reference", "fp16", 8) in named and BenchCase("ours", "fp16", 8) not in named
+    assert (
+        BenchCase("eager", "fp32", 4, 2) in named
+        and BenchCase("reference", "fp32", 4, 2) not in named
+    )
     assert {c.ranks for c in named if c.contender == "plain+compile"} == {1}
     assert [c for c in named if c.sampler] == [
-        Case(name, "fp32", 4, 1, sampler)
+        BenchCase(name, "fp32", 4, 1, sampler)
         for sampler in ("ode-50", "sde-250")
         for name in ("ours", "eager")
     ]
@@ -140,7 +143,9 @@ def test_why_a_turn_failed_is_one_line(tmp_path, monkeypatch):
     assert problem_of(ValueError("\n x: 3 is not 2\nmore")) == "ValueError: x: 3 is not 2"
     for words in ("CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
         assert problem_of(RuntimeError(words)) == "does not fit"
-        assert not Result(Case("ours", "fp32", 4), problem=problem_of(RuntimeError(words))).failed
+        assert not Result(
+            BenchCase("ours", "fp32", 4), problem=problem_of(RuntimeError(words))
+        ).failed
     said = (
         'print("BENCH " + json.dumps({"problem": "ValueError: x"})); sys.exit("a library\'s word")'
     )
@@ -148,7 +153,7 @@ def test_why_a_turn_failed_is_one_line(tmp_path, monkeypatch):
     expected = [("ValueError: x", "a library's word\n"), ("killed by signal 9", "so far\n")]
     for body, (problem, stderr) in zip((said, kill), expected, strict=True):
         stand_in(monkeypatch, tmp_path, body)
-        turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1)
+        turn = run_turn(tiny(), BenchCase("ours", "fp32", 4), steps=1, warmup=1)
         assert turn == {"problem": problem, "stderr": stderr}
 
 
@@ -160,9 +165,9 @@ def test_what_fails_after_the_times_does_not_take_them(tmp_path, monkeypatch):
     cut = "print('BENCH {\"sec', end='', flush=True); os.kill(os.getpid(), 6)"
     for body, why in ((fail, "ValueError: x"), (cut, "killed by signal 6")):
         stand_in(monkeypatch, tmp_path, say + body)
-        turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1)
+        turn = run_turn(tiny(), BenchCase("ours", "fp32", 4), steps=1, warmup=1)
         assert {k: turn[k] for k in timed} == timed and turn["unfinished"] == why
-        (result,) = gather([vars(Case("ours", "fp32", 4)) | turn])
+        (result,) = gather([vars(BenchCase("ours", "fp32", 4)) | turn])
         found = record(result)
         assert not result.problem and found["p50_ms"] == 500
         assert found["unfinished"] == why and found["stderr"] == turn["stderr"]
@@ -209,7 +214,7 @@ def test_a_late_turn_is_ended_with_all_it_started(monkeypatch, tmp_path):
     body = f"print(subprocess.Popen({child}).pid, file=sys.stderr, flush=True); time.sleep(60)"
     stand_in(monkeypatch, tmp_path, body)
     began = time.monotonic()
-    turn = run_turn(tiny(), Case("ours", "fp32", 4), steps=1, warmup=1, timeout=1.5)
+    turn = run_turn(tiny(), BenchCase("ours", "fp32", 4), steps=1, warmup=1, timeout=1.5)
     assert turn["problem"] == "ended after 1.5 s" and time.monotonic() - began < 10
     while alive(int(turn["stderr"])):  # killed, and on its way
         assert time.monotonic() - began < 20
@@ -226,7 +231,7 @@ def test_a_turn_ends_with_the_process_that_started_it():
 
 def test_a_wrong_contender_gets_no_time():
     def result(name, precision, loss):
-        return Result(Case(name, precision, 4), seconds=[0.1], losses=[1.0, loss])
+        return Result(BenchCase(name, precision, 4), seconds=[0.1], losses=[1.0, loss])
 
     good, wrong, low = (
         result("ours", "fp32", 0.5), result("eager", "fp32", 0.5001), result("ours", "bf16", 0.505)
@@ -316,7 +321,7 @@ def test_a_turn_on_stored_latents_needs_few_packages(monkeypatch, tmp_path):
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
     (tmp_path / "sitecustomize.py").write_text(blocked)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    config, case = published(), Case("ours", "fp32", 2)
+    config, case = published(), BenchCase("ours", "fp32", 2)
     turn = run_turn(config, case, steps=2, warmup=1, profile=True, timeout=300)
     assert "problem" not in turn, turn["stderr"]
     assert len(turn["losses"]) == 3 and turn["timing"] == "clock around each step"

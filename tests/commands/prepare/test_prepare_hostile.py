@@ -68,54 +68,56 @@ def palette() -> bytes:
     return buffer.getvalue()
 
 
-class Case(NamedTuple):
+class HostileFile(NamedTuple):
     data: bytes
     refused: str | None = None  # the reason's words; None: it is used
 
 
 ORIENTED_99 = b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x63\0\0\0\0\0\0"
 BOMB_TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * (80 << 20), 9))
-CASES: dict[str, Case] = {
-    "empty.png": Case(b"", "zero bytes"),
-    "nulls.jpg": Case(b"\0" * 5000, "no image format"),
-    "page.jpg": Case(b"<html>404 not found</html>", "no image format"),
-    "script.png": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format"),
-    "vector.png": Case(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image format"),
-    "cut.jpg": Case(encoded("JPEG")[:-90], "truncated"),
-    "cut.png": Case(encoded("PNG")[:-90], "truncated"),
-    "cut.webp": Case(encoded("WEBP")[:-90], ""),
-    "cut.gif": Case(encoded("GIF")[:400], ""),
-    "cut.tiff": Case(encoded("TIFF")[:300], ""),
-    "header.jpg": Case(encoded("JPEG")[:60], ""),
-    "bomb.png": Case(png(60000, 60000, zlib.compress(b"")), "decompression bomb"),
-    "bomb2.png": Case(png(12000, 12000, zlib.compress(b"")), "decompression bomb"),
-    "bomb.gif": Case(gif(65000, 65000), "decompression bomb"),
-    "text-bomb.png": Case(png(9, 9, zlib.compress(b"\0" * 252), more=BOMB_TEXT), ""),
-    "hollow.png": Case(png(64, 64, zlib.compress(b"\0" * 50)), ""),
-    "crc.png": Case(encoded("PNG").replace(b"IDAT", b"IDAX"), ""),
-    "line.png": Case(encoded("PNG", (1, 20000)), None),  # 16 x 320000
-    "thread.png": Case(encoded("PNG", (1, 300000)), "too narrow"),
-    "floats.tiff": Case(encoded("TIFF", mode="F"), "floating-point"),
-    "named.png": Case(encoded("JPEG")),  # read by its content
-    "cmyk.jpg": Case(encoded("JPEG", mode="CMYK")),
-    "grey.jpg": Case(encoded("JPEG", mode="L")),
-    "grey-alpha.png": Case(encoded("PNG", mode="LA")),
-    "bits.png": Case(encoded("PNG", mode="1")),
-    "sixteen.png": Case(sixteen_bits()),
-    "palette.png": Case(palette()),
-    "moving.gif": Case(frames("GIF")),
-    "moving.webp": Case(frames("WEBP")),
-    "moving.png": Case(frames("PNG")),
-    "second-frame-cut.gif": Case(frames("GIF")[:-30]),
-    "exif.jpg": Case(encoded("JPEG", exif=b"Exif\0\0garbage")),
-    "exif2.jpg": Case(encoded("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")),
-    "orientation.png": Case(encoded("PNG", exif=ORIENTED_99)),
-    "tiny.png": Case(encoded("PNG", (1, 1))),
-    "profile.png": Case(encoded("PNG", icc_profile=b"no profile")),
-    "x" * 240 + ".png": Case(encoded("PNG", (20, 20))),
-    "ünïcode ✨ \u202e.png": Case(encoded("PNG", (21, 20))),
-    "new\nline [red].png": Case(encoded("PNG", (22, 20))),
-    "-rf.png": Case(encoded("PNG", (23, 20))),
+CASES: dict[str, HostileFile] = {
+    "empty.png": HostileFile(b"", "zero bytes"),
+    "nulls.jpg": HostileFile(b"\0" * 5000, "no image format"),
+    "page.jpg": HostileFile(b"<html>404 not found</html>", "no image format"),
+    "script.png": HostileFile(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format"
+    ),
+    "vector.png": HostileFile(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image format"),
+    "cut.jpg": HostileFile(encoded("JPEG")[:-90], "truncated"),
+    "cut.png": HostileFile(encoded("PNG")[:-90], "truncated"),
+    "cut.webp": HostileFile(encoded("WEBP")[:-90], ""),
+    "cut.gif": HostileFile(encoded("GIF")[:400], ""),
+    "cut.tiff": HostileFile(encoded("TIFF")[:300], ""),
+    "header.jpg": HostileFile(encoded("JPEG")[:60], ""),
+    "bomb.png": HostileFile(png(60000, 60000, zlib.compress(b"")), "decompression bomb"),
+    "bomb2.png": HostileFile(png(12000, 12000, zlib.compress(b"")), "decompression bomb"),
+    "bomb.gif": HostileFile(gif(65000, 65000), "decompression bomb"),
+    "text-bomb.png": HostileFile(png(9, 9, zlib.compress(b"\0" * 252), more=BOMB_TEXT), ""),
+    "hollow.png": HostileFile(png(64, 64, zlib.compress(b"\0" * 50)), ""),
+    "crc.png": HostileFile(encoded("PNG").replace(b"IDAT", b"IDAX"), ""),
+    "line.png": HostileFile(encoded("PNG", (1, 20000)), None),  # 16 x 320000
+    "thread.png": HostileFile(encoded("PNG", (1, 300000)), "too narrow"),
+    "floats.tiff": HostileFile(encoded("TIFF", mode="F"), "floating-point"),
+    "named.png": HostileFile(encoded("JPEG")),  # read by its content
+    "cmyk.jpg": HostileFile(encoded("JPEG", mode="CMYK")),
+    "grey.jpg": HostileFile(encoded("JPEG", mode="L")),
+    "grey-alpha.png": HostileFile(encoded("PNG", mode="LA")),
+    "bits.png": HostileFile(encoded("PNG", mode="1")),
+    "sixteen.png": HostileFile(sixteen_bits()),
+    "palette.png": HostileFile(palette()),
+    "moving.gif": HostileFile(frames("GIF")),
+    "moving.webp": HostileFile(frames("WEBP")),
+    "moving.png": HostileFile(frames("PNG")),
+    "second-frame-cut.gif": HostileFile(frames("GIF")[:-30]),
+    "exif.jpg": HostileFile(encoded("JPEG", exif=b"Exif\0\0garbage")),
+    "exif2.jpg": HostileFile(encoded("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")),
+    "orientation.png": HostileFile(encoded("PNG", exif=ORIENTED_99)),
+    "tiny.png": HostileFile(encoded("PNG", (1, 1))),
+    "profile.png": HostileFile(encoded("PNG", icc_profile=b"no profile")),
+    "x" * 240 + ".png": HostileFile(encoded("PNG", (20, 20))),
+    "ünïcode ✨ \u202e.png": HostileFile(encoded("PNG", (21, 20))),
+    "new\nline [red].png": HostileFile(encoded("PNG", (22, 20))),
+    "-rf.png": HostileFile(encoded("PNG", (23, 20))),
 }  # fmt: skip
 
 

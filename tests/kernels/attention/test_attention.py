@@ -119,7 +119,7 @@ def test_gpu_backends_are_as_good_as_the_specification(backend, dim):
         agree(backend, tokens, dim, torch.bfloat16, norm, device="cuda")
 
 
-class Operations(TorchDispatchMode):
+class LargeResults(TorchDispatchMode):
     """Names of what gives a tensor of `elements` or more."""
 
     def __init__(self, elements):
@@ -143,12 +143,12 @@ def test_nothing_is_copied_on_the_way_in_or_out():
         backends._packed_attention._init_fn,
         backends._packed_attention_backward._init_fn,
     )
-    with Operations(grad.numel()) as forward:
+    with LargeResults(grad.numel()) as forward:
         out, sums = op(qkv, None, "sdpa-flash", False)
         out.view(*out.shape[:2], -1)  # [B,T,H d] as it is
     assert any("scaled_dot_product" in name for name in forward.names)
     assert not COPIES & set(forward.names), forward.names
-    with Operations(grad.numel()) as backward:
+    with LargeResults(grad.numel()) as backward:
         backward_op(grad, qkv, out, sums, "sdpa-flash", False, False)
     assert [name for name in backward.names if name in COPIES] == ["stack"]  # dq, dk, dv in one
 

@@ -62,7 +62,7 @@ GRACE = 10.0
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One turn's contender and setting; sampler is '' for training, else as `ode-50`."""
 
     contender: str
@@ -86,7 +86,7 @@ class Result:
     said which failed.
     """
 
-    case: Case
+    case: BenchCase
     seconds: list[float] = field(default_factory=list)
     timing: str = ""
     losses: list[float] = field(default_factory=list)
@@ -151,7 +151,7 @@ def bench(
     except OSError as e:
         raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     turns: list[dict[str, Any]] = []
-    failed: set[Case] = set()
+    failed: set[BenchCase] = set()
     for number in range(rounds):
         for place, case in enumerate(cases):
             progress(label(case), (number * len(cases) + place) / (rounds * len(cases)))
@@ -173,9 +173,9 @@ def gather(turns: Iterable[Mapping[str, Any]]) -> list[Result]:
     """Results of turns, each what `run_turn` gave beside its case's fields (a line of TURNS), in
     the order in which their cases come first; contenders that compute something else are marked.
     """
-    results: dict[Case, Result] = {}
+    results: dict[BenchCase, Result] = {}
     for turn in turns:
-        case = Case(**{f.name: turn[f.name] for f in fields(Case)})
+        case = BenchCase(**{f.name: turn[f.name] for f in fields(BenchCase)})
         result = results.setdefault(case, Result(case))
         if "problem" in turn:
             result.problem, result.stderr = turn["problem"], turn["stderr"]
@@ -217,7 +217,7 @@ def plan_cases(
     batches: Sequence[int],
     ranks: Sequence[int],
     sampling: bool,
-) -> list[Case]:
+) -> list[BenchCase]:
     """All turns of a round, in their order."""
     for option, given, allowed in (
         ("--against", against, RIVALS),
@@ -248,11 +248,11 @@ def plan_cases(
                         continue
                     if name != "reference" and precision == "fp16":
                         continue  # the engine trains in fp32 or bf16
-                    cases.append(Case(name, precision, batch, world))
+                    cases.append(BenchCase(name, precision, batch, world))
     if sampling:
         named = ["ours", *(n for n in against if n not in TRAIN_ONLY)]
         cases += [
-            Case(name, precision, batches[0], 1, f"{sampler}-{steps}")
+            BenchCase(name, precision, batches[0], 1, f"{sampler}-{steps}")
             for precision in precisions
             if precision != "fp16"
             for sampler, steps in SAMPLERS.items()
@@ -293,7 +293,7 @@ def record(result: Result) -> dict[str, Any]:
 
 def run_turn(
     config: Config,
-    case: Case,
+    case: BenchCase,
     *,
     steps: int,
     warmup: int,
@@ -353,7 +353,7 @@ def _results(said: str) -> Iterator[dict[str, Any]]:
                 yield json.loads(line.removeprefix(MARK))
 
 
-def _turn_config(config: Config, case: Case) -> dict[str, Any]:
+def _turn_config(config: Config, case: BenchCase) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": case.batch, "micro_batch": None}
     if case.sampler:
@@ -375,7 +375,7 @@ def _end(turn: subprocess.Popen[bytes]) -> None:
     turn.stdin.close()
 
 
-def label(case: Case) -> str:
+def label(case: BenchCase) -> str:
     what = f"{case.contender} {case.precision} b{case.batch}"
     return (
         what

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastrepa.commands.evaluate.evaluator import Evaluator, Side, choose_metrics
+from fastrepa.commands.evaluate.evaluator import SetEvaluator, Side, choose_metrics
 from fastrepa.commands.evaluate.feature_sets import StatisticsCache
 from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
 from fastrepa.config import Config
@@ -35,7 +35,7 @@ class RunEvaluator:
                 f"images and an npz"
             )
         self._source = open_stored(self._path)
-        self._evaluator = Evaluator(
+        self._evaluator = SetEvaluator(
             metrics, encoders, world, inception_weights=self.settings.inception_weights
         )
         self._evaluator.check(self._source, reference=True)

@@ -15,8 +15,8 @@ from fastrepa.checkpoint import format as checkpoint
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
     ENOUGH,
-    Evaluator,
     Metric,
+    SetEvaluator,
     Side,
     choose_metrics,
 )
@@ -87,7 +87,7 @@ def evaluate(
     sources = [open_source(path) for path in (samples, reference)]
     if not record and (given := [k for k, v in settings.items() if v is not None]):
         raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
-    evaluator = Evaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
+    evaluator = SetEvaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
     for source, is_reference in zip(sources, (False, True), strict=True):
         evaluator.check(source, reference=is_reference)
     few = [] if sources[0].num is None else evaluator.biased(sources[0].num)
@@ -130,7 +130,7 @@ def evaluate(
     )
 
 
-def _bias_note(evaluator: Evaluator, metric: Metric, samples: Side, reference: Side) -> str:
+def _bias_note(evaluator: SetEvaluator, metric: Metric, samples: Side, reference: Side) -> str:
     """Few images for a Frechet distance, and how much that adds, from halves of the samples."""
     features, width = samples.kept[metric.feature], evaluator.width(metric)
     text = (

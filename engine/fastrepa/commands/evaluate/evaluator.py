@@ -141,7 +141,7 @@ class Side:
     classes: Sequence[str] = ()
 
 
-class Evaluator:
+class SetEvaluator:
     """The extractors that some metrics need, and how two sets become numbers."""
 
     def __init__(

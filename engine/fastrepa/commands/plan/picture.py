@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrepa.commands.plan.plan import STEP_PARTS, Estimate, Plan
+from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate
 from fastrepa.drawing import (
     AXIS,
     GRID,
@@ -37,7 +37,7 @@ STEP_COLOURS = dict(
 CLIP = 1.5  # bars that tower over the GPU's memory are cut off at this many times of it
 
 
-def save_plan_picture(plan: Plan, path: Path) -> None:
+def save_plan_picture(plan: CapacityPlan, path: Path) -> None:
     """Write the PNG. ConfigError where it cannot be written."""
     pairs = [(row.configured, row.cheapest) for row in plan.rows]
     figure = new_figure(max(10.0, 3 + 2.4 * len(pairs)), 6.0)
@@ -81,7 +81,7 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
         raise ConfigError(f"--png: {path}: cannot be written ({error.strerror})") from None
 
 
-def _heading(figure: Any, plan: Plan) -> None:
+def _heading(figure: Any, plan: CapacityPlan) -> None:
     c, w = plan.config, plan.workload
     name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep"
     heading(

@@ -128,10 +128,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Row:
-    """The answer for one number of GPUs: as configured; `others`, the same with h kept, or not
-    where it was, and with every block recomputed, or none where some are; and the cheapest way that
-    fits; None where none does, and then `least` is the smallest.
+class GpuCountEstimates:
+    """The estimates for one number of GPUs.
+
+    others: as configured, but with h kept, or not where it was, and with every block recomputed, or
+    none where some are; cheapest: of all that fit, None where none does, and then `least` is the
+    smallest.
     """
 
     configured: Estimate
@@ -141,12 +143,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
+    """The memory and time that a configuration takes; rows: one for each number of GPUs."""
+
     config: Config
     gpu: GPU
     assumptions: Assumptions
     workload: Workload
-    rows: tuple[Row, ...]
+    rows: tuple[GpuCountEstimates, ...]
 
 
 def parse_gpus(text: str) -> list[int]:
@@ -171,7 +175,7 @@ def make_plan(
     gpus: Sequence[int],
     gpu: str = "h100",
     assumptions: Assumptions | None = None,
-) -> Plan:
+) -> CapacityPlan:
     """Plan a resolved configuration for each number of GPUs.
 
     ConfigError: an unknown GPU, a batch that some number of GPUs does not divide, shapes that do
@@ -193,14 +197,14 @@ def make_plan(
             best = with_h(workload, best, hardware.memory, reserve=a.reserve)
             cheapest = estimate(workload, best, hardware, a)
         rows.append(
-            Row(
+            GpuCountEstimates(
                 estimate(workload, as_set, hardware, a),
                 tuple(estimate(workload, s, hardware, a) for s in _others(config, as_set)),
                 cheapest,
                 min(every, key=lambda e: e.total),
             )
         )
-    return Plan(config, hardware, a, workload, tuple(rows))
+    return CapacityPlan(config, hardware, a, workload, tuple(rows))
 
 
 def _others(config: Config, s: Sharding) -> Iterator[Sharding]:
@@ -322,7 +326,7 @@ def _option(field: str) -> str:
     return "--" + names.get(field, field.replace("_", "-"))
 
 
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
+def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
     """For programs: bytes, seconds, and everything that was assumed."""
     a, gpu = plan.assumptions, plan.gpu
     links = a.links(gpu)
@@ -381,7 +385,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def assumed(plan: Plan) -> list[tuple[str, str, str]]:
+def assumed(plan: CapacityPlan) -> list[tuple[str, str, str]]:
     """(option or name, value, what it means and where it is from) of every assumption."""
     a, gpu, w = plan.assumptions, plan.gpu, plan.workload
     bf16 = plan.config.training.precision == "bf16"

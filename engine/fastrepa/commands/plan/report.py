@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastrepa.commands.plan.plan import STEP_PARTS, Estimate, Plan, assumed, plan_as_dict
+from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assumed, plan_as_dict
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
 
-def print_plan(plan: Plan, *, as_json: bool = False, picture: Path | None = None) -> None:
+def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | None = None) -> None:
     """Print the plan, and draw it into `picture` where one is given."""
     if picture is not None:
         from fastrepa.commands.plan.picture import save_plan_picture
@@ -40,7 +40,7 @@ def print_plan(plan: Plan, *, as_json: bool = False, picture: Path | None = None
         console.print(f"drawn: {picture}", soft_wrap=True, markup=False)
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: CapacityPlan) -> str:
     c, w = plan.config, plan.workload
     name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
     parts = [
@@ -55,7 +55,7 @@ def _headline(plan: Plan) -> str:
     return " · ".join(parts)
 
 
-def _columns(plan: Plan, title: str) -> Table:
+def _columns(plan: CapacityPlan, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for row in plan.rows:
@@ -64,7 +64,7 @@ def _columns(plan: Plan, title: str) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: CapacityPlan) -> Table:
     table = _columns(plan, f"memory per GPU in GB, {plan.gpu.title}, as configured")
     table.add_row("", *(_way(r.configured, short=True) for r in plan.rows), style="dim")
     for part in PARTS:
@@ -87,7 +87,7 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _add_ways(table: Table, plan: Plan) -> None:
+def _add_ways(table: Table, plan: CapacityPlan) -> None:
     """Rows for every recompute and keep that some number of GPUs was planned with."""
     found: dict[str, dict[int, Estimate]] = {}
     for number, row in enumerate(plan.rows):
@@ -101,7 +101,7 @@ def _add_ways(table: Table, plan: Plan) -> None:
         table.add_row("    together", *(_fit(e.total, plan.gpu.memory) if e else "" for e in each))
 
 
-def _time(plan: Plan) -> Table:
+def _time(plan: CapacityPlan) -> Table:
     table = _columns(plan, "one step in ms, as configured")
     estimates = [r.configured for r in plan.rows]
     for part in STEP_PARTS:
@@ -120,7 +120,7 @@ def _time(plan: Plan) -> Table:
     return table
 
 
-def _assumptions(plan: Plan) -> Table:
+def _assumptions(plan: CapacityPlan) -> Table:
     table = Table(title="assumed: estimates follow from these, nothing here was measured on a GPU",
                   title_justify="left")  # fmt: skip
     table.add_column("option or datum")
@@ -131,7 +131,7 @@ def _assumptions(plan: Plan) -> Table:
     return table
 
 
-def _verdict(plan: Plan, e: Estimate) -> str:
+def _verdict(plan: CapacityPlan, e: Estimate) -> str:
     capacity, count = plan.gpu.memory, f"{e.sharding.world:,}".rjust(5)
     part = e.first_too_much(capacity)
     if part is None:

@@ -61,8 +61,8 @@ class _Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A plan that was opened."""
+class ShardPlan:
+    """A preparation's plan that was opened: which image goes to which shard."""
 
     settings: Settings
     classes: list[str]
@@ -154,7 +154,7 @@ def write_plan(folder: Path, listing: Listing, settings: Settings) -> None:
     write_whole(folder / PLAN, json.dumps(record.model_dump()).encode())
 
 
-def open_plan(folder: Path) -> Plan:
+def open_plan(folder: Path) -> ShardPlan:
     """Open the plan of a partial folder. Raises DataError when it is missing or damaged."""
     record = _read(folder)
     try:
@@ -166,7 +166,7 @@ def open_plan(folder: Path) -> Plan:
             raise ValueError("lengths differ")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: damaged plan ({error}); {_start_again(folder)}") from None
-    return Plan(
+    return ShardPlan(
         settings=record.settings,
         classes=record.classes,
         root=Path(record.root),
@@ -236,7 +236,7 @@ def _fingerprint(folder: Path, listing: Listing) -> str:
     return state.hexdigest()
 
 
-def _what_changed(before: Plan, listing: Listing) -> str:
+def _what_changed(before: ShardPlan, listing: Listing) -> str:
     if before.classes != listing.classes:
         return f"{len(before.classes)} classes then, {len(listing.classes)} now, or other names"
     old = {name: key for key, name in enumerate(before.names(range(before.samples)))}

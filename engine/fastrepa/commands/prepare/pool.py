@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrepa.commands.prepare.plan import Plan, open_plan
+from fastrepa.commands.prepare.plan import ShardPlan, open_plan
 from fastrepa.commands.prepare.writer import write_shard
 from fastrepa.data.format.partial import join_writers
 from fastrepa.runtime.progress import Bar
@@ -23,7 +23,7 @@ _LOOK = 2.0  # seconds between two looks at what the other ranks have finished
 
 
 def write_shards(
-    plan: Plan,
+    plan: ShardPlan,
     folder: Path,
     finished: set[int],
     *,
@@ -59,7 +59,7 @@ class _Bar:
     """Images done by all ranks, images/s and the time that remains."""
 
     def __init__(
-        self, plan: Plan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
+        self, plan: ShardPlan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
     ) -> None:
         self._plan, self._folder, self._visible = plan, folder, visible
         self._before = sum(len(plan.keys(shard)) for shard in finished)
@@ -105,7 +105,7 @@ class _Bar:
 
 
 def _in_workers(
-    plan: Plan,
+    plan: ShardPlan,
     folder: Path,
     missing: Sequence[int],
     workers: int,
@@ -127,7 +127,7 @@ def _in_workers(
 
 
 # Of a worker process, set once at its start.
-_plan: Plan
+_plan: ShardPlan
 _folder: Path
 _skip_bad: bool
 _counts: Any

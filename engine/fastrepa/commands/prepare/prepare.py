@@ -23,15 +23,15 @@ import numpy as np
 
 from fastrepa.commands.prepare.class_sheet import class_sheet
 from fastrepa.commands.prepare.plan import (
-    Plan,
     Settings,
+    ShardPlan,
     check_settings,
     open_plan,
     read_settings,
     write_plan,
 )
 from fastrepa.commands.prepare.pool import write_shards
-from fastrepa.commands.prepare.report import Report, make_report, read_report, report_bytes
+from fastrepa.commands.prepare.report import SetReport, make_report, read_report, report_bytes
 from fastrepa.commands.prepare.writer import ShardDone, read_done
 from fastrepa.data.format.index import KEY_DIGITS
 from fastrepa.data.format.partial import (
@@ -69,7 +69,7 @@ class PrepareReport:
     """A preparation's outcome."""
 
     path: Path
-    report: Report  # what `report.json` says
+    report: SetReport  # what `report.json` says
     ignored: list[str]  # files in the source that are no images by their names
     num_bytes: int  # of the whole folder
     images: int  # made by this call, on all ranks; the others were there
@@ -200,7 +200,7 @@ def _publish(
 
 
 def _make_images(
-    plan: Plan, folder: Path, workers: int, skip_bad: bool, ranks: Ranks, progress: bool
+    plan: ShardPlan, folder: Path, workers: int, skip_bad: bool, ranks: Ranks, progress: bool
 ) -> tuple[int, float]:
     """Everything up to the manifest; returns how many images were made, and in what time."""
     finished = ranks.share(_finished(plan, folder, skip_bad) if ranks.is_first else None)
@@ -221,7 +221,7 @@ def _make_images(
     return plan.samples - sum(len(plan.keys(shard)) for shard in finished), seconds
 
 
-def _finished(plan: Plan, folder: Path, skip_bad: bool) -> set[int]:
+def _finished(plan: ShardPlan, folder: Path, skip_bad: bool) -> set[int]:
     """The shards that earlier runs have finished."""
     marked = (int(name[6:-10]) for name in os.listdir(folder) if name.endswith(".done.json"))
     marks = {shard: read_done(folder, shard) for shard in sorted(marked)}
@@ -233,7 +233,7 @@ def _finished(plan: Plan, folder: Path, skip_bad: bool) -> set[int]:
     return {shard for shard, mark in marks.items() if mark is not None}
 
 
-def _finish(plan: Plan, folder: Path) -> None:
+def _finish(plan: ShardPlan, folder: Path) -> None:
     """Write what describes the finished shards; the manifest last."""
     done: list[ShardDone] = []
     for shard in range(plan.num_shards):
@@ -275,7 +275,7 @@ def _finish(plan: Plan, folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-def _write_sources(plan: Plan, path: Path, skipped: Container[int]) -> None:
+def _write_sources(plan: ShardPlan, path: Path, skipped: Container[int]) -> None:
     with aside(path) as partial, partial.open("w", encoding="utf-8") as file:
         for first in range(0, plan.samples, _BLOCK):
             keys = range(first, min(first + _BLOCK, plan.samples))

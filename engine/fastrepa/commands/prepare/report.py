@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastrepa.commands.prepare.plan import Plan
+from fastrepa.commands.prepare.plan import ShardPlan
 from fastrepa.commands.prepare.writer import TRAITS, ShardDone
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.partial import REPORT
@@ -53,7 +53,7 @@ class Duplicates(_Record):
     labels_differ: bool
 
 
-class Report(_Record):
+class SetReport(_Record):
     """`report.json`, typed."""
 
     images: int
@@ -79,7 +79,9 @@ class Report(_Record):
     counts: dict[str, int]  # samples of each class, in label order
 
 
-def make_report(folder: Path, plan: Plan, manifest: Manifest, done: Sequence[ShardDone]) -> Report:
+def make_report(
+    folder: Path, plan: ShardPlan, manifest: Manifest, done: Sequence[ShardDone]
+) -> SetReport:
     """The report of finished shards, whose marks `done` are in order."""
     formats: Counter[str] = Counter()
     modes: Counter[str] = Counter()
@@ -91,7 +93,7 @@ def make_report(folder: Path, plan: Plan, manifest: Manifest, done: Sequence[Sha
     sides = np.array([side for mark in done for side in mark.sides], dtype=np.int64)
     indices = [load_index(folder / shard.index.file) for shard in manifest.shards]
     sizes = np.concatenate([index["image_size"] for index in indices])
-    return Report(
+    return SetReport(
         images=manifest.num_samples,
         classes=len(manifest.classes),
         shards=len(manifest.shards),
@@ -113,21 +115,23 @@ def make_report(folder: Path, plan: Plan, manifest: Manifest, done: Sequence[Sha
     )
 
 
-def report_bytes(report: Report) -> bytes:
+def report_bytes(report: SetReport) -> bytes:
     return (json.dumps(report.model_dump(), indent=1) + "\n").encode()
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: Path) -> SetReport:
     """The report inside a set. Raises DataError when it is missing or not one."""
     try:
-        return Report.model_validate(json.loads((folder / REPORT).read_bytes()))
+        return SetReport.model_validate(json.loads((folder / REPORT).read_bytes()))
     except OSError as error:
         raise DataError(f"{folder / REPORT}: cannot be read ({error.strerror})") from None
     except (ValueError, ValidationError):
         raise DataError(f"{folder / REPORT}: not the report of a preparation") from None
 
 
-def print_report(report: Report, console: Console, path: Path, images: int, seconds: float) -> None:
+def print_report(
+    report: SetReport, console: Console, path: Path, images: int, seconds: float
+) -> None:
     """Tables for people. `images` were made by this command in `seconds`."""
     table = Table(title=escape(str(path)), title_justify="left", show_header=False)
     table.add_column("what")
@@ -193,7 +197,7 @@ def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> Non
 
 
 def _duplicates(
-    plan: Plan, indices: Sequence[np.ndarray], hashes: Sequence[str]
+    plan: ShardPlan, indices: Sequence[np.ndarray], hashes: Sequence[str]
 ) -> list[Duplicates]:
     # 16 bytes as two numbers: numpy sorts millions of these in a second.
     raw = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=">u8").reshape(-1, 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from fastrepa.commands.prepare.plan import Plan
+from fastrepa.commands.prepare.plan import ShardPlan
 from fastrepa.data.format.index import INDEX_DTYPE, KEY_DIGITS
 from fastrepa.data.format.shards import EXTENSIONS, FileRecord, ShardRecord, SkippedRecord
 from fastrepa.data.images import Stored, UnreadableImageError, store
@@ -65,7 +65,7 @@ def read_done(folder: Path, shard: int) -> ShardDone | None:
 
 
 def write_shard(
-    plan: Plan, folder: Path, shard: int, skip_bad: bool, image_done: Callable[[], None]
+    plan: ShardPlan, folder: Path, shard: int, skip_bad: bool, image_done: Callable[[], None]
 ) -> None:
     """Make one shard of a plan in `folder`; `image_done` is called after every image.
 
@@ -124,7 +124,7 @@ def write_shard(
     write_whole(folder / f"{name}.done.json", json.dumps(done.model_dump()).encode())
 
 
-def _stored(plan: Plan, listing: Listing, number: int) -> Stored:
+def _stored(plan: ShardPlan, listing: Listing, number: int) -> Stored:
     name, settings = listing.names[number], plan.settings
     try:
         data = read_entry(listing, number)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastrepa.commands.profile.profile import Profile, Report, Row, by_operation, by_part
+from fastrepa.commands.profile.profile import (
+    OperationGroup,
+    Profile,
+    ProfileReport,
+    by_operation,
+    by_part,
+)
 from fastrepa.drawing import (
     AXIS,
     BLUE,
@@ -31,7 +37,7 @@ WRITTEN = 0.045  # of the longest bar: narrower segments have no number
 NAMED = 9  # operations in the roofline
 
 
-def save_step(report: Report, path: Path) -> None:
+def save_step(report: ProfileReport, path: Path) -> None:
     """The step by region, and the generator by part, a bar for each set of kernels."""
     profiles = report.profiles
     count = len(profiles)
@@ -107,7 +113,7 @@ def _bars(
     )  # fmt: skip
 
 
-def save_roofline(report: Report, path: Path) -> None:
+def save_roofline(report: ProfileReport, path: Path) -> None:
     """Left: achieved FLOP/s over FLOPs per byte, under the measured ceilings. Right: the longest
     operations, their time and what of it the roofline asks for.
     """
@@ -123,7 +129,7 @@ def save_roofline(report: Report, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
+def _roofline(axes: Any, report: ProfileReport, rows: list[OperationGroup]) -> None:
     c = report.ceilings
     ridge = c.flops_per_second / c.bytes_per_second
     intensities = [r.cost.flops / r.cost.bytes for r in rows] or [ridge]
@@ -196,7 +202,7 @@ def _free_place(
     return dx, dy
 
 
-def _floors(axes: Any, report: Report, rows: list[Row], step: float) -> None:
+def _floors(axes: Any, report: ProfileReport, rows: list[OperationGroup], step: float) -> None:
     for number, row in enumerate(rows):
         floor = row.floor(report.ceilings)
         axes.barh(-number, row.seconds, 0.7, color="#d9e4ee", zorder=2)
@@ -215,7 +221,7 @@ def _floors(axes: Any, report: Report, rows: list[Row], step: float) -> None:
     axes_title(axes, f"longest of {_ms(step)} ms a step; dark: the roofline's floor", loc="right")
 
 
-def _heading(figure: Any, report: Report, title: str) -> None:
+def _heading(figure: Any, report: ProfileReport, title: str) -> None:
     c = report.config
     name = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep"
     rates = ", ".join(

@@ -75,7 +75,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Report:
+class ProfileReport:
     """profiles: as configured, then what it is compared with. said: what was real and what not."""
 
     config: Config
@@ -97,7 +97,7 @@ def profile_run(
     out: Path,
     against: str | None = None,
     progress: Callable[[str, float], None] = lambda what, share: None,
-) -> Report | None:
+) -> ProfileReport | None:
     """Profile training steps of `config` into folder `out`; None on every rank but the first.
 
     Nothing of the run's own folder is read or written. Raises ConfigError: an option that is not
@@ -133,7 +133,7 @@ def profile_run(
     device = "cpu"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
-    return Report(config, device, line, steps, said, ceilings, profiles, out)
+    return ProfileReport(config, device, line, steps, said, ceilings, profiles, out)
 
 
 def _open_folder(out: Path) -> None:
@@ -147,7 +147,7 @@ def _open_folder(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
+class OperationGroup:
     """Operations that belong together, per step."""
 
     name: str
@@ -169,7 +169,9 @@ class Row:
         return self.cost.bytes / self.seconds if self.seconds else 0.0
 
 
-def rows(operations: Iterable[Operation], name: Callable[[Operation], str | None]) -> list[Row]:
+def rows(
+    operations: Iterable[Operation], name: Callable[[Operation], str | None]
+) -> list[OperationGroup]:
     """Operations added up by what `name` calls them, None leaving one out; the longest first."""
     groups: dict[str, list[Operation]] = {}
     for operation in operations:
@@ -183,15 +185,15 @@ def rows(operations: Iterable[Operation], name: Callable[[Operation], str | None
             kernels.update(operation.kernels)
         calls, seconds = sum(o.calls for o in group), sum(o.seconds for o in group)
         cost = sum((o.cost for o in group), NOTHING)
-        out.append(Row(key, calls, seconds, cost, dict(kernels.most_common())))
+        out.append(OperationGroup(key, calls, seconds, cost, dict(kernels.most_common())))
     return sorted(out, key=lambda row: -row.seconds)
 
 
-def by_operation(profile: Profile) -> list[Row]:
+def by_operation(profile: Profile) -> list[OperationGroup]:
     return rows(profile.trace.operations, lambda o: o.name)
 
 
-def by_part(profile: Profile) -> list[Row]:
+def by_part(profile: Profile) -> list[OperationGroup]:
     """The generator's parts, as "attention, forward"; the alignment is one, since its fused form
     computes the gradients in the forward pass.
     """
@@ -206,7 +208,7 @@ def by_part(profile: Profile) -> list[Row]:
     return rows(profile.trace.operations, name)
 
 
-def findings(report: Report) -> list[str]:
+def findings(report: ProfileReport) -> list[str]:
     """Say what stands out, a sentence each: stalls, syncs, operations far above their floor, gaps,
     and what is slower than its rival.
     """
@@ -255,11 +257,11 @@ def findings(report: Report) -> list[str]:
     return out
 
 
-def report_as_dict(report: Report) -> dict[str, Any]:
+def report_as_dict(report: ProfileReport) -> dict[str, Any]:
     """For programs: seconds, FLOPs and bytes per step."""
     c = report.ceilings
 
-    def measures(row: Row) -> dict[str, Any]:
+    def measures(row: OperationGroup) -> dict[str, Any]:
         return {
             "name": row.name, "calls": row.calls, "seconds": row.seconds, "flops": row.cost.flops,
             "bytes": row.cost.bytes, "floor_seconds": row.floor(c), "kernels": row.kernels,
@@ -294,7 +296,7 @@ def report_as_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def mfu_of_ceiling(report: Report, profile: Profile) -> float:
+def mfu_of_ceiling(report: ProfileReport, profile: Profile) -> float:
     """Model FLOPs against the matrix-product rate measured here."""
     return profile.line["model_flops_per_s"] / report.ceilings.flops_per_second
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrepa.commands.profile.profile import (
+    OperationGroup,
     Profile,
-    Report,
-    Row,
+    ProfileReport,
     by_operation,
     by_part,
     findings,
@@ -26,7 +26,7 @@ KERNELS = 2  # of an operation's kernels
 GAPS = 6
 
 
-def print_profile(report: Report, *, as_json: bool = False) -> None:
+def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
     """Print the profile; write profile.json and both pictures into its folder."""
     from fastrepa.commands.profile.picture import save_roofline, save_step
 
@@ -69,7 +69,7 @@ def print_profile(report: Report, *, as_json: bool = False) -> None:
     say(f"written: {', '.join(str(f) for f in (*files, *traces))} (traces: ui.perfetto.dev)")
 
 
-def _by_region(report: Report) -> Table:
+def _by_region(report: ProfileReport) -> Table:
     ours, *rivals = report.profiles
     how = f"the median of {report.steps}" if report.device == "cpu" else f"{report.steps} steps"
     title = f"one step by region, {how}, undisturbed"
@@ -115,7 +115,7 @@ def _by_region(report: Report) -> Table:
     return table
 
 
-def _by_part(report: Report) -> Table:
+def _by_part(report: ProfileReport) -> Table:
     ours, *rivals = report.profiles
     table = _operations_table(report, "the generator by part, under the profiler")
     others = [{row.name: row.seconds for row in by_part(p)} for p in rivals]
@@ -125,7 +125,7 @@ def _by_part(report: Report) -> Table:
     return table
 
 
-def _by_operation(report: Report) -> Table:
+def _by_operation(report: ProfileReport) -> Table:
     ours = report.profiles[0]
     table = _operations_table(report, "by kernel, under the profiler", compared=False)
     shown, hidden = by_operation(ours)[:SHOWN], by_operation(ours)[SHOWN:]
@@ -144,7 +144,7 @@ def _by_operation(report: Report) -> Table:
     return table
 
 
-def _operations_table(report: Report, title: str, *, compared: bool = True) -> Table:
+def _operations_table(report: ProfileReport, title: str, *, compared: bool = True) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
@@ -158,7 +158,7 @@ def _operations_table(report: Report, title: str, *, compared: bool = True) -> T
     return table
 
 
-def _measures(report: Report, profile: Profile, row: Row) -> list[str]:
+def _measures(report: ProfileReport, profile: Profile, row: OperationGroup) -> list[str]:
     floor = row.floor(report.ceilings)
     return [
         f"{row.calls:,.0f}",
@@ -170,7 +170,7 @@ def _measures(report: Report, profile: Profile, row: Row) -> list[str]:
     ]
 
 
-def _gaps(report: Report) -> Table:
+def _gaps(report: ProfileReport) -> Table:
     trace = report.profiles[0].trace
     what = "no operation" if report.device == "cpu" else "no kernel"
     table = Table(title=f"idle gaps ({what} ran), under the profiler", title_justify="left",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastrepa.commands.verify.checks import Check, Findings, Problem, image_problem
+from fastrepa.commands.verify.checks import Check, FileProblem, Findings, image_problem
 from fastrepa.data.format.reference_layout import (
     IMAGES,
     LABELS,
@@ -65,7 +65,7 @@ class FilesCheck:
     def file(self) -> str:
         return self.files[0]
 
-    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+    def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         problems = []
         for file in self.files:
             go_on()
@@ -78,7 +78,7 @@ class FilesCheck:
                     found = [] if image is None else [image]
             except OSError as error:
                 found = [f"cannot be read ({error.strerror or error})"]
-            problems += [Problem(file, None, problem) for problem in found]
+            problems += [FileProblem(file, None, problem) for problem in found]
         return problems
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from fastrepa.commands.verify.checks import Check, Findings, Problem, image_problem
+from fastrepa.commands.verify.checks import Check, FileProblem, Findings, image_problem
 from fastrepa.data.format.columns import CRC_BYTES, open_rows
 from fastrepa.data.format.index import BLOCK, key_text, padded
 from fastrepa.data.format.partial import CONTACT_SHEET, REPORT
@@ -185,7 +185,7 @@ class HashCheck:
     def num_bytes(self) -> int:
         return self.record.bytes
 
-    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+    def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         digest = hashlib.sha256()
         with (self.folder / self.file).open("rb", buffering=0) as file:
             while block := file.read(_HASH_STEP):
@@ -193,7 +193,7 @@ class HashCheck:
                 go_on()
         if digest.hexdigest() == self.record.sha256:
             return []
-        return [Problem(self.file, None, "altered (its SHA-256 is not the manifest's)")]
+        return [FileProblem(self.file, None, "altered (its SHA-256 is not the manifest's)")]
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class ImagesCheck:
     def num_bytes(self) -> int:
         return int(self.index["image_size"].sum())
 
-    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+    def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         problems = []
         with (self.folder / self.file).open("rb") as file:
             for number, record in enumerate(self.index):
@@ -220,7 +220,7 @@ class ImagesCheck:
                 data = file.read(3 * BLOCK + padded(size))
                 key = _key(self.index, number)
                 problems += [
-                    Problem(self.file, key, problem)
+                    FileProblem(self.file, key, problem)
                     for problem in self._of_sample(data, record, key, size)
                 ]
         return problems
@@ -261,7 +261,7 @@ class RowsCheck:
     def num_bytes(self) -> int:
         return self.column.dtype.itemsize * self.column.views * len(self.keys)
 
-    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+    def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         go_on()
         column = self.column
         every = open_rows(self.path, column.dtype, self.samples, column.views)
@@ -272,7 +272,9 @@ class RowsCheck:
             wrong = _of_features(rows)
         wrong["altered (its CRC-32 is wrong)"] = _crc_differs(rows)
         return [
-            Problem(self.file, self.keys[n] + (f" view {v}" if column.views > 1 else ""), problem)
+            FileProblem(
+                self.file, self.keys[n] + (f" view {v}" if column.views > 1 else ""), problem
+            )
             for problem, where in wrong.items()
             for n, v in np.argwhere(where)
         ]

@@ -23,7 +23,7 @@ _MODES = ("RGB", "L")
 
 
 @dataclass(frozen=True)
-class Problem:
+class FileProblem:
     """A problem of one file, or of one sample of it; `file` is relative to the set."""
 
     file: str
@@ -44,7 +44,7 @@ class Check(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
-    def run(self, go_on: Callable[[], None]) -> list[Problem]:
+    def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         """Every problem found. Calls `go_on` often; an OSError becomes a problem of `file`."""
 
 
@@ -52,7 +52,7 @@ class Check(Protocol):
 class Findings:
     """All that is known of a set: problems, notes (not wrong, but worth a look), what was read."""
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[FileProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     num_files: int = 0
     num_images: int = 0
@@ -60,7 +60,7 @@ class Findings:
     columns: dict[str, int] = field(default_factory=dict)  # rows by name
 
     def wrong(self, file: str, problem: str, sample: str | None = None) -> None:
-        self.problems.append(Problem(file, sample, problem))
+        self.problems.append(FileProblem(file, sample, problem))
 
 
 def image_problem(data: bytes, side: int, image_format: str) -> str | None:
@@ -84,7 +84,10 @@ def image_problem(data: bytes, side: int, image_format: str) -> str | None:
 
 
 def run_checks(
-    checks: Sequence[Check], workers: int, progress: bool, found: Callable[[list[Problem]], None]
+    checks: Sequence[Check],
+    workers: int,
+    progress: bool,
+    found: Callable[[list[FileProblem]], None],
 ) -> None:
     """Run every check with `workers` processes (0 or 1: this one); `found` gets their problems.
 
@@ -98,7 +101,7 @@ def run_checks(
             bar.advance(sum(check.num_bytes for check in finished))
 
         if (workers := min(workers, len(checks))) > 1:
-            results: Iterable[list[Problem]] = run_jobs(
+            results: Iterable[list[FileProblem]] = run_jobs(
                 _run_one, checks, workers, doing="verify", progress=done
             )
         else:
@@ -109,20 +112,20 @@ def run_checks(
 
 def _here(
     checks: Sequence[Check], done: Callable[[Sequence[Check]], None]
-) -> Iterable[list[Problem]]:
+) -> Iterable[list[FileProblem]]:
     for check in checks:
         yield _run(check, lambda: None)
         done([check])
 
 
-def _run(check: Check, go_on: Callable[[], None]) -> list[Problem]:
+def _run(check: Check, go_on: Callable[[], None]) -> list[FileProblem]:
     try:
         return check.run(go_on)
     except OSError as error:
-        return [Problem(check.file, None, f"cannot be read ({error.strerror or error})")]
+        return [FileProblem(check.file, None, f"cannot be read ({error.strerror or error})")]
 
 
-def _run_one(check: Check) -> list[Problem]:
+def _run_one(check: Check) -> list[FileProblem]:
     go_on()
     return _run(check, go_on)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastrepa.commands.verify.check_reference import plan_reference
 from fastrepa.commands.verify.check_shards import plan_shards
-from fastrepa.commands.verify.checks import Check, Findings, Problem, leftovers, run_checks
+from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftovers, run_checks
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
@@ -37,7 +37,7 @@ class VerifyReport:
     path: Path
     layout: Layout
     quick: bool
-    problems: list[Problem]
+    problems: list[FileProblem]
     notes: list[str]
     num_files: int
     num_images: int

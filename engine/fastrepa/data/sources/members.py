@@ -20,7 +20,7 @@ ARCHIVE_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz",
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-Report = Callable[[int], None]  # gets the byte of the archive that was reached
+ReportByte = Callable[[int], None]  # gets the byte of the archive that was reached
 
 
 class UnsafeNameError(Exception):

@@ -14,7 +14,7 @@ from io import FileIO
 from typing import NoReturn
 
 from fastrepa.data.sources.entries import printable
-from fastrepa.data.sources.members import Members, Report
+from fastrepa.data.sources.members import Members, ReportByte
 from fastrepa.errors import DataError
 
 BLOCK = 512
@@ -27,7 +27,7 @@ _WITHOUT_DATA = b"123456"
 _SPARSE = "a sparse file"
 
 
-def scan_tar(file: FileIO, members: Members, report: Report) -> None:
+def scan_tar(file: FileIO, members: Members, report: ReportByte) -> None:
     """Offer every member of an open tar to `members`, those of tars inside it included.
 
     Raises DataError, naming the byte, where the archive is damaged or truncated.
@@ -38,7 +38,7 @@ def scan_tar(file: FileIO, members: Members, report: Report) -> None:
 
 
 def scan_inner_tar(
-    file: FileIO, members: Members, report: Report, start: int, end: int, folder: str
+    file: FileIO, members: Members, report: ReportByte, start: int, end: int, folder: str
 ) -> None:
     """Offer the members of a tar in bytes start..end of an open file, as files of `folder`."""
     _Scan(file, members, report).run(start, end, folder)
@@ -59,7 +59,7 @@ def is_header(block: bytes) -> bool:
 
 
 class _Scan:
-    def __init__(self, file: FileIO, members: Members, report: Report) -> None:
+    def __init__(self, file: FileIO, members: Members, report: ReportByte) -> None:
         self._file, self._members, self._report = file, members, report
         self._window, self._window_start = b"", 0
         self._count = 0

@@ -9,7 +9,7 @@ import zipfile
 from io import FileIO
 
 from fastrepa.data.sources.entries import printable
-from fastrepa.data.sources.members import Members, Report
+from fastrepa.data.sources.members import Members, ReportByte
 from fastrepa.data.sources.tars import scan_inner_tar
 from fastrepa.errors import DataError
 
@@ -18,7 +18,7 @@ _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _PATCH = 0x20
 
 
-def scan_zip(file: FileIO, members: Members, report: Report) -> None:
+def scan_zip(file: FileIO, members: Members, report: ReportByte) -> None:
     """Offer every member of an open zip to `members`; tars that are stored are read in place.
 
     Raises DataError when the central directory or a tar inside is damaged or truncated.

@@ -42,7 +42,7 @@ BATCHES = (2, 4)  # two batch sizes give the line that every other one lies on
 
 
 @dataclass(frozen=True)
-class Curve:
+class MemoryCurve:
     """Live bytes, besides the weights, between one parameter's gradient and the next.
 
     fixed, per_image: bytes, the highest of interval i being fixed[i] + batch * per_image[i];
@@ -60,7 +60,7 @@ class Curve:
 
 def training_curve(
     config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
-) -> Curve:
+) -> MemoryCurve:
     """The curve of the generator's forward and backward, with the configuration's precision,
     training.recompute and training.keep (auto: none).
     """
@@ -71,7 +71,7 @@ def training_curve(
     first, second = BATCHES
     per_image = [(b - a) / (second - first) for a, b in zip(low, high, strict=True)]
     fixed = [a - first * p for a, p in zip(low, per_image, strict=True)]
-    return Curve(tuple(fixed), tuple(per_image), tuple(done))
+    return MemoryCurve(tuple(fixed), tuple(per_image), tuple(done))
 
 
 @dataclass(frozen=True)

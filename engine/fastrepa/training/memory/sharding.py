@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastrepa.training.memory.activations import Curve
+from fastrepa.training.memory.activations import MemoryCurve
 
 # What DeepSpeed takes for settings that deepspeed_config leaves out, in elements.
 ZERO_DEFAULTS: dict[str, Any] = {
@@ -199,7 +199,7 @@ def nvme(s: Sharding, p: Parameters) -> float:
     return (12 + 4 * s.emas) * p.numel / s.world if s.offload == "nvme" else 0.0
 
 
-def backward_peak(s: Sharding, p: Parameters, curve: Curve) -> dict[str, float]:
+def backward_peak(s: Sharding, p: Parameters, curve: MemoryCurve) -> dict[str, float]:
     """Bytes per GPU beside `resident` at the highest moment of forward and backward, by part."""
     w, n, several = s.itemsize, p.numel, s.forwards > 1
     bucket = w * s.number("reduce_bucket_size")

@@ -22,7 +22,7 @@ from fastrepa.data.format.columns import features_dtype, moments_dtype
 from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT, recomputed_blocks
-from fastrepa.training.memory.activations import Curve, Frozen, frozen_network, training_curve
+from fastrepa.training.memory.activations import Frozen, MemoryCurve, frozen_network, training_curve
 from fastrepa.training.memory.frozen import decoding, encoder_network, encoding
 from fastrepa.training.memory.sharding import Parameters
 from fastrepa.vision.codec import (
@@ -62,7 +62,7 @@ class Workload:
     input_bytes: float
     input_is: str
 
-    def curve(self, recompute: int, keep_h: bool) -> Curve:
+    def curve(self, recompute: int, keep_h: bool) -> MemoryCurve:
         """With every `recompute`-th block run again in backward, 0: none, and h kept or not."""
         t = TrainingConfig(
             precision=self.config.training.precision,
@@ -128,7 +128,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
 
 
 @lru_cache(maxsize=32)
-def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> Curve:
+def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> MemoryCurve:
     return training_curve(
         Config.model_validate_json(key, strict=False),
         side=side,
@@ -139,7 +139,7 @@ def _curve_of(key: str, side: int, channels: int, widths: tuple[int, ...]) -> Cu
 
 def _curve(
     config: Config, training: TrainingConfig, side: int, channels: int, widths: tuple[int, ...]
-) -> Curve:
+) -> MemoryCurve:
     # What the generator's memory does not depend on must not make it be traced again.
     same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
