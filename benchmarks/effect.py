@@ -60,7 +60,7 @@ from fastrepa.generation.generate import image_path, write_png
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.vision.codec import build_codec
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 
 from benchmarks.run import RECORDS, append, environment
 from benchmarks.two_hosts import lose_hosts, refusal
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 6.0  # survival.timeout_seconds

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--uts", "--mount", "--pid")

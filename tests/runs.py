@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

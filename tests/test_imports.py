@@ -34,3 +34,7 @@ def test_a_training_process_reads_the_core_alone():
 )  # fmt: skip
 def test_who_starts_no_engine_does_not_wait_for_deepspeed(module):
     assert "deepspeed" not in loaded(f"fastrepa.{module}")
+
+
+def test_a_process_alone_knows_its_world_without_torch():
+    assert "torch" not in loaded("fastrepa.runtime.world")

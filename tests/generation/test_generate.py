@@ -35,7 +35,7 @@ from fastrepa.generation.generate import (
 )
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 from fastrepa.vision.codec import PixelCodec
 
 SIDE, CLASSES = 16, ["Animals & Nature", "Food", "food", "Objects", "3"]

@@ -75,7 +75,7 @@ def prepare(
     """
     from fastrepa.commands.prepare.prepare import prepare as make_shards
     from fastrepa.commands.prepare.report import print_report
-    from fastrepa.runtime.ranks import Ranks
+    from fastrepa.runtime.world import World
 
     encode, encoded = None, []
     stored = source if (source / "vae-sd" / "dataset.json").is_file() and not codec else None
@@ -89,8 +89,8 @@ def prepare(
         )
         check_networks(resolution, columns)
 
-        def add_columns(folder: Path, ranks: Ranks) -> None:
-            encoded.append(encode_columns(folder, **columns, ranks=ranks))
+        def add_columns(folder: Path, world: World) -> None:
+            encoded.append(encode_columns(folder, **columns, world=world))
 
         encode = add_columns
 
@@ -171,10 +171,10 @@ def data_encode(
     encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
     """
     from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
-    from fastrepa.runtime.ranks import joined_ranks
+    from fastrepa.runtime.world import patient_world
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
-    with joined_ranks() as ranks:
-        report = encode_columns(path, **settings, replace=replace, ranks=ranks)
-    if ranks.rank == 0:
+    with patient_world() as world:
+        report = encode_columns(path, **settings, replace=replace, world=world)
+    if world.is_first:
         print_encoded(report, Console(highlight=False))

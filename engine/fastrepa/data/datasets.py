@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore
 from fastrepa.errors import DataError
+from fastrepa.runtime.world import launched_world
 
 
 class DataSet(Protocol):
@@ -78,7 +78,7 @@ def open_data(
         return ShardSet.open(folder, resolution=resolution, verify=verify)
     if (folder / LATENTS / LABELS).exists():
         # A million files take a while to look at: say so where a person watches.
-        watched = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        watched = sys.stderr.isatty() and launched_world().is_first
         return ReferenceSet.open(folder, resolution=resolution, progress=watched)
     found = "is no data set" if folder.is_dir() else "no such folder"
     raise DataError(

@@ -43,7 +43,7 @@ from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, join_or_alone, leave_world
+from fastrepa.runtime.world import join_or_alone, leave_world, of_first_rank
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
@@ -281,9 +281,7 @@ def sample_run(
         "seed": seed, "batch_size": batch_size, **config.sample.model_dump(), "classes": drawn,
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
     }  # fmt: skip
-    found: list[int] = []  # by the first process, whose bar and words are shown
-    _agree(world, lambda: found.append(claim_folder(folder, record)))
-    there = sum(found)
+    there = of_first_rank(world, lambda: claim_folder(folder, record))
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
     mine = rank_batches(num, batch_size, world.rank, world.size)
@@ -298,23 +296,25 @@ def sample_run(
             progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
         )  # fmt: skip
         _write_images(draw, labels, missing, folder)
-    packed: list[Path | None] = []  # by the first process
-    _agree(world, lambda: None)  # every process has written its images
-    _agree(world, lambda: packed.append(_gather(folder, num, len(chosen), npz)))
+    world.wait()  # every rank has written its images
+    packed = of_first_rank(world, lambda: _gather(folder, num, len(chosen), npz))
     seconds = time.perf_counter() - started
     if world.size > 1:
         leave_world()
-    npz_path = packed[0] if packed else None
+    npz_path = packed if world.is_first else None
     grid = folder / "grid.png"
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
 
 
 def _gather(folder: Path, num: int, classes: int, npz: bool) -> Path | None:
     """Draw the grid of a complete folder; with `npz` pack its images too, and return where."""
-    shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
-    columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
-    save_grid(torch.stack(shown), folder / "grid.png", columns)
-    return write_adm_npz(folder, num) if npz else None
+    try:
+        shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
+        columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
+        save_grid(torch.stack(shown), folder / "grid.png", columns)
+        return write_adm_npz(folder, num) if npz else None
+    except OSError as e:
+        raise FastrepaError(f"{e.filename}: {e.strerror}") from None
 
 
 def _write_images(
@@ -335,25 +335,6 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     given = {k: v for k, v in settings.items() if v is not None}
     tree = config.model_dump(mode="json")
     return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
-
-
-def _agree(world: World, action: Callable[[], None]) -> None:
-    """Run `action` on the first process; every process waits for it and shares its error."""
-    error: FastrepaError | None = None
-    if world.is_first:
-        try:
-            action()
-        except FastrepaError as e:
-            error = e
-        except OSError as e:
-            error = FastrepaError(f"{e.filename}: {e.strerror}")
-    if world.size > 1:
-        shared = [error]
-        torch.distributed.barrier()  # all have come this far
-        torch.distributed.broadcast_object_list(shared, src=0)
-        error = shared[0]
-    if error is not None:
-        raise error
 
 
 # Files -----------------------------------------------------------------------------------------

@@ -1,36 +1,101 @@
-"""This process among its peers: the ranks that torchrun, deepspeed or srun started together."""
+"""This process among its peers: the ranks that torchrun, deepspeed or srun started together.
+
+Torch is imported where ranks meet: one process that prepares a set does without it.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
-import torch.distributed as dist
+from fastrepa.errors import ConfigError, DataError, FastrepaError
 
-from fastrepa.errors import ConfigError, FastrepaError
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
-_destroy: Callable[[], None] = dist.destroy_process_group
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+_PATIENCE = timedelta(days=30)  # ranks with fewer images wait for those with more
+_destroy: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers; without arguments, a process alone.
 
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
+    chosen_device: what `device` is, where it is not left to it. group: the process group of all
+    peers; None: torch's default group. local_rank, local_size: among the ranks of this host.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    chosen_device: torch.device | None = None
+    group: Any = None
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank's tensors: by default its GPU, or the CPU where there is none."""
+        import torch
+
+        if self.chosen_device is not None:
+            return self.chosen_device
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank)
+
+    def wait(self, tick: Callable[[], None] | None = None) -> None:
+        """Return when every rank has come this far; `tick` is called now and then (collective)."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with self._complete():
+            work = dist.barrier(group=self.group, async_op=True)
+            assert work is not None
+            while tick is not None and not work.is_completed():
+                tick()
+                time.sleep(0.1)
+            work.wait()
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """Raise DataError where a peer leaves a patient world; the watch over a run that lost one
+        wants torch's own error.
+        """
+        try:
+            yield
+        except RuntimeError:  # gloo's, when a peer closes its connection
+            if self.group is None:
+                raise
+            raise DataError("another rank stopped; its own message says why") from None
+
+
+def launched_world() -> World:
+    """The world as the launcher's environment variables have it, joined or not."""
+
+    def told(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    return World(
+        rank=told("RANK", 0),
+        size=told("WORLD_SIZE", 1),
+        local_rank=told("LOCAL_RANK", 0),
+        local_size=told("LOCAL_WORLD_SIZE", 1),
+    )
 
 
 def join_world(timeout_seconds: float = 1800.0) -> World:
@@ -40,15 +105,16 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
 
     Raises ConfigError where srun's tasks were not told where to meet.
     """
+    import torch
+    import torch.distributed as dist
+
     env = os.environ
     _take_over_slurm(env)
-    size = int(env.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0"))
+    world = launched_world()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+        torch.cuda.set_device(world.local_rank)
+    world = replace(world, chosen_device=world.device)
+    on_gpu = world.device.type == "cuda"
     if not dist.is_initialized():
         alone = {
             "RANK": "0",
@@ -59,14 +125,13 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
         }
         for key, value in alone.items():
             env.setdefault(key, value)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend,
+            "nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             # A world of one has no peer that a device would have to be bound for.
-            device_id=device if device.type == "cuda" and size > 1 else None,
+            device_id=world.device if on_gpu and world.size > 1 else None,
         )
-    return World(rank, size, local_rank, device)
+    return world
 
 
 def join_or_alone(device: torch.device | None = None) -> World:
@@ -74,9 +139,44 @@ def join_or_alone(device: torch.device | None = None) -> World:
 
     device: of a process alone; by default the GPU where there is one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_world().size > 1:
         return join_world()
-    return World(0, 1, 0, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    import torch
+
+    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return World(chosen_device=device or default)
+
+
+@contextmanager
+def patient_world() -> Iterator[World]:
+    """Join torchrun's ranks in a gloo group that waits for days; outside torchrun, stay alone.
+
+    A rank that fails leaves; the others' collectives then raise DataError instead of hanging.
+    """
+    world = launched_world()
+    if world.size <= 1:
+        yield World()
+        return
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {world.size}, but RANK is not set; start it with torchrun"
+        )
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    yield replace(world, group=dist.new_group(backend="gloo", timeout=_PATIENCE))
+    # After an error the process ends, and the group with it.
+    if ours:
+        dist.destroy_process_group()
+
+
+def outside_the_world() -> dict[str, str]:
+    """This process's environment for one that it starts and that is no rank of this one's world:
+    joining a world, of one even, leaves the launcher's variables behind.
+    """
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
 
 
 def _take_over_slurm(env: MutableMapping[str, str]) -> None:
@@ -97,7 +197,7 @@ def _take_over_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def of_first_rank(world: World, work: Callable[[], T]) -> T:
-    """Return to all what `work` gives on rank 0; its FastrepaError is raised on all alike
+    """Return to all what `work` gives on rank 0, pickled; its FastrepaError is raised on all alike
     (collective).
     """
     answer: list[Any] = [None]
@@ -107,7 +207,10 @@ def of_first_rank(world: World, work: Callable[[], T]) -> T:
         except FastrepaError as e:
             answer[0] = e
     if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
+        import torch.distributed as dist
+
+        with world._complete():
+            dist.broadcast_object_list(answer, src=0, group=world.group)
     if isinstance(answer[0], FastrepaError):
         raise answer[0]
     return cast(T, answer[0])
@@ -115,12 +218,14 @@ def of_first_rank(world: World, work: Callable[[], T]) -> T:
 
 def leave_world() -> None:
     """End the group of all ranks, where there is one."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         if dist.get_world_size() > 1:
             # Gloo's threads let go of the last collective's tensors; later, while Python is taken
             # down, that would abort the process (pytorch #190489).
             time.sleep(0.1)
-        _destroy()
+        (_destroy or dist.destroy_process_group)()
 
 
 def leave_by(destroy: Callable[[], None]) -> None:

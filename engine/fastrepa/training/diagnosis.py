@@ -17,7 +17,7 @@ from fastrepa.config import Config
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.reader import RankBatches, SampleOrder
 from fastrepa.errors import TrainingError
-from fastrepa.runtime.world import World
+from fastrepa.runtime.world import World, of_first_rank
 
 NAMED = 5  # parameters and samples that a message names; the file has them all
 
@@ -133,12 +133,8 @@ def _told(
     file = run / f"bad_step_{step:07d}.json"
     if world.is_first:
         file.write_text(json.dumps({"step": step, "in_row": in_row, "ranks": everyone}, indent=1))
-    good: Path | None = None
-    if world.is_first:
-        good = newest_checkpoint(run, verify=False)
-    answer = [str(good) if good else None]
-    dist.broadcast_object_list(answer, src=0)
-    last = f"the last good checkpoint is {answer[0]}" if answer[0] else "there is no checkpoint yet"
+    good = of_first_rank(world, lambda: newest_checkpoint(run, verify=False))
+    last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     return TrainingError(
         f"stopped at step {step}: {in_row} steps in a row had a loss or gradients that are not "
         f"finite, and were skipped; {reports(guilty[:NAMED]) or 'a repetition finds nothing wrong'}"

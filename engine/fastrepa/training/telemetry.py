@@ -28,6 +28,7 @@ from fastrepa.errors import FastrepaError
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.regions import NAMES
+from fastrepa.runtime.world import launched_world
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
@@ -81,7 +82,7 @@ def machine() -> dict[str, Any]:
         "device": device,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": launched_world().size,
     }
 
 

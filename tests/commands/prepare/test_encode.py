@@ -25,7 +25,7 @@ from fastrepa.data.format.columns import first_damaged, open_rows
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.shards import ShardSet
 from fastrepa.errors import ConfigError, DataError
-from fastrepa.runtime.ranks import Ranks
+from fastrepa.runtime.world import World
 from fastrepa.vision import codec as codec_room
 from fastrepa.vision.features import build_encoder
 from fastrepa.vision.quantise import dequantise
@@ -165,8 +165,8 @@ def test_ranks_make_what_one_makes(make_set: MakeSet) -> None:
     encode(alone, encoders=[LITE])
     for rank in (2, 1):  # 5 shards over 3 ranks; the first finishes
         with pytest.raises(_NotFirstError):
-            encode(together, encoders=[LITE], ranks=Ranks(rank, 3, _not_first))
-    encode(together, encoders=[LITE], ranks=Ranks(0, 3))
+            encode(together, encoders=[LITE], world=OneOfThree(rank, 3))
+    encode(together, encoders=[LITE], world=OneOfThree(0, 3))
     assert contents(alone.path) == contents(together.path)
 
 
@@ -174,8 +174,12 @@ class _NotFirstError(Exception):
     """Ends a rank where it would wait for the first."""
 
 
-def _not_first(*_: object) -> None:
-    raise _NotFirstError
+class OneOfThree(World):
+    """A rank whose peers have been here before, or are still to come."""
+
+    def wait(self, tick: object = None) -> None:
+        if not self.is_first:
+            raise _NotFirstError
 
 
 def test_killed_runs_go_on_and_leave_the_same_bytes(tmp_path: Path) -> None:

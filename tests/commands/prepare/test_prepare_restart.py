@@ -276,6 +276,15 @@ def test_two_ranks_make_the_same_set(source: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
 
 
-def test_one_process_does_without_torch() -> None:
-    script = "import sys, fastrepa.commands.prepare.prepare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT).returncode == 0
+def test_one_process_does_without_torch(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from fastrepa.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    words = ["prepare", source, tmp_path / "out", "--resolution", 16, "--skip-bad"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "67 images of 3 classes" in done.stdout

@@ -40,7 +40,7 @@ import torch
 from fastrepa.commands.bench.turn import DOES_NOT_FIT, MARK
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError, nearest
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
 
 RIVALS = (

@@ -24,7 +24,7 @@ from rich.table import Table
 from fastrepa.commands.doctor.findings import SECTIONS, Finding, Probe, fast_path, one_line
 from fastrepa.commands.doctor.machine import system, versions
 from fastrepa.commands.doctor.probes import PROBES
-from fastrepa.runtime.launch import outside_the_world
+from fastrepa.runtime.world import outside_the_world
 
 MARKS = {"ok": "[green]✓[/]", "off": "[dim]–[/]", "broken": "[red]✗[/]", "note": "[yellow]![/]"}
 

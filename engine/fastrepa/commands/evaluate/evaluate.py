@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ def evaluate(
 
     def measure(source: Any, path: Path, cache: StatisticsCache | None) -> Side:
         kept = frozenset() if cache is not None else frozenset(metric.feature for metric in few)
-        with _bar(path.name, source.num, shown=world.is_first) as advance:
+        with _bar(path.name, source.num, world) as advance:
             wanted = evaluator.wanted(reference=cache is not None, kept=kept)
             return evaluator.measure(
                 source, wanted, batch_size=batch_size, cache=cache, progress=advance,
@@ -180,8 +179,7 @@ def _run_source(
 
 
 @contextmanager
-def _bar(name: str, num: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def _bar(name: str, num: int | None, world: World) -> Iterator[Callable[[int], None]]:
     """Images taken of a source, where a terminal shows them; all ranks are as far as this one."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with Bar(name, num or 0, "images", shown=shown and num is not None) as bar:
-        yield lambda images: bar.advance(images * ranks)
+    with Bar(name, num or 0, "images", shown=world.is_first and num is not None) as bar:
+        yield lambda images: bar.advance(images * world.size)

@@ -9,7 +9,6 @@ after the last one. The manifest names the new columns when all of them are ther
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,7 +49,7 @@ from fastrepa.data.format.shards import (
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.ranks import Ranks
+from fastrepa.runtime.world import World, launched_world
 from fastrepa.vision.codec import build_codec
 from fastrepa.vision.registry import parse_encoders
 
@@ -77,10 +76,10 @@ def encode_columns(
     batch_size: int = 64,
     replace: bool = False,
     device: torch.device | None = None,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     progress: bool = True,
 ) -> EncodeReport:
-    """Add columns to the prepared set in `folder` (collective over `ranks`).
+    """Add columns to the prepared set in `folder` (collective over `world`).
 
     Args:
         codec: sd-vae: store the moments (mean, std; fp16).
@@ -95,10 +94,10 @@ def encode_columns(
 
     Raises ConfigError for settings, WeightsError for weights, DataError for the set and the disk.
     """
-    ranks = ranks or Ranks()
+    world = world or World()
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size}: must be at least 1")
-    device = device or _own_device()
+    device = device or launched_world().device
     data = ShardSet.open(folder, verify="sizes")
     makers = column_makers(data, codec, encoders, reference, flip, precision, device)
     wanted = tuple(maker.column for maker in makers)
@@ -117,11 +116,11 @@ def encode_columns(
     try:
         _check_space(folder, data, makers)
         if makers:
-            _encode(data, makers, batch_size, device, ranks, progress)
-        ranks.wait()
-        if ranks.rank == 0 and makers:
+            _encode(data, makers, batch_size, device, world, progress)
+        world.wait()
+        if world.is_first and makers:
             _finish(data, [maker.column for maker in makers])
-        ranks.wait()
+        world.wait()
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be written ({error.strerror}); what is finished is kept, the same "
@@ -174,7 +173,7 @@ def check_networks(resolution: int, settings: dict[str, Any]) -> None:
 
     Raises ConfigError and WeightsError as it would. On the first rank alone.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not launched_world().is_first:
         return
     if settings["codec"] is not None:
         build_codec(settings["codec"], resolution=resolution)
@@ -202,12 +201,6 @@ def print_encoded(report: EncodeReport, console: Console) -> None:
                 f" values, which int8 stores coarsely; train with vision.targets=online",
                 markup=False,
             )
-
-
-def _own_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # The set ------------------------------------------------------------------------------------------
@@ -294,20 +287,20 @@ def _encode(
     makers: Sequence[Maker],
     batch_size: int,
     device: torch.device,
-    ranks: Ranks,
+    world: World,
     progress: bool,
 ) -> None:
     """Make this rank's unfinished column files."""
     todo = {
         shard: missing
-        for shard in range(ranks.rank, len(data.shard_sizes), ranks.size)
+        for shard in range(world.rank, len(data.shard_sizes), world.size)
         if (missing := [m for m in makers if not finished(data.path, m.column, _stem(data, shard))])
     }
     if not todo:
         return
-    mine = "" if ranks.size == 1 else f", rank {ranks.rank + 1} of {ranks.size}"
+    mine = "" if world.size == 1 else f", rank {world.rank + 1} of {world.size}"
     reads_images = any(maker.reads_images for maker in makers)
-    show = progress and ranks.rank == 0
+    show = progress and world.is_first
     total = sum(data.shard_sizes[shard] for shard in todo)
     with (
         Bar(f"encoding{mine}", total, "images", shown=show, rate=True, stays=True) as bar,

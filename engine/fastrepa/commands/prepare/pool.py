@@ -16,8 +16,8 @@ from fastrepa.commands.prepare.plan import ShardPlan, open_plan
 from fastrepa.commands.prepare.writer import write_shard
 from fastrepa.data.format.partial import join_writers
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.ranks import Ranks
 from fastrepa.runtime.spawn import go_on, run_jobs
+from fastrepa.runtime.world import World
 
 _LOOK = 2.0  # seconds between two looks at what the other ranks have finished
 
@@ -29,7 +29,7 @@ def write_shards(
     *,
     workers: int,
     skip_bad: bool,
-    ranks: Ranks,
+    world: World,
     progress: bool,
 ) -> None:
     """Make this rank's shards, those `finished` apart, with `workers` processes (0, 1: this one).
@@ -37,8 +37,8 @@ def write_shards(
     Returns when all ranks are ready (collective). Raises what `write_shard` raises, and then leaves
     no worker behind.
     """
-    missing = [s for s in range(ranks.rank, plan.num_shards, ranks.size) if s not in finished]
-    with _Bar(plan, folder, finished, ranks, progress and ranks.is_first) as bar:
+    missing = [s for s in range(world.rank, plan.num_shards, world.size) if s not in finished]
+    with _Bar(plan, folder, finished, world, progress and world.is_first) as bar:
         if min(workers, len(missing)) > 1:
             _in_workers(plan, folder, missing, min(workers, len(missing)), skip_bad, bar.show)
         else:
@@ -51,7 +51,7 @@ def write_shards(
 
             for shard in missing:
                 write_shard(plan, folder, shard, skip_bad, image_done)
-        ranks.wait_while(bar.tick)
+        world.wait(bar.tick)
         bar.finish()
 
 
@@ -59,12 +59,12 @@ class _Bar:
     """Images done by all ranks, images/s and the time that remains."""
 
     def __init__(
-        self, plan: ShardPlan, folder: Path, finished: set[int], ranks: Ranks, visible: bool
+        self, plan: ShardPlan, folder: Path, finished: set[int], world: World, visible: bool
     ) -> None:
         self._plan, self._folder, self._visible = plan, folder, visible
         self._before = sum(len(plan.keys(shard)) for shard in finished)
         self._others = [
-            s for s in range(plan.num_shards) if s % ranks.size != ranks.rank and s not in finished
+            s for s in range(plan.num_shards) if s % world.size != world.rank and s not in finished
         ]
         self._elsewhere, self._own, self._looked = 0, 0, 0.0
         self._bar = Bar(

@@ -58,9 +58,9 @@ from fastrepa.data.sources.entries import Listing, printable
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest
 from fastrepa.runtime.files import aside, settle, settle_folder, write_whole
-from fastrepa.runtime.ranks import Ranks, joined_ranks
+from fastrepa.runtime.world import World, launched_world, of_first_rank, patient_world
 
-Encode = Callable[[Path, Ranks], None]
+Encode = Callable[[Path, World], None]
 _BLOCK = 100_000  # names read at once
 
 
@@ -145,8 +145,8 @@ def prepare(
     settings = _checked_settings(resolution, shard_size, image_format, quality, seed)
     _check_places(source, out)
     folder = partial_folder(out)
-    with joined_ranks() as ranks, _failures(out, ranks), ExitStack() as stack:
-        if ranks.is_first:
+    with patient_world() as world, _failures(out, world), ExitStack() as stack:
+        if world.is_first:
             stack.enter_context(owned(out))
             if not (folder / MANIFEST).exists():
                 listing = list_source(
@@ -164,21 +164,21 @@ def prepare(
                 check_settings(folder, before, settings)
         # Told by rank 0, not looked up: a network file system may remember for a minute that a file
         # was not there.
-        complete = ranks.share((folder / MANIFEST).exists() if ranks.is_first else None)
-        if not ranks.is_first:
+        complete = of_first_rank(world, (folder / MANIFEST).exists)
+        if not world.is_first:
             join_writers(folder)
-        ranks.wait()
+        world.wait()
         images, seconds, ignored = 0, 0.0, []
         if not complete:
             plan = open_plan(folder)
             ignored = plan.ignored
             workers = _own_cores() if workers is None else workers
-            images, seconds = _make_images(plan, folder, workers, skip_bad, ranks, progress)
+            images, seconds = _make_images(plan, folder, workers, skip_bad, world, progress)
         if encode is not None:
-            encode(folder, ranks)
-            ranks.wait()
-        done = _publish(folder, out, images, seconds, ignored) if ranks.is_first else None
-        return replace(ranks.share(done), is_first=ranks.is_first)
+            encode(folder, world)
+            world.wait()
+        done = of_first_rank(world, lambda: _publish(folder, out, images, seconds, ignored))
+        return replace(done, is_first=world.is_first)
 
 
 def _publish(
@@ -200,10 +200,10 @@ def _publish(
 
 
 def _make_images(
-    plan: ShardPlan, folder: Path, workers: int, skip_bad: bool, ranks: Ranks, progress: bool
+    plan: ShardPlan, folder: Path, workers: int, skip_bad: bool, world: World, progress: bool
 ) -> tuple[int, float]:
     """Everything up to the manifest; returns how many images were made, and in what time."""
-    finished = ranks.share(_finished(plan, folder, skip_bad) if ranks.is_first else None)
+    finished = of_first_rank(world, lambda: _finished(plan, folder, skip_bad))
     started = time.monotonic()
     write_shards(
         plan,
@@ -211,13 +211,13 @@ def _make_images(
         finished,
         workers=workers,
         skip_bad=skip_bad,
-        ranks=ranks,
+        world=world,
         progress=progress,
     )
     seconds = time.monotonic() - started
-    if ranks.is_first:
+    if world.is_first:
         _finish(plan, folder)
-    ranks.wait()
+    world.wait()
     return plan.samples - sum(len(plan.keys(shard)) for shard in finished), seconds
 
 
@@ -286,7 +286,7 @@ def _write_sources(plan: ShardPlan, path: Path, skipped: Container[int]) -> None
 
 
 @contextmanager
-def _failures(out: Path, ranks: Ranks) -> Iterator[None]:
+def _failures(out: Path, world: World) -> Iterator[None]:
     """Whatever ends the work becomes one line that says what is kept."""
     folder = partial_folder(out)
     try:
@@ -300,7 +300,7 @@ def _failures(out: Path, ranks: Ranks) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"{error}{_kept(folder, str(error))}") from None
     except KeyboardInterrupt:
-        if ranks.is_first and (kept := _kept(folder)):
+        if world.is_first and (kept := _kept(folder)):
             print(f"fastrepa prepare{kept}", file=sys.stderr)
         raise
 
@@ -313,7 +313,7 @@ def _kept(folder: Path, said: str = "") -> str:
 
 
 def _own_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // launched_world().local_size)
 
 
 def _unusable(root: Path, name: str, reason: str) -> str:
