@@ -268,7 +268,7 @@ MUTATIONS = (
     ),
     Mutation(
         "gate of the other branch", "engine/fastrepa/model/sit.py",
-        "return x, Stream(y, out, gate2)", "return x, Stream(y, out, gate1)", PARITY,
+        "return x, Residual(y, out, gate2)", "return x, Residual(y, out, gate1)", PARITY,
     ),
     Mutation(
         "every block is recomputed", "engine/fastrepa/model/sit.py",

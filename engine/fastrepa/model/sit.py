@@ -95,7 +95,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Stream(NamedTuple):
+class Residual(NamedTuple):
     """The residual stream x + gate * branch, whose sum the next norm makes in its own pass.
 
     x: [B,T,D], float32 or wider; branch: [B,T,D] and gate: [B,D], None where the sum is made.
@@ -106,7 +106,7 @@ class Stream(NamedTuple):
     gate: Tensor | None = None
 
     @property
-    def residual(self) -> tuple[Tensor, Tensor] | None:
+    def pending(self) -> tuple[Tensor, Tensor] | None:
         """What is still to be added, as the operations take it."""
         if self.branch is None or self.gate is None:
             return None
@@ -114,13 +114,13 @@ class Stream(NamedTuple):
 
 
 def _norm_modulate_linear(
-    operations: Operations, h: Stream, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+    operations: Operations, h: Residual, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (the stream's sum [B,T,D], the Linear of its modulated norm [B,T,O])."""
     given = (h.x, shift, scale, weight, bias)
-    if h.residual is None:
+    if h.pending is None:
         return h.x, operations.adaln_linear(*given)
-    return operations.adaln_linear(*given, residual=h.residual)
+    return operations.adaln_linear(*given, residual=h.pending)
 
 
 class Attention(nn.Module):
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, h: Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Residual, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the stream's sum, attention over its modulated norm), both [B,T,D]."""
         b, t, d = h.x.shape
         q_norm, k_norm = (
@@ -170,11 +170,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, h: Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Residual, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the stream's sum, the MLP of its modulated norm), both [B,T,D]."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.operations.adaln_mlp(
-            h.x, shift, scale, weights, residual=h.residual, keep_h=self.keep_h
+            h.x, shift, scale, weights, residual=h.pending, keep_h=self.keep_h
         )
 
 
@@ -199,14 +199,14 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(width, operations, keep_h)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, h: Stream, c: Tensor) -> tuple[Tensor, Stream]:
+    def forward(self, h: Residual, c: Tensor) -> tuple[Tensor, Residual]:
         """Return (the sum of the stream that came in [B,T,D], the stream that goes out)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             self.adaLN_modulation(c).chunk(6, dim=1)
         )  # [B,D] each  # fmt: skip
         x, attended = self.attn(h, shift1, scale1)  # [B,T,D] each
-        y, out = self.mlp(Stream(x, attended, gate1), shift2, scale2)  # y = x + gate1 attended
-        return x, Stream(y, out, gate2)
+        y, out = self.mlp(Residual(x, attended, gate1), shift2, scale2)  # y = x + gate1 attended
+        return x, Residual(y, out, gate2)
 
 
 class FinalLayer(nn.Module):
@@ -218,7 +218,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, h: Stream, c: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Residual, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the stream's sum [B,T,D], patches [B,T,p*p*C])."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # [B,D] each
         return _norm_modulate_linear(
@@ -372,7 +372,7 @@ class SiT(nn.Module):
             label_drop = torch.rand(labels.shape, device=labels.device) < self.label_dropout
         tokens = self.x_embedder(x)  # [B,T,D]
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        h = Stream(tokens.to(wide) + self.pos_embed)
+        h = Residual(tokens.to(wide) + self.pos_embed)
         c = self.t_embedder(t) + self.y_embedder(labels, label_drop)  # [B,D]
         for done, block in enumerate(self.blocks):
             if self.is_recomputed(done):
