@@ -133,7 +133,7 @@ MUTATIONS = (
         "tests/test_config.py",
     ),
     Mutation(
-        "SiT-XL aligned at block 4", "engine/fastrepa/config/sections.py",
+        "SiT-XL aligned at block 4", "engine/fastrepa/config/loading.py",
         '"SiT-XL": (1152, 28, 16, 8)', '"SiT-XL": (1152, 28, 16, 4)', "tests/test_config.py",
     ),
     Mutation(
