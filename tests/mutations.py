@@ -133,7 +133,7 @@ MUTATIONS = (
         "tests/test_config.py",
     ),
     Mutation(
-        "SiT-XL aligned at block 4", "engine/fastrepa/config/sections.py",
+        "SiT-XL aligned at block 4", "engine/fastrepa/config/loading.py",
         '"SiT-XL": (1152, 28, 16, 8)', '"SiT-XL": (1152, 28, 16, 4)', "tests/test_config.py",
     ),
     Mutation(
@@ -422,7 +422,7 @@ MUTATIONS = (
     ),
     Mutation(
         "buckets without the modulation", "engine/fastrepa/training/zero/settings.py",
-        "18 * config.model.width**2", "12 * config.model.width**2",
+        "18 * model.width**2", "12 * model.width**2",
         "tests/training/test_memory.py::test_auto_is_numbers_from_size_and_world",
     ),
     # Checkpoints.
@@ -516,7 +516,7 @@ MUTATIONS = (
     ),
     Mutation(
         "encoders counted where tokens are stored", "engine/fastrepa/training/memory/workload.py",
-        'online = config.vision.targets == "online"', "online = True",
+        "online = not config.vision.cached_targets", "online = True",
         "tests/training/memory/test_workload.py::"
         "test_frozen_networks_run_only_where_nothing_is_stored",
     ),

@@ -93,7 +93,7 @@ def _step(size: SuiteSize) -> Iterator[Record]:
     config, world = _config(size), join_world()
     try:
         trainer = Trainer(config, world)
-        noise = RandomBatches(config, trainer, world.device, trainer.micro)
+        noise = RandomBatches(trainer, world.device, trainer.micro)
         seconds = {"noise": _steps(trainer, itertools.repeat(next(noise)), size)}
         for decode in size.decode:
             with _pipeline(size, decode, trainer.micro, moments=trainer.cached_latents) as pipeline:

@@ -98,8 +98,9 @@ def resolved(*overrides: str) -> Config:
 def check(folder: Path, config: Config) -> None:
     """What the trainer asks of the set before its first step."""
     targets = Targets(
-        config, grid=8, dtype=torch.float32, device=torch.device("cpu"), random_weights=False
-    )
+        config.vision, resolution=config.data.resolution, grid=8, dtype=torch.float32,
+        device=torch.device("cpu"), random_weights=False,
+    )  # fmt: skip
     targets.check(open_data(folder / "set"), weights=True)
 
 

@@ -19,6 +19,12 @@ def config(*overrides):
     return load_config(ROOT / "configs/quickstart.yaml", ["run=x", *SMALL, *overrides])
 
 
+def chosen(config, device, dtype):
+    return choose_attention(
+        config.attention, config.model, device, dtype, deterministic=config.deterministic
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_can_be_configured(backend):
     assert config(f"attention.backend={backend}").attention.backend == backend
@@ -39,15 +45,15 @@ def test_every_backend_can_be_configured(backend):
 )
 def test_errors_name_the_key(overrides, words):
     with pytest.raises(ConfigError, match=words):
-        choose_attention(config(*overrides), CPU, torch.float32)
+        chosen(config(*overrides), CPU, torch.float32)
 
 
 def test_what_runs_is_recorded_and_a_slow_gpu_is_told():
-    choice = choose_attention(config("attention.require=flash"), CPU, torch.bfloat16)
+    choice = chosen(config("attention.require=flash"), CPU, torch.bfloat16)
     assert choice.backend == "sdpa-flash"
-    assert choose_attention(config(), CPU, torch.bfloat16).backend == "math-chunked"
+    assert chosen(config(), CPU, torch.bfloat16).backend == "math-chunked"
     fallen = Choice("math", (("sdpa-flash", "does not take float32"), ("xformers", "absent")))
-    record = json.loads(json.dumps(attention_record(config(), fallen)))["attention"]
+    record = json.loads(json.dumps(attention_record(config().attention, fallen)))["attention"]
     assert record == {
         "backend": "math", "configured": "auto", "require": "any",
         "passed_over": {"sdpa-flash": "does not take float32", "xformers": "absent"},

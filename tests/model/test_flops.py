@@ -46,11 +46,12 @@ def test_encoders(name):
         images = torch.empty(2, 3, 256, 256, dtype=torch.uint8)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             frozen(images)
-    ours = frozen_flops(config_of(encoder), [plan], cached_latents=False)
+    online = config_of(encoder)
+    ours = frozen_flops(online.data, online.vision, [plan], cached_latents=False)
     assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
     assert ours > 1e8
     cached = config_of(None, vision={"encoders": [encoder], "targets": "cached"})
-    assert frozen_flops(cached, [plan], cached_latents=False) == 0
+    assert frozen_flops(cached.data, cached.vision, [plan], cached_latents=False) == 0
 
 
 def test_gradients_that_nobody_wants_are_not_counted():
@@ -65,5 +66,5 @@ def test_gradients_that_nobody_wants_are_not_counted():
             model(x, t, torch.zeros(2, dtype=torch.int64)).sum().backward()
         return counter.get_total_flops()
 
-    flops = model_flops(config, side=32, channels=3, encoder_widths=[])
+    flops = model_flops(config.model, config.alignment, side=32, channels=3, encoder_widths=[])
     assert 3 * flops.forward - flops.training == (counted(True) - counted(False)) / 2

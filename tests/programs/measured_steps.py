@@ -87,8 +87,8 @@ def measure(case, world):
     return {"resident": resident, "peak": resident + peak, "sent": sent}
 
 
-def with_settings(plain, settings, config, size):
-    out = plain(config, size)
+def with_settings(plain, settings, *given):
+    out = plain(*given)
     out["zero_optimization"] |= settings
     return out
 

@@ -49,7 +49,7 @@ def test_the_draws_are_few_launches_with_the_bits_of_the_cpu(trainer, monkeypatc
 
 @interpreted
 def test_a_forward_draws_nothing_else_and_reads_nothing(trainer):
-    batch = next(RandomBatches(trainer.config, trainer, trainer.world.device, trainer.micro))
+    batch = next(RandomBatches(trainer, trainer.world.device, trainer.micro))
     with launch.backend("triton"), counted() as launches:
         trainer.forward_losses(batch, trainer.sample_numbers(0))
     drawn = [name for name in launches if "rand" in name or "bernoulli" in name]

@@ -13,7 +13,7 @@ from tests.sets.trees import write_tree
 def test_they_are_those_that_training_begins_with():
     config = load_config(ROOT / "configs/quickstart.yaml", ["run=x", *SMALL])
     data, cpu = open_data(config.data.path), torch.device("cpu")
-    images = first_images(data, config, cpu)
+    images = first_images(data, config.data, config.seed, cpu)
     assert images.shape == (LOOKED_AT, 3, config.data.resolution, config.data.resolution)
     assert images.dtype == torch.uint8
     batch = config.training.global_batch
@@ -30,4 +30,4 @@ def test_a_set_of_fewer_gives_all_it_has(make_set, tmp_path):
         ROOT / "configs/quickstart.yaml",
         ["run=x", *SMALL, f"data.path={data.path}", f"data.resolution={data.resolution}"],
     )
-    assert len(first_images(data, config, torch.device("cpu"))) == 5
+    assert len(first_images(data, config.data, config.seed, torch.device("cpu"))) == 5

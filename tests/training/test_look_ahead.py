@@ -43,7 +43,7 @@ def test_a_run_ahead_ends_with_the_same_bits(tmp_path):
 
 def test_the_encoder_runs_between_forward_and_backward(world, monkeypatch):
     trainer = built(world, "vision.look_ahead=true")
-    happened, source = [], RandomBatches(trainer.config, trainer, CPU, trainer.micro)
+    happened, source = [], RandomBatches(trainer, CPU, trainer.micro)
     backward, targets = trainer.engine.backward, Targets.__call__
 
     class Source:
@@ -106,7 +106,7 @@ def test_a_side_stream_and_graphs_change_no_loss(world, vision):
         ("vision.look_ahead=true", f"vision.compile={vision}"),
     ):
         trainer = built(world, *overrides, steps=6)
-        batches = RandomBatches(trainer.config, trainer, world.device, trainer.micro)
+        batches = RandomBatches(trainer, world.device, trainer.micro)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(6)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-6 if vision == "none" else 1e-4)
 
@@ -117,6 +117,6 @@ def test_graphs_of_the_generator_accumulate(world, stage):
     curves = []
     for way in ("none", "graphs"):
         trainer = built(world, f"training.compile={way}", f"zero.stage={stage}", steps=6)
-        batches = RandomBatches(trainer.config, trainer, world.device, trainer.micro)
+        batches = RandomBatches(trainer, world.device, trainer.micro)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(6)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

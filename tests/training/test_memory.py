@@ -50,7 +50,7 @@ def test_stage_3_leaves_torch_as_it_was(world):
     trainer.engine.module.final_layer.register_forward_hook(
         lambda *_: seen.append(functional.linear)
     )
-    trainer.train_step(RandomBatches(trainer.config, trainer, world.device, trainer.micro))
+    trainer.train_step(RandomBatches(trainer, world.device, trainer.micro))
     assert seen and before not in seen
     assert functional.linear is before
 
@@ -94,35 +94,44 @@ def test_offload_trains_alike_and_its_state_moves_to_other_stages(compared, stag
     assert there == pytest.approx(plain, rel=1e-4 if precision == "fp32" else 1e-2)
 
 
+def autos(config, trained, ranks):
+    itemsize = config.training.dtype.itemsize
+    return auto_settings(config.zero, config.model, itemsize, trained, ranks)
+
+
+def in_deepspeeds_words(config):
+    return deepspeed_config(config.zero, config.training, config.run, 8)
+
+
 def test_auto_is_numbers_from_size_and_world():
     config = config_of()
     n, block = 675_000_000, 18 * 1152**2
-    on_8, on_1024 = auto_settings(config, n, 8), auto_settings(config, n, 1024)
+    on_8, on_1024 = autos(config, n, 8), autos(config, n, 1024)
     assert on_8["reduce_bucket_size"] == block
     assert on_8["prefetch_bucket_size"] == block
     assert 6 * 1152 < on_8["param_persistence_threshold"] < 16 * 1152  # biases, no matrix
-    assert on_8["overlap_comm"] and not auto_settings(config, n, 1)["overlap_comm"]
-    assert not auto_settings(config_of(stage=0), n, 8)["overlap_comm"]
+    assert on_8["overlap_comm"] and not autos(config, n, 1)["overlap_comm"]
+    assert not autos(config_of(stage=0), n, 8)["overlap_comm"]
     # 128 KiB for each of 1,024 ranks, in bf16.
     assert on_1024["reduce_bucket_size"] == 1024 * 64 * 1024
-    assert auto_settings(config, n, 100_000)["reduce_bucket_size"] == MOST_BUCKET
+    assert autos(config, n, 100_000)["reduce_bucket_size"] == MOST_BUCKET
     # A small model is one bucket, of an even number.
-    small = auto_settings(config_of("SiT-S/2"), 1_000_001, 8)
+    small = autos(config_of("SiT-S/2"), 1_000_001, 8)
     assert small["reduce_bucket_size"] == small["allgather_bucket_size"] == 1_000_002
     nvme = config_of(stage=3, offload="nvme", nvme_path="/n")
-    assert auto_settings(nvme, n, 8)["sub_group_size"] == NVME_SUB_GROUP
+    assert autos(nvme, n, 8)["sub_group_size"] == NVME_SUB_GROUP
     # What is given stays; nothing is auto any more.
     resolved = resolve_zero(config_of(stage=2, reduce_bucket_size=1234), n, 8)
-    zero = deepspeed_config(resolved, 8)["zero_optimization"]
+    zero = in_deepspeeds_words(resolved)["zero_optimization"]
     assert zero["reduce_bucket_size"] == 1234
     assert "auto" not in zero.values()
     with pytest.raises(ValueError, match=r"zero\.overlap_comm: still auto"):
-        deepspeed_config(config, 8)
+        in_deepspeeds_words(config)
 
 
 def test_offload_in_deepspeeds_words():
     nvme = resolve_zero(config_of(stage=3, offload="nvme", nvme_path="/n"), 10**6, 8)
-    there = deepspeed_config(nvme, 8)["zero_optimization"]["offload_optimizer"]
+    there = in_deepspeeds_words(nvme)["zero_optimization"]["offload_optimizer"]
     assert there["device"] == "nvme"
     assert there["nvme_path"] == "/n/some_run"  # two runs on one disk do not meet
     assert there["buffer_count"] == 5  # weight, gradient, two moments, one average
@@ -156,7 +165,7 @@ def test_nvme_works_or_says_what_is_missing(tmp_path):
     config = config_of(stage=3, offload="nvme", nvme_path=str(tmp_path / "nvme"))
     if not AsyncIOBuilder().is_compatible(verbose=False):
         with pytest.raises(ConfigError, match=r"zero\.offload: 'nvme' .*libaio-dev") as caught:
-            check_offload(config)
+            check_offload(config.zero, config.run)
         assert "\n" not in str(caught.value)
         return
     common = ("training.steps=4", "zero.stage=3", "model.width=96")
@@ -171,4 +180,4 @@ def test_nvme_path_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     config = config_of(stage=3, offload="nvme", nvme_path=str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"zero\.nvme_path: .*is not writable"):
-        check_offload(config)
+        check_offload(config.zero, config.run)

@@ -50,7 +50,7 @@ def built(world, *overrides):
 
 
 def batches_of(trainer):
-    return RandomBatches(trainer.config, trainer, trainer.world.device, trainer.micro)
+    return RandomBatches(trainer, trainer.world.device, trainer.micro)
 
 
 def step(trainer, batches=None, steps=1):
@@ -65,7 +65,7 @@ def step(trainer, batches=None, steps=1):
 def test_bf16_without_instructions_for_it_is_warned_of(monkeypatch):
     def said(precision, device="cpu"):
         config = load_config(ROOT / "configs/quickstart.yaml", [f"training.precision={precision}"])
-        return slow_precision(config, World(0, 1, 0, torch.device(device)))
+        return slow_precision(config.training, World(0, 1, 0, torch.device(device)))
 
     for fast in (True, False):
         monkeypatch.setattr(launch, "cpu_multiplies", lambda dtype: fast)  # noqa: B023
@@ -104,7 +104,7 @@ def test_a_stall_of_the_data_is_named(trainer):
 
 def test_a_slow_collective_is_named_and_taken_off_the_region_around_it(world, monkeypatch):
     for module in (zero, settings):  # or one rank would send none
-        monkeypatch.setattr(module, "as_run", lambda config, ranks: config)
+        monkeypatch.setattr(module, "as_run", lambda zero, training, ranks: zero)
     trainer = built(world)
     step(trainer)
     whole = TorchBackend.all_gather_into_tensor

@@ -145,7 +145,7 @@ def test_the_loss_is_the_velocitys_plus_weight_times_the_alignments(
     monkeypatch.setattr(trainer, "objective", Objective())
     monkeypatch.setattr(trainer, "engine", engine)
     monkeypatch.setattr(trainer, "config", changed(trainer.config, "alignment", weight=weight))
-    batch = next(RandomBatches(trainer.config, trainer, trainer.world.device, trainer.micro))
+    batch = next(RandomBatches(trainer, trainer.world.device, trainer.micro))
     samples = trainer.sample_numbers(0)
     losses = trainer.forward_losses(batch, samples, None if encoders else [])
     assert float(losses["velocity_loss"]) == pytest.approx(0.25, rel=1e-5)

@@ -51,7 +51,7 @@ def dry_run(config: Config, world: World) -> DryRun:
     tree = config.model_dump(mode="json")
     tree["training"] |= {"global_batch": BATCH * world.size, "micro_batch": BATCH}
     trainer = Trainer(config_from_dict(tree), world)
-    batches = RandomBatches(config, trainer, world.device, BATCH)
+    batches = RandomBatches(trainer, world.device, BATCH)
     with _kept_for_backward(trainer.engine.module) as kept:
         metrics = trainer.train_step(batches)
     trainer.engine.module.recompute = 0  # FLOPs are those of the model, nothing twice
@@ -112,9 +112,8 @@ def _memory(
     config: Config, world: World, trained: int, trainer: Trainer, activations: int
 ) -> dict[str, int]:
     """Bytes per rank: ZeRO divides optimiser (1), gradients (2) and weights (3) by the ranks."""
-    stage = as_run(config, world.size).zero.stage
-    low = config.training.precision == "bf16"
-    width = 2 if low else 4
+    stage = as_run(config.zero, config.training, world.size).stage
+    width = config.training.dtype.itemsize
 
     def share(since: int) -> int:
         return world.size if stage >= since else 1
@@ -122,14 +121,14 @@ def _memory(
     frozen = sum(
         p.numel() * p.element_size() for e in trainer.targets.encoders for p in e.parameters()
     )
-    vae = SD_VAE_PARAMETERS if config.data.codec.name == "sd-vae" else 0  # a run samples with it
+    vae = SD_VAE_PARAMETERS if config.data.codec.is_autoencoder else 0  # a run samples with it
     # zero.offload: not on the GPU.
-    where = "" if config.zero.offload == "none" else f" ({config.zero.offload})"
+    where = f" ({config.zero.offload})" if config.zero.offloads else ""
     return {
         "weights": trained * width // share(3),
         "gradients": trained * width // share(2),
         # A second float32 copy exists wherever ZeRO or bf16 needs a master beside the weights.
-        f"master weights{where}": 4 * trained // share(1) if low or stage else 0,
+        f"master weights{where}": 4 * trained // share(1) if config.training.bf16 or stage else 0,
         f"Adam moments{where}": 8 * trained // share(1),
         f"EMA{where}": 4 * trained * len(config.training.ema) // share(1),
         "encoders": frozen,

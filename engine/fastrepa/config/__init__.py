@@ -1,6 +1,8 @@
 """One typed, validated configuration. Every section is frozen and forbids unknown keys."""
 
 from fastrepa.config.loading import (
+    PATCHES,
+    SIT_MODELS,
     config_from_dict,
     load_config,
     load_run_config,
@@ -8,8 +10,6 @@ from fastrepa.config.loading import (
 )
 from fastrepa.config.sections import (
     MAX_EMAS,
-    PATCHES,
-    SIT_MODELS,
     AlignmentConfig,
     AttentionConfig,
     CodecConfig,

@@ -14,8 +14,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastrepa.config.sections import PATCHES, SIT_MODELS, Config, is_int
+from fastrepa.config.sections import Config, is_int
 from fastrepa.errors import ConfigError, nearest
+
+# REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
+SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
+    "SiT-S": (384, 12, 6, 4),
+    "SiT-B": (768, 12, 12, 4),
+    "SiT-L": (1024, 24, 16, 8),
+    "SiT-XL": (1152, 28, 16, 8),
+}
+PATCHES = (2, 4, 8)
 
 
 class _Loader(yaml.SafeLoader):

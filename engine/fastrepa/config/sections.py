@@ -52,14 +52,6 @@ PositiveOrAuto = Annotated[int | Literal["auto"], _number_or(1, "auto")]
 BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_bool_or_auto)]
 Recompute = Annotated[int | Literal["none", "auto"], _number_or(1, "none", "auto")]
 
-# REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
-SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
-    "SiT-S": (384, 12, 6, 4),
-    "SiT-B": (768, 12, 12, 4),
-    "SiT-L": (1024, 24, 16, 8),
-    "SiT-XL": (1152, 28, 16, 8),
-}
-PATCHES = (2, 4, 8)
 MAX_EMAS = 4  # as many as the fused kernel updates in one pass
 
 
@@ -73,6 +65,10 @@ class CodecConfig(_Section):
     name: Literal["pixel", "sd-vae"] = "sd-vae"
     weights: str = Field("stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder")
     side: Positive | None = Field(None, description="pixel: side the image is averaged down to")
+
+    @property
+    def is_autoencoder(self) -> bool:
+        return self.name == "sd-vae"
 
 
 class DataConfig(_Section):
@@ -97,6 +93,10 @@ class DataConfig(_Section):
         description="what an epoch's samples beyond the last whole batch do: join the next epoch's "
         "first, or are left out",
     )
+
+    @property
+    def must_cache_latents(self) -> bool:
+        return self.latents == "cached"
 
 
 class EncoderConfig(_Section):
@@ -135,6 +135,10 @@ class VisionConfig(_Section):
     compile: Literal["none", "graphs"] = Field(
         "none", description="graphs: the encoders compiled, and replayed as CUDA graphs"
     )
+
+    @property
+    def cached_targets(self) -> bool:
+        return self.targets == "cached"
 
 
 class ModelConfig(_Section):
@@ -274,7 +278,20 @@ class TrainingConfig(_Section):
         """The dtype of weights and activations in training."""
         import torch  # not for the sake of `fastrepa --help`
 
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16"
+
+    @property
+    def recompute_every(self) -> int:
+        """Every how manieth block runs again in backward; 0: none, also while it is auto."""
+        return self.recompute if isinstance(self.recompute, int) else 0
+
+    @property
+    def keep_h(self) -> bool:
+        return self.keep == "h"
 
     @field_validator("ema", mode="before")
     @classmethod
@@ -363,23 +380,22 @@ class ZeroConfig(_Section):
         "auto", description="stage 3: what one pass of the optimiser updates"
     )
 
+    @property
+    def offloads(self) -> bool:
+        return self.offload != "none"
+
+    @property
+    def swaps(self) -> bool:
+        return self.offload == "nvme"
+
 
 class AttentionConfig(_Section):
     """The attention of training; fastrepa_kernels/attention/choice.py has the table."""
 
     backend: Literal[
-        "auto",
-        "flash-attn-2",
-        "flash-attn-3",
-        "flash-attn-4",
-        "xformers",
-        "sdpa-cudnn",
-        "sdpa-flash",
-        "sdpa-efficient",
-        "math",
-        "math-chunked",
-        "sdpa",
-    ] = Field("auto", description="auto: the first of the device's table that works")
+        "auto", "flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "sdpa-cudnn",
+        "sdpa-flash", "sdpa-efficient", "math", "math-chunked", "sdpa",
+    ] = Field("auto", description="auto: the first of the device's table that works")  # fmt: skip
     require: Literal["any", "flash"] = Field(
         "any", description="flash: anything that is not FlashAttention is an error"
     )
@@ -423,6 +439,10 @@ class Config(_Section):
         False, description="two runs on the same hardware and ranks end with the same bits"
     )
 
+    @property
+    def fused(self) -> bool:
+        return self.kernels == "fused"
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         a, s, t = self.alignment, self.sample, self.training
@@ -441,22 +461,22 @@ class Config(_Section):
                 f"training.global_batch {t.global_batch}"
             )
         z = self.zero
-        if z.offload != "none" and z.stage == 0:
+        if z.offloads and z.stage == 0:
             raise ValueError(
                 f"zero.offload: {z.offload!r} needs zero.stage 1, 2 or 3; stage 0 shards nothing"
             )
-        if z.offload == "nvme" and z.stage != 3:
+        if z.swaps and z.stage != 3:
             raise ValueError(
                 f"zero.offload: 'nvme' needs zero.stage 3, got {z.stage}; stages 1 and 2 can 'cpu'"
             )
-        if z.offload == "nvme" and not z.nvme_path:
+        if z.swaps and not z.nvme_path:
             raise ValueError("zero.nvme_path: zero.offload 'nvme' needs a folder on a local disk")
-        if z.offload_parameters and (z.stage != 3 or z.offload == "none"):
+        if z.offload_parameters and (z.stage != 3 or not z.offloads):
             raise ValueError(
                 f"zero.offload_parameters: needs zero.stage 3 and zero.offload cpu or nvme, got "
                 f"stage {z.stage} and {z.offload!r}"
             )
-        if self.data.latents == "cached" and self.data.codec.name == "pixel":
+        if self.data.must_cache_latents and not self.data.codec.is_autoencoder:
             raise ValueError(
                 "data.latents: 'cached' needs data.codec.name sd-vae; pixels are not stored apart"
             )

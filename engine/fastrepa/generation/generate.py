@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
-from fastrepa.config import Config, SampleConfig, config_from_dict
+from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
 from fastrepa.errors import ConfigError, FastrepaError, nearest
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
@@ -170,17 +170,18 @@ def generate(
     return torch.cat(images)
 
 
-def ready_to_sample(model: Generator, config: Config, device: torch.device) -> Generator:
+def ready_to_sample(
+    model: Generator, sample_config: SampleConfig, training: TrainingConfig, device: torch.device
+) -> Generator:
     """The generator in the precision that `sample.precision` names, compiled as `sample.compile`
     says; in place.
 
     Raises ConfigError where `device` cannot do that.
     """
-    wanted = config.sample
-    check_compile("sample.compile", wanted.compile, device)
-    precision = config.training.precision if wanted.precision == "run" else wanted.precision
+    check_compile("sample.compile", sample_config.compile, device)
+    precision = training.precision if sample_config.precision == "run" else sample_config.precision
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    compile_generator(model, wanted.compile, device)
+    compile_generator(model, sample_config.compile, device)
     return model
 
 
@@ -269,7 +270,7 @@ def sample_run(
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = with_settings(config, settings)
-    model = ready_to_sample(model, config, device)
+    model = ready_to_sample(model, config.sample, config.training, device)
     num = config.sample.num
     batch_size = min(batch_size, num)
     chosen = choose_classes(classes, info.classes, config.model.num_classes)

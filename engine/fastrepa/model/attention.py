@@ -6,37 +6,43 @@ from typing import Any
 
 import torch
 
-from fastrepa.config import Config
+from fastrepa.config import AttentionConfig, ModelConfig
 from fastrepa.errors import ConfigError
 from fastrepa_kernels.attention import FLASH, Choice, choose
 
 
-def choose_attention(config: Config, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend for the training of `config` in `dtype` on `device`.
+def choose_attention(
+    attention: AttentionConfig,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool,
+) -> Choice:
+    """The backend for the training of `model` in `dtype` on `device`.
 
     Raises ConfigError, naming attention.backend or attention.require, where it cannot run.
     """
-    m, wanted = config.model, config.attention
     try:
         return choose(
             device,
             dtype,
-            m.width // m.heads,
-            backend=wanted.backend,
-            require=wanted.require,
-            deterministic=config.deterministic,
+            model.width // model.heads,
+            backend=attention.backend,
+            require=attention.require,
+            deterministic=deterministic,
         )
     except ValueError as e:
         raise ConfigError(f"attention.{e}") from None
 
 
-def attention_record(config: Config, choice: Choice) -> dict[str, Any]:
+def attention_record(attention: AttentionConfig, choice: Choice) -> dict[str, Any]:
     """For environment.json: what runs, who chose it, and why nothing better did."""
     return {
         "attention": {
             "backend": choice.backend,
-            "configured": config.attention.backend,
-            "require": config.attention.require,
+            "configured": attention.backend,
+            "require": attention.require,
             "passed_over": dict(choice.passed_over),
         }
     }

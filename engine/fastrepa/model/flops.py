@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrepa.config import Config
+from fastrepa.config import AlignmentConfig, ModelConfig
 from fastrepa_kernels.cost import diffusion_transformer_flops
 from fastrepa_kernels.projector_alignment import projector_alignment_cost
 
@@ -40,22 +40,28 @@ class ModelFlops:
 
 
 def model_flops(
-    config: Config, *, side: int, channels: int, encoder_widths: Sequence[int]
+    model: ModelConfig,
+    alignment: AlignmentConfig,
+    *,
+    side: int,
+    channels: int,
+    encoder_widths: Sequence[int],
 ) -> ModelFlops:
-    """Count the generator of `config`; side and channels are the latent's, as SiT.from_config's."""
-    m = config.model
-    tokens, values = (side // m.patch) ** 2, m.patch**2 * channels
-    transformer = diffusion_transformer_flops(1, tokens, m.width, m.depth, patch_values=values)
-    ends = diffusion_transformer_flops(1, tokens, m.width, 0, patch_values=values)
+    """Count the generator; side and channels are the latent's, as SiT.from_config's."""
+    tokens, values = (side // model.patch) ** 2, model.patch**2 * channels
+    transformer = diffusion_transformer_flops(
+        1, tokens, model.width, model.depth, patch_values=values
+    )
+    ends = diffusion_transformer_flops(1, tokens, model.width, 0, patch_values=values)
     projectors = sum(
         projector_alignment_cost(
-            tokens, m.width, config.alignment.projector_width, z, 2, x_grad=False, weight_grad=False
+            tokens, model.width, alignment.projector_width, z, 2, x_grad=False, weight_grad=False
         ).flops
         for z in encoder_widths
     )
     forward = transformer + projectors
     # Nobody wants the gradient of the noisy latent or of the time's sines.
-    unwanted = 2 * m.width * (tokens * values + FREQUENCIES)
+    unwanted = 2 * model.width * (tokens * values + FREQUENCIES)
     return ModelFlops(transformer, transformer - ends, forward, 3 * forward - unwanted)
 
 

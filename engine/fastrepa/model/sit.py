@@ -308,7 +308,7 @@ class SiT(nn.Module):
         device and precision alone. A recompute that is still auto recomputes nothing, and a keep
         that is still auto keeps nothing.
         """
-        m, every = config.model, config.training.recompute
+        m = config.model
         return cls(
             side=side,
             channels=channels,
@@ -326,8 +326,8 @@ class SiT(nn.Module):
             prediction=config.objective.prediction,
             path=config.objective.path,
             kernels=config.kernels,
-            recompute=every if isinstance(every, int) else 0,
-            keep_h=config.training.keep == "h",
+            recompute=config.training.recompute_every,
+            keep_h=config.training.keep_h,
         )
 
     def reset_parameters(self) -> None:

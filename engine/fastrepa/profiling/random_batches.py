@@ -15,6 +15,7 @@ from fastrepa.vision.codec import Codec
 class Reader(Protocol):
     """Says which parts a batch has: a Trainer, or another loop."""
 
+    config: Config
     codec: Codec
     targets: Targets
     cached_latents: bool
@@ -23,12 +24,13 @@ class Reader(Protocol):
 class RandomBatches:
     """Batches of `size` noise images, with what the trainer would read from a prepared set."""
 
-    def __init__(self, config: Config, trainer: Reader, device: torch.device, size: int) -> None:
-        self.config, self.trainer, self.device, self.size = config, trainer, device, size
-        self.generator = torch.Generator().manual_seed(config.seed)
+    def __init__(self, trainer: Reader, device: torch.device, size: int) -> None:
+        self.trainer, self.device, self.size = trainer, device, size
+        self.generator = torch.Generator().manual_seed(trainer.config.seed)
 
     def __next__(self) -> Batch:
-        r, codec = self.config.data.resolution, self.trainer.codec
+        config, codec = self.trainer.config, self.trainer.codec
+        r = config.data.resolution
         moments = None
         if self.trainer.cached_latents:
             shape = (self.size, 2 * codec.channels, codec.side, codec.side)
@@ -36,7 +38,7 @@ class RandomBatches:
         return Batch(
             image_u8=self._integers(0, 256, (3, r, r), torch.uint8),
             moments=None if moments is None else moments.to(self.device),
-            label=self._integers(0, self.config.model.num_classes, (), torch.int64),
+            label=self._integers(0, config.model.num_classes, (), torch.int64),
             features=tuple(
                 self._stored(encoder.plan.own_grid[0] ** 2, encoder.width)
                 for encoder in self.trainer.targets.encoders

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastrepa.checkpoint.format import newest_checkpoint
-from fastrepa.config import Config
+from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.reader import RankBatches, SampleOrder
 from fastrepa.errors import TrainingError
@@ -84,15 +84,20 @@ class SampleNames:
     """The samples of a rank's batches as messages name them: shard file and key."""
 
     def __init__(
-        self, data: DataSet, config: Config, micro: int, world: World, *, cached_latents: bool
+        self,
+        data: DataSet,
+        config: DataConfig,
+        batches: RankBatches,
+        *,
+        seed: int,
+        cached_latents: bool,
     ) -> None:
-        batch = config.training.global_batch
-        self.batches = RankBatches(batch, micro, world.rank, world.size)
+        self.batches = batches
         self.order = SampleOrder(
             data.shard_sizes,
-            seed=config.seed,
-            window=config.data.window,
-            multiple_of=batch if config.data.remainder == "drop" else 1,
+            seed=seed,
+            window=config.window,
+            multiple_of=batches.global_batch if config.remainder == "drop" else 1,
         )
         self.store = data.store(
             image=not cached_latents, moments=cached_latents, features=(), open_shards=1

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastrepa.config import Config
+from fastrepa.config import Config, DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.runtime.world import World
@@ -32,37 +32,37 @@ def build_inputs(config: Config, world: World, data: DataSet | None) -> Inputs:
     """Build codec and encoders for `data`, which is checked to hold what they do not make; without
     data with seeded random weights, and nothing is read.
     """
-    without = data is None
+    without, resolution = data is None, config.data.resolution
     codec = build_codec(
-        config.data.codec, resolution=config.data.resolution, device=world.device,
+        config.data.codec, resolution=resolution, device=world.device,
         dtype=config.training.dtype, random_weights=without,
     )  # fmt: skip
     targets = Targets(
-        config, grid=token_grid(config), dtype=config.training.dtype, device=world.device,
-        random_weights=without,
+        config.vision, resolution=resolution, grid=token_grid(config.data, config.model.patch),
+        dtype=config.training.dtype, device=world.device, random_weights=without,
     )  # fmt: skip
     if data is None:
-        targets.prepare(_noise_of(config), refuse=False)
-        return Inputs(codec, targets, config.data.latents == "cached")
-    targets.prepare(partial(first_images, data, config, world.device), refuse=True)
+        targets.prepare(_noise_of(resolution, config.seed), refuse=False)
+        return Inputs(codec, targets, config.data.must_cache_latents)
+    images = partial(first_images, data, config.data, config.seed, world.device)
+    targets.prepare(images, refuse=True)
     cached = latents_are_cached(config.data, data, codec)
     targets.check(data, weights=world.is_first)
     return Inputs(codec, targets, cached)
 
 
-def first_images(data: DataSet, config: Config, device: torch.device) -> Tensor:
+def first_images(data: DataSet, config: DataConfig, seed: int, device: torch.device) -> Tensor:
     """The first images of the run's order, alike on every rank: uint8 [B,3,R,R]."""
     num = min(LOOKED_AT, sum(data.shard_sizes))
     with DataPipeline(
-        data, config.data, global_batch=num, micro_batch=num, seed=config.seed, device=device
+        data, config, global_batch=num, micro_batch=num, seed=seed, device=device
     ) as batches:
         images = next(batches).image_u8
         assert images is not None
         return images.clone()  # the pipeline's memory goes with it
 
 
-def _noise_of(config: Config) -> Callable[[], Tensor]:
+def _noise_of(resolution: int, seed: int) -> Callable[[], Tensor]:
     """In place of images, for a run without data: uint8 [B,3,R,R]."""
-    size, generator = config.data.resolution, torch.Generator().manual_seed(config.seed)
-    shape = (LOOKED_AT, 3, size, size)
+    generator, shape = torch.Generator().manual_seed(seed), (LOOKED_AT, 3, resolution, resolution)
     return lambda: torch.randint(256, shape, dtype=torch.uint8, generator=generator)

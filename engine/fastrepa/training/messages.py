@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrepa.checkpoint.format import checkpoint_path
-from fastrepa.config import Config, load_config
+from fastrepa.config import Config, TrainingConfig, VisionConfig, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import COMPILED
 from fastrepa.runtime.world import World
@@ -44,16 +44,16 @@ def first_line(trainer: Trainer) -> str:
     )
     model = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
     parameters = sum(math.prod(_shape(p)) for p in trainer.engine.module.parameters())
-    stage = as_run(c, w.size).zero.stage
+    stage = as_run(c.zero, c.training, w.size).stage
     parts = {
         "device": f"{where} x {w.size}",
         "model": f"{model}, {parameters / 1e6:.1f} M parameters",
         "precision": c.training.precision,
         "ZeRO": str(c.zero.stage)
         + (f", as {stage}" if stage != c.zero.stage else "")
-        + (f", states on {c.zero.offload}" if c.zero.offload != "none" else ""),
+        + (f", states on {c.zero.offload}" if c.zero.offloads else ""),
         "recompute": str(c.training.recompute),
-        "keep": c.training.keep if c.kernels == "fused" else "none",
+        "keep": c.training.keep if c.fused else "none",
         "attention": trainer.attention.backend,
         "kernels": c.kernels + COMPILED[c.training.compile],
         "encoder": trainer.targets.describe() + (", ahead" if trainer.look_ahead.active else ""),
@@ -66,10 +66,10 @@ def first_line(trainer: Trainer) -> str:
     return " · ".join(f"{k} {v}" for k, v in parts.items())
 
 
-def slow_precision(config: Config, world: World) -> str:
+def slow_precision(training: TrainingConfig, world: World) -> str:
     """A warning where bf16 is slower than fp32, by a lot: a CPU without instructions for it."""
     fast = world.device.type != "cpu" or launch.cpu_multiplies(torch.bfloat16)
-    if config.training.precision != "bf16" or fast:
+    if not training.bf16 or fast:
         return ""
     return (
         "training.precision: this CPU has no instructions for bf16, whose products are then many "
@@ -96,15 +96,17 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any
         yield key, (a, b)
 
 
-def farewell(config: Config, step: int, last: Mapping[str, float]) -> str:
+def farewell(
+    run: Path, training: TrainingConfig, vision: VisionConfig, step: int, last: Mapping[str, float]
+) -> str:
     """Say what the finished run did, where to look, and what to try next.
 
     last: the last line of its metrics.
     """
-    run, encoders = Path(config.run), config.vision.encoders
-    aligned = f", aligned to {', '.join(e.name for e in encoders)}" if encoders else ""
+    names = ", ".join(encoder.name for encoder in vision.encoders)
+    aligned = f", aligned to {names}" if names else ""
     return (
-        f"\n{step} steps of {config.training.global_batch} images{aligned}: "
+        f"\n{step} steps of {training.global_batch} images{aligned}: "
         f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s, "
         f"{last['seconds'] / 60:.1f} minutes\n"
         f"  samples      {run}/samples/\n"

@@ -56,12 +56,14 @@ def image_flops(config: Config, device: torch.device, *, cached_latents: bool) -
     channels, side = codec_shape(config.data.codec, config.data.resolution)
     plans = [plan_encoder(e, resolution=config.data.resolution) for e in config.vision.encoders]
     widths = [p.width for p in plans]
-    flops = model_flops(config, side=side, channels=channels, encoder_widths=widths)
-    frozen = frozen_flops(config, plans, cached_latents=cached_latents)
+    flops = model_flops(
+        config.model, config.alignment, side=side, channels=channels, encoder_widths=widths
+    )
+    frozen = frozen_flops(config.data, config.vision, plans, cached_latents=cached_latents)
     peak = None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = peak_flops(name, bf16=config.training.precision == "bf16")
+        peak = peak_flops(name, bf16=config.training.bf16)
     return ImageFlops(flops.training, frozen, peak)
 
 

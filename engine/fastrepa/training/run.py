@@ -16,9 +16,10 @@ from torch import Tensor
 from fastrepa.checkpoint.averages import recorded
 from fastrepa.checkpoint.format import RunState, checkpoint_path, newest_checkpoint
 from fastrepa.checkpoint.writer import CheckpointWriter
-from fastrepa.config import Config, save_config
+from fastrepa.config import Config, DataConfig, save_config
 from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.pipeline import DataPipeline
+from fastrepa.data.reader import RankBatches
 from fastrepa.errors import ConfigError, DataError, TrainingError
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.attention import attention_record, slow_attention
@@ -62,7 +63,7 @@ class Run:
         # Small questions between hosts go over gloo, which does not make a GPU wait.
         self.host_group = host_group or host_group_of(config.survival)
         self.world, self.folder = world, Path(config.run)
-        self.data = _open_data(config)
+        self.data = _open_data(config.data, config.model.num_classes)
         inputs = build_inputs(config, world, self.data)
         measured = None
         if config.evaluation.every and evaluator:
@@ -90,14 +91,14 @@ class Run:
         if world.is_first:
             warn_of_changes(self.folder, config)
             save_config(config, self.folder / "config.yaml")
-        ran = attention_record(config, self.trainer.attention)
+        ran = attention_record(config.attention, self.trainer.attention)
         with Telemetry(
             self.folder, config, start_step=self.step, active=world.is_first, environment=ran
         ) as telemetry:
             telemetry.say(first_line(self.trainer))
             slow = (
                 slow_attention(self.trainer.attention, world.device),
-                slow_precision(config, world),
+                slow_precision(config.training, world),
             )
             for words in filter(None, slow):
                 telemetry.warn(words)
@@ -152,7 +153,8 @@ class Run:
 
     def _take_leave(self, telemetry: Telemetry) -> None:
         if lines := telemetry.history():
-            telemetry.say(farewell(self.config, self.step, lines[-1]))
+            c = self.config
+            telemetry.say(farewell(self.folder, c.training, c.vision, self.step, lines[-1]))
 
     def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
@@ -297,11 +299,12 @@ class Run:
         """Say what is not finite in the last step, which is repeated for it (collective)."""
         step, batches = self.step, self.trainer.last_batches
         self.trainer.step -= 1  # the draws are keyed by the step that is under way
+        batch, micro = self.config.training.global_batch, self.trainer.micro
         names = SampleNames(
             self.data,
-            self.config,
-            self.trainer.micro,
-            self.world,
+            self.config.data,
+            RankBatches(batch, micro, self.world.rank, self.world.size),
+            seed=self.config.seed,
             cached_latents=self.trainer.cached_latents,
         )
 
@@ -346,12 +349,11 @@ class _Signals:
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def _open_data(config: Config) -> DataSet:
-    data = open_data(config.data.path, resolution=config.data.resolution)
-    if len(data.classes) > config.model.num_classes:
+def _open_data(config: DataConfig, num_classes: int) -> DataSet:
+    data = open_data(config.path, resolution=config.resolution)
+    if len(data.classes) > num_classes:
         raise DataError(
-            f"{config.data.path}: holds {len(data.classes)} classes, "
-            f"model.num_classes is {config.model.num_classes}"
+            f"{config.path}: holds {len(data.classes)} classes, model.num_classes is {num_classes}"
         )
     return data
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrepa.config import Config, DataConfig
+from fastrepa.config import DataConfig, VisionConfig
 from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import Batch
@@ -34,18 +34,18 @@ class Targets:
 
     def __init__(
         self,
-        config: Config,
+        config: VisionConfig,
         *,
+        resolution: int,
         grid: int,
         dtype: torch.dtype,
         device: torch.device,
         random_weights: bool,
     ) -> None:
-        self.config, self.dtype = config.vision, dtype
-        self.cached = config.vision.targets == "cached"
+        self.config, self.dtype, self.cached = config, dtype, config.cached_targets
         self.encoders: list[FrozenEncoder | CachedFeatures] = []
-        for encoder in config.vision.encoders:
-            size = {"resolution": config.data.resolution, "grid": grid}
+        size = {"resolution": resolution, "grid": grid}
+        for encoder in config.encoders:
             if self.cached:
                 self.encoders.append(cached_features(encoder, **size, dtype=dtype))
                 continue
@@ -129,11 +129,11 @@ def latents_are_cached(config: DataConfig, data: DataSet, codec: Codec) -> bool:
     ConfigError where `data.latents: cached` asks for what is not there, and where the moments are
     another autoencoder's, which `auto` must not pass over in silence either.
     """
-    if config.latents == "online" or config.codec.name == "pixel":
+    if config.latents == "online" or not config.codec.is_autoencoder:
         return False
     moments = data.moments
     if moments is None:
-        if config.latents == "cached":
+        if config.must_cache_latents:
             raise ConfigError(
                 f"data.latents: 'cached', but {data.path} holds no latents; make them with: "
                 f"{PREPARE} --codec {config.codec.name}"

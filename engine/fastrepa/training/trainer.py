@@ -40,10 +40,16 @@ def check_run(config: Config, world: World) -> Choice:
 
     Raises ConfigError naming the key.
     """
-    micro_batch(config, world.size)
-    token_grid(config)
-    choice = choose_attention(config, world.device, config.training.dtype)
-    check_offload(config)
+    micro_batch(config.training, world.size)
+    token_grid(config.data, config.model.patch)
+    choice = choose_attention(
+        config.attention,
+        config.model,
+        world.device,
+        config.training.dtype,
+        deterministic=config.deterministic,
+    )
+    check_offload(config.zero, config.run)
     check_compile("training.compile", config.training.compile, world.device)
     check_compile("vision.compile", config.vision.compile, world.device)
     return choice
@@ -66,7 +72,7 @@ class Trainer:
     ) -> None:
         make_deterministic(config.deterministic)
         self.world, self.attention = world, check_run(config, world)
-        self.micro, self.forwards = micro_batch(config, world.size)
+        self.micro, self.forwards = micro_batch(config.training, world.size)
         inputs = inputs or build_inputs(config, world, None)
         self.codec, self.targets = inputs.codec, inputs.targets
         self.cached_latents = inputs.cached_latents

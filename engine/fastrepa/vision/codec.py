@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrepa.config import CodecConfig, Config
+from fastrepa.config import CodecConfig, DataConfig
 from fastrepa.errors import ConfigError, WeightsError
 from fastrepa.vision.weights import digest
 
@@ -64,7 +64,7 @@ def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:
 
     ConfigError when the resolution is not a multiple of what the codec needs.
     """
-    if config.name == "pixel":
+    if not config.is_autoencoder:
         side = config.side or resolution
         if resolution % side:
             raise ConfigError(
@@ -81,18 +81,16 @@ def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:
     return SD_VAE_CHANNELS, resolution // SD_VAE_DOWN
 
 
-def token_grid(config: Config) -> int:
-    """Tokens along a side of a resolved configuration's latents.
+def token_grid(data: DataConfig, patch: int) -> int:
+    """Tokens along a side of the latents, cut into patches of `patch` by `patch`.
 
     ConfigError where the resolution does not suit the codec, or the patch does not the latents.
     """
-    patch, codec = config.model.patch, config.data.codec
-    assert patch is not None
-    _, side = codec_shape(codec, config.data.resolution)
+    _, side = codec_shape(data.codec, data.resolution)
     if side % patch:
         raise ConfigError(
             f"model.patch: {patch} does not divide the latent side {side} "
-            f"(data.resolution {config.data.resolution}, codec {codec.name})"
+            f"(data.resolution {data.resolution}, codec {data.codec.name})"
         )
     return side // patch
 
@@ -113,7 +111,7 @@ def build_codec(
     or an extra that is not installed. WeightsError: weights that are missing.
     """
     channels, side = codec_shape(config, resolution)
-    if config.name == "pixel":
+    if not config.is_autoencoder:
         return PixelCodec(resolution, side)
 
     def build() -> tuple[nn.Module, str]:

@@ -253,7 +253,7 @@ def test_the_first_losses_of_fast_and_published_steps_agree(world):
         trainer = Trainer(config, world)
         if published:
             use_reference(trainer, "fp32")
-        batches = RandomBatches(config, trainer, world.device, 4)
+        batches = RandomBatches(trainer, world.device, 4)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(50)])
     fast, plain = torch.tensor(curves, dtype=torch.float64)
     assert plain[-1] < 0.9 * plain[0]  # it learns
@@ -282,7 +282,7 @@ def test_the_plain_loop_takes_the_same_steps(given, precision, off, monkeypatch,
         config = contender_config(given.model_dump(mode="json"), contender, precision)
         plain = contender == "plain+compile"
         trainer = PlainLoop(config, CPU) if plain else Trainer(config, world)
-        batches = RandomBatches(config, trainer, CPU, 4)
+        batches = RandomBatches(trainer, CPU, 4)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(6)])
         if plain:
             weight = trainer.model.get_parameter(NAME)
@@ -302,7 +302,7 @@ def test_the_plain_loop_draws_from_the_devices_generator(monkeypatch, world):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     given = tiny().model_dump(mode="json")
     loop = PlainLoop(contender_config(given, "plain+compile", "fp32"), CPU)
-    batch = next(RandomBatches(loop.config, loop, CPU, 4))
+    batch = next(RandomBatches(loop, CPU, 4))
     keyed = [loop.example(batch) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*keyed, strict=True))
     loop.random = DeviceRandom()
@@ -358,7 +358,7 @@ def test_compiled_generators_train_alike(way, device, modules, recompute, monkey
             f"training.recompute={recompute}",
         )  # fmt: skip
         trainer = Trainer(config, world)
-        batches = RandomBatches(config, trainer, CPU, 2)
+        batches = RandomBatches(trainer, CPU, 2)
         curves.append([trainer.train_step(batches)["loss"].item() for _ in range(3)])
     assert compiled == modules * [{"blocks": None, "graphs": "reduce-overhead"}[way]]
     assert ", compiled" in first_line(trainer)
@@ -378,7 +378,7 @@ def test_blocks_that_inductor_compiles_for_a_cpu_keep_less(world):
             "training.global_batch=16", "training.micro_batch=16",
         )  # fmt: skip
         trainer = Trainer(config, world)
-        source = itertools.cycle([next(RandomBatches(config, trainer, CPU, 16))])
+        source = itertools.cycle([next(RandomBatches(trainer, CPU, 16))])
         key = f"{kernels} {way}"
         losses[key] = [trainer.train_step(source)["loss"].item() for _ in range(2)]
         peaks[key] = highest(lambda t=trainer, s=source: t.train_step(s), CPU)

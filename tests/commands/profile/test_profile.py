@@ -148,8 +148,9 @@ def test_the_quickstart_on_its_own_data_against_eager(monkeypatch, capsys, tmp_p
     generator = {p["name"]: p["flops"] for p in eager["parts"]}
     projector = generator.pop("alignment, both ways")
     forward = sum(flops for name, flops in generator.items() if name.endswith("forward"))
+    config = load_config(QUICKSTART, SMALL)
     counted = model_flops(
-        load_config(QUICKSTART, SMALL), side=32, channels=3, encoder_widths=work.encoder_widths
+        config.model, config.alignment, side=32, channels=3, encoder_widths=work.encoder_widths
     )
     assert forward == pytest.approx(4 * counted.transformer, rel=0.01)
     assert projector == pytest.approx(12 * (counted.forward - counted.transformer), rel=0.01)

@@ -44,13 +44,13 @@ def test_launches_reads_and_bytes_of_the_optimisers_phase(
     """divided: as several ranks would run that stage, DeepSpeed's partitions and all."""
     if divided:
         for module in (zero, settings):
-            monkeypatch.setattr(module, "as_run", lambda config, ranks: config)
+            monkeypatch.setattr(module, "as_run", lambda zero, training, ranks: zero)
     trainer = trainer_of(world, *CACHED, "model.qk_norm=true", f"zero.stage={stage}")
     assert trainer.engine.zero_optimization_stage() == (stage if divided else 0)
     tensors = [p for p in trainer.engine.module.parameters() if p.requires_grad]
     assert len(tensors) == 73
     with launch.backend("torch"):
-        batch = next(RandomBatches(trainer.config, trainer, world.device, trainer.micro))
+        batch = next(RandomBatches(trainer, world.device, trainer.micro))
         losses = trainer.forward_losses(batch, trainer.sample_numbers(0))
         trainer.engine.backward(losses["loss"])
     last = trainer.engine.module.final_layer.linear.weight

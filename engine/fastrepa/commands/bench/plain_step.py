@@ -51,8 +51,7 @@ class PlainLoop:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.steps = config, device, 0
-        self.mixed = config.training.precision == "bf16"
-        dtype = torch.bfloat16 if self.mixed else torch.float32
+        self.mixed, dtype = config.training.bf16, config.training.dtype
         self.codec = build_codec(
             config.data.codec,
             resolution=config.data.resolution,
@@ -60,19 +59,27 @@ class PlainLoop:
             dtype=dtype,
             random_weights=True,
         )
-        self.cached_latents = config.data.latents == "cached"
+        self.cached_latents = config.data.must_cache_latents
         self.targets = Targets(
-            config, grid=token_grid(config), dtype=dtype, device=device, random_weights=True
+            config.vision,
+            resolution=config.data.resolution,
+            grid=token_grid(config.data, config.model.patch),
+            dtype=dtype,
+            device=device,
+            random_weights=True,
         )
         self.objective = Objective(config.objective)
         self.random: KeyedRandom | DeviceRandom = KeyedRandom(config.seed)
+        attention = choose_attention(  # tried before the compile
+            config.attention, config.model, device, dtype, deterministic=config.deterministic
+        )
         torch.manual_seed(config.seed)
         self.model = SiT.from_config(
             config,
             side=self.codec.side,
             channels=self.codec.channels,
             encoder_widths=self.targets.widths,
-            attention=choose_attention(config, device, dtype).backend,  # tried before the compile
+            attention=attention.backend,
         ).to(device)
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False)
         self.params = [p for p in self.model.parameters() if p.requires_grad]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrepa.config import Config
+from fastrepa.config import TrainingConfig
 from fastrepa.data.pipeline import Batch
 from fastrepa.model.operations import EAGER, Operations, per_sample_alignment
 from fastrepa.training.trainer import Trainer
@@ -29,12 +29,14 @@ REFERENCE = replace(EAGER, projector_alignment=per_sample_alignment)
 class ReferenceEngine:
     """Stands for a Trainer's DeepSpeed engine and optimiser; one process."""
 
-    def __init__(self, module: nn.Module, config: Config, precision: str, forwards: int) -> None:
-        self.module, self.clip, self.forwards = module, config.training.clip, forwards
+    def __init__(
+        self, module: nn.Module, training: TrainingConfig, precision: str, forwards: int
+    ) -> None:
+        self.module, self.clip, self.forwards = module, training.clip, forwards
         self.device = next(module.parameters()).device
         self.dtype = AUTOCAST.get(precision)
         self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        o = config.training.optimizer
+        o = training.optimizer
         self.adamw = torch.optim.AdamW(
             self.params.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
@@ -84,7 +86,7 @@ def use_reference(trainer: Trainer, precision: str) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "operations", None), Operations):
             module.operations = REFERENCE
-    engine = ReferenceEngine(model, trainer.config, precision, trainer.forwards)
+    engine = ReferenceEngine(model, trainer.config.training, precision, trainer.forwards)
     losses = trainer.forward_losses
 
     def under_autocast(

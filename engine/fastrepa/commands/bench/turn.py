@@ -73,9 +73,7 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
         model = trainer.engine.module
         if contender == "eager+compile":
             compile_forward(model)
-    batches = RandomBatches(
-        config, trainer, world.device, config.training.global_batch // world.size
-    )
+    batches = RandomBatches(trainer, world.device, config.training.global_batch // world.size)
     # Made once: reading is not measured.
     source = itertools.cycle([next(batches)])
     losses: list[Any] = []

@@ -29,7 +29,14 @@ from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
 from fastrepa.commands.convert.posthoc import posthoc_ema
 from fastrepa.commands.convert.zero_format import read_zero, write_zero
-from fastrepa.config import Config, load_config, load_run_config, save_config
+from fastrepa.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    load_config,
+    load_run_config,
+    save_config,
+)
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
@@ -103,7 +110,9 @@ def export_run(
                 model=raw,
                 ema=raw if weights == "raw" and to == "safetensors" else averaged,
                 steps=state.step,
-                opt=_adamw_state(config, raw, kinds, state) if to == "reference" else None,
+                opt=_adamw_state(config.training.optimizer, raw, kinds, state)
+                if to == "reference"
+                else None,
                 args=_reference_args(config),
                 metadata={
                     "weights": weights,
@@ -145,8 +154,8 @@ def import_reference(
         step=read.steps,
         optimizer_step=read.optimizer_step,
         samples_seen=read.steps * resolved.training.global_batch,
-        **_shape_of(read.model, resolved, file),
-        classes=_classes(resolved),
+        **_shape_of(read.model, resolved.model.patch, file),
+        classes=_classes(resolved.data),
         world_size=1,
         versions=versions(),
         emas=read.record,
@@ -195,7 +204,7 @@ def _empty_model(config: Config, state: RunState) -> SiT:
         )
 
 
-def _shape_of(model: Mapping[str, Tensor], config: Config, file: Path) -> dict[str, Any]:
+def _shape_of(model: Mapping[str, Tensor], patch: int, file: Path) -> dict[str, Any]:
     """side, channels and encoder_widths, from the tensors themselves."""
     try:
         tokens, channels = model["pos_embed"].shape[1], model["x_embedder.proj.weight"].shape[1]
@@ -203,30 +212,35 @@ def _shape_of(model: Mapping[str, Tensor], config: Config, file: Path) -> dict[s
         widths = [model[f"projectors.{i}.4.weight"].shape[0] for i in range(count)]
     except (KeyError, IndexError) as e:
         raise CheckpointError(f"{file}: {e} is missing: not a SiT of REPA's") from None
-    assert config.model.patch
     return {
-        "side": math.isqrt(tokens) * config.model.patch,
+        "side": math.isqrt(tokens) * patch,
         "channels": channels,
         "encoder_widths": widths,
     }
 
 
-def _classes(config: Config) -> list[str]:
+def _classes(config: DataConfig) -> list[str]:
     """The data set's class names where it is here; sampling by number works without."""
     try:
-        return list(open_data(config.data.path, resolution=config.data.resolution).classes)
+        return list(open_data(config.path, resolution=config.resolution).classes)
     except DataError:
         return []
 
 
 def _adamw_state(
-    config: Config, raw: Mapping[str, Tensor], kinds: Mapping[str, StoredTensors], state: RunState
+    optimizer: OptimizerConfig,
+    raw: Mapping[str, Tensor],
+    kinds: Mapping[str, StoredTensors],
+    state: RunState,
 ) -> dict[str, Any]:
     """The state dict of torch's own AdamW over every parameter, as the reference makes it."""
-    o = config.training.optimizer
     params = {name: nn.Parameter(value, requires_grad=False) for name, value in raw.items()}
     adamw = torch.optim.AdamW(
-        params.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        params.values(),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
     )
     for name in kinds["exp_avg"]:
         adamw.state[params[name]] = {

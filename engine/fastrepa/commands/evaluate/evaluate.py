@@ -156,7 +156,7 @@ def _run_source(
 
     model, config, info = checkpoint.load_ema_model(run, world.device, ema)
     config = with_settings(config, settings)
-    model = ready_to_sample(model, config, world.device)
+    model = ready_to_sample(model, config.sample, config.training, world.device)
     record.update(
         checkpoint_step=info.step,
         ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),

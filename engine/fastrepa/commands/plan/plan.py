@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from fastrepa.config import Config
+from fastrepa.config import Config, TrainingConfig
 from fastrepa.errors import ConfigError
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.hardware import GPU, Links, find_gpu
@@ -183,7 +183,7 @@ def make_plan(
     """
     hardware, a = find_gpu(gpu), assumptions or Assumptions()
     for count in gpus:  # before anything is measured
-        _check_batch(config, count)
+        _check_batch(config.training, count)
     workload = measure_workload(config, image_bytes=a.image_bytes)
     rows = []
     for count in gpus:
@@ -199,7 +199,7 @@ def make_plan(
         rows.append(
             GpuCountEstimates(
                 estimate(workload, as_set, hardware, a),
-                tuple(estimate(workload, s, hardware, a) for s in _others(config, as_set)),
+                tuple(estimate(workload, s, hardware, a) for s in _others(config.training, as_set)),
                 cheapest,
                 min(every, key=lambda e: e.total),
             )
@@ -207,13 +207,13 @@ def make_plan(
     return CapacityPlan(config, hardware, a, workload, tuple(rows))
 
 
-def _others(config: Config, s: Sharding) -> Iterator[Sharding]:
+def _others(training: TrainingConfig, s: Sharding) -> Iterator[Sharding]:
     """The same way with h kept or not, where nothing is recomputed; and with the other extreme of
     recomputation, where training.keep auto keeps nothing.
     """
-    if config.kernels == "fused" and not s.recompute:
+    if not s.eager and not s.recompute:
         yield replace(s, keep_h=not s.keep_h)
-    keep_h = s.keep_h and config.training.keep == "h"
+    keep_h = s.keep_h and training.keep_h
     yield replace(s, recompute=0 if s.recompute else 1, keep_h=keep_h)
 
 
@@ -274,11 +274,11 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     )
 
 
-def _check_batch(config: Config, world: int) -> None:
+def _check_batch(training: TrainingConfig, world: int) -> None:
     try:
-        micro_batch(config, world)
+        micro_batch(training, world)
     except ConfigError as error:
-        batch = config.training.global_batch
+        batch = training.global_batch
         above = -(-batch // world) * world
         raise ConfigError(
             f"--gpus: {world}: {error}; allowed are divisors of the batch, or another batch such "
@@ -388,7 +388,7 @@ def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
 def assumed(plan: CapacityPlan) -> list[tuple[str, str, str]]:
     """(option or name, value, what it means and where it is from) of every assumption."""
     a, gpu, w = plan.assumptions, plan.gpu, plan.workload
-    bf16 = plan.config.training.precision == "bf16"
+    bf16 = plan.config.training.bf16
     peak = gpu.bf16 if bf16 else gpu.fp32
     kind = "dense bf16" if bf16 else "fp32 without tensor cores"
     per_s = "GB/s per GPU and direction"

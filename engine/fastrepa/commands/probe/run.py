@@ -32,7 +32,7 @@ from fastrepa.checkpoint.kinds import EMA
 from fastrepa.commands.probe.images import choose_classes_of, read_images
 from fastrepa.commands.probe.separability import balanced_accuracy, ridge_probe
 from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
-from fastrepa.config import Config, EncoderConfig
+from fastrepa.config import CodecConfig, Config, DataConfig, EncoderConfig, ObjectiveConfig
 from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import is_data
 from fastrepa.data.gallery import Gallery, choose
@@ -111,10 +111,12 @@ def probe_run(
     encoders = encoders or config.vision.encoders
     if not encoders:
         raise ConfigError(f"{run}: is aligned to no encoder; say with --encoders what to compare")
-    data = _images(config, held_out, num, seed, progress)
+    data = _images(config.data, held_out, num, seed, progress)
     said = list(data.said)
     features = [_encoder_features(e, data, batch_size, device, progress) for e in encoders]
-    inputs = _noised(config, data, time, seed, batch_size, device, progress)
+    inputs = _noised(
+        config.data.codec, config.objective, data, time, seed, batch_size, device, progress
+    )
 
     paths, states = [], []
     for path in checkpoints(run):
@@ -270,16 +272,16 @@ class _Images:
 
 
 def _images(
-    config: Config, held_out: Path | None, num: int, seed: int, progress: Progress
+    config: DataConfig, held_out: Path | None, num: int, seed: int, progress: Progress
 ) -> _Images:
-    own = Gallery(Path(config.data.path))
+    own = Gallery(Path(config.path))
     beside = held_out or _beside(own)
     other = Gallery(beside) if beside else own
     for gallery in (own, other):
-        if gallery.resolution != config.data.resolution:
+        if gallery.resolution != config.resolution:
             raise DataError(
                 f"{gallery.path}: images of {gallery.resolution} px, the run's are "
-                f"{config.data.resolution} px"
+                f"{config.resolution} px"
             )
     if list(other.classes) != list(own.classes):
         raise DataError(f"{other.path}: its classes are not those of {own.path}")
@@ -348,7 +350,8 @@ def _encoder_features(
 
 
 def _noised(
-    config: Config,
+    codec_config: CodecConfig,
+    objective: ObjectiveConfig,
     data: _Images,
     time: float,
     seed: int,
@@ -358,8 +361,8 @@ def _noised(
 ) -> Tensor:
     """x_t [N,C,h,w] float32 on the CPU; image i has the noise of number i of the seed."""
     resolution = data.images.shape[-1]
-    codec: Codec = build_codec(config.data.codec, resolution=resolution, device=device)
-    draw, objective = KeyedRandom(seed), Objective(config.objective)
+    codec: Codec = build_codec(codec_config, resolution=resolution, device=device)
+    draw, interpolate = KeyedRandom(seed), Objective(objective).interpolate
     shape, parts = (codec.channels, codec.side, codec.side), []
     with torch.no_grad():
         for numbers in torch.arange(len(data.images)).split(batch_size):
@@ -368,6 +371,6 @@ def _noised(
             z = codec.latents(data.images[numbers].to(device), None, latent)
             noise = draw.normal(Stream.NOISE, 0, ids, shape)
             t = torch.full((len(ids),), time, device=device)
-            parts.append(objective.interpolate(z, noise, t)[0].cpu())
+            parts.append(interpolate(z, noise, t)[0].cpu())
             progress("latents", len(parts) * batch_size / len(data.images))
     return torch.cat(parts)

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import record_function
 
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
-from fastrepa.config import Config, config_from_dict
+from fastrepa.config import Config, VisionConfig, config_from_dict
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import ConfigError, WeightsError
 from fastrepa.profiling.activity import Annotating, profiler
@@ -313,8 +313,9 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
     """(trainer, its batches, what is real): data and weights are the real ones where they are here;
     otherwise the weights are random and the images noise, as in a dry run.
     """
-    config, said = _with_weights_that_are_here(config)
-    codec_here = config.data.codec.name == "pixel" or _on_disk(config.data.codec.weights)
+    vision, said = _with_weights_that_are_here(config.vision)
+    config = config.model_copy(update={"vision": vision})
+    codec_here = not config.data.codec.is_autoencoder or _on_disk(config.data.codec.weights)
     real = Path(config.data.path).is_dir() and codec_here
     with tempfile.TemporaryDirectory() as folder:
         # No checkpoint is there: the weights are a new run's. It is not evaluated.
@@ -331,22 +332,21 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
         trainer = Trainer(config, world)
         why = "its autoencoder is not here" if not codec_here else "it is not here"
         said.append(f"data: noise instead of {config.data.path} ({why}); its reading is not timed")
-        size = micro_batch(config, world.size)[0]
-        yield trainer, RandomBatches(config, trainer, world.device, size), said
+        size = micro_batch(config.training, world.size)[0]
+        yield trainer, RandomBatches(trainer, world.device, size), said
 
 
-def _with_weights_that_are_here(config: Config) -> tuple[Config, list[str]]:
-    """The configuration with random weights for encoders that would have to be downloaded."""
-    if config.vision.targets == "cached":
-        return config, ["targets: the data set's" if config.vision.encoders else "no encoder"]
+def _with_weights_that_are_here(vision: VisionConfig) -> tuple[VisionConfig, list[str]]:
+    """The section with random weights for encoders that would have to be downloaded."""
+    if vision.cached_targets:
+        return vision, ["targets: the data set's" if vision.encoders else "no encoder"]
     encoders, said = [], []
-    for encoder in config.vision.encoders:
+    for encoder in vision.encoders:
         here = encoder.weights == "random" or _weights_are_here(encoder.name, encoder.weights)
         encoders.append(encoder if here else encoder.model_copy(update={"weights": "random"}))
         how = "its weights" if here and encoder.weights != "random" else "random weights"
         said.append(f"{encoder.name}: {how}")
-    vision = config.vision.model_copy(update={"encoders": tuple(encoders)})
-    return config.model_copy(update={"vision": vision}), said or ["no encoder"]
+    return vision.model_copy(update={"encoders": tuple(encoders)}), said or ["no encoder"]
 
 
 def _weights_are_here(name: str, weights: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from fastrepa.config import Config
+from fastrepa.config import Config, TrainingConfig
 from fastrepa.generation.generate import SAMPLE_BATCH
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.world import World, of_first_rank
@@ -45,7 +45,7 @@ def resolve_memory(config: Config, world: World) -> Config:
     if "auto" not in (t.recompute, t.keep):
         return config
     (every, keep_h), warning = of_first_rank(
-        world, lambda: _decide(config, world.size, _budget(config, world))
+        world, lambda: _decide(config, world.size, _budget(t, world))
     )
     if warning and world.is_first:
         print(f"warning: {warning}", flush=True)
@@ -54,10 +54,10 @@ def resolve_memory(config: Config, world: World) -> Config:
     return config.model_copy(update={"training": training})
 
 
-def _budget(config: Config, world: World) -> float | None:
+def _budget(training: TrainingConfig, world: World) -> float | None:
     """Bytes per rank."""
-    if config.training.memory_budget_gb is not None:
-        return 1e9 * config.training.memory_budget_gb
+    if training.memory_budget_gb is not None:
+        return 1e9 * training.memory_budget_gb
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory - RESERVE
     return None
@@ -68,9 +68,9 @@ def _decide(
 ) -> tuple[tuple[int, bool], str | None]:
     """((recompute, whether h is kept), warning)."""
     every = config.training.recompute
-    open_ = every == "auto" or (every == "none" and config.kernels == "fused")
+    open_ = every == "auto" or (every == "none" and config.fused)
     if budget is None or not open_:
-        return (every if isinstance(every, int) else 0, False), None
+        return (config.training.recompute_every, False), None
     # What drawing grids takes is the same whatever is decided, and to know it takes diffusers.
     training = config.training.model_copy(update={"sample_every": 0})
     work = measure_workload(config.model_copy(update={"training": training}))
@@ -89,21 +89,20 @@ def _decide(
 
 def sharding(config: Config, world: int, parameters: Parameters) -> Sharding:
     """Return the way that a configuration runs on `world` GPUs; what is auto: none."""
-    micro, forwards = micro_batch(config, world)
-    every = config.training.recompute
-    resolved = resolve_zero(config, parameters.numel, world)
+    training, zero = config.training, resolve_zero(config, parameters.numel, world).zero
+    micro, forwards = micro_batch(training, world)
     return Sharding(
         world,
-        as_run(config, world).zero.stage,
+        as_run(zero, training, world).stage,
         micro,
         forwards,
-        every if isinstance(every, int) else 0,
-        config.training.keep == "h" and config.kernels == "fused",
-        config.training.precision == "bf16",
-        deepspeed_config(resolved, world)["zero_optimization"],
-        len(config.training.ema),
-        block_elements(config),
-        config.kernels == "eager",
+        training.recompute_every,
+        training.keep_h and config.fused,
+        training.bf16,
+        deepspeed_config(zero, training, config.run, world)["zero_optimization"],
+        len(training.ema),
+        block_elements(config.model),
+        not config.fused,
     )
 
 
@@ -119,7 +118,7 @@ def fitted(w: Workload, s: Sharding, capacity: float, *, reserve: float) -> Shar
 
 def with_h(w: Workload, s: Sharding, capacity: float, *, reserve: float) -> Sharding:
     """Return `s` with h kept, where training.keep is auto, nothing is recomputed and it fits."""
-    if w.config.training.keep != "auto" or w.config.kernels == "eager" or s.recompute:
+    if w.config.training.keep != "auto" or not w.config.fused or s.recompute:
         return s
     kept = replace(s, keep_h=True)
     return kept if _fits(w, kept, capacity, reserve) else s

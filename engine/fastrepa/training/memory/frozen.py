@@ -12,19 +12,21 @@ import timm
 import torch
 from torch import nn
 
-from fastrepa.config import Config
+from fastrepa.config import DataConfig, VisionConfig
 from fastrepa.model.flops import counted_flops
 from fastrepa.vision.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, random_sd_vae
 from fastrepa.vision.features import EncoderPlan
 
 
-def frozen_flops(config: Config, plans: Sequence[EncoderPlan], *, cached_latents: bool) -> int:
+def frozen_flops(
+    data: DataConfig, vision: VisionConfig, plans: Sequence[EncoderPlan], *, cached_latents: bool
+) -> int:
     """FLOPs per image of the forwards of encoders and codec, where training runs them."""
     runs = []
-    if config.vision.targets == "online":
+    if not vision.cached_targets:
         runs += [encoder_network(plan) for plan in plans]
-    if config.data.codec.name == "sd-vae" and not cached_latents:
-        runs.append((random_sd_vae, encoding(config.data.resolution)))
+    if data.codec.is_autoencoder and not cached_latents:
+        runs.append((random_sd_vae, encoding(data.resolution)))
     return sum(counted_flops(build, partial(run, batch=1, dtype=torch.float32))[0]
                for build, run in runs)  # fmt: skip
 

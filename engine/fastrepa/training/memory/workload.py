@@ -77,7 +77,7 @@ class Workload:
         """
         m = self.config.model
         last = 2 * (self.side // m.patch) ** 2 * 4 * m.width**2
-        last = last if self.config.kernels == "eager" else 0
+        last = 0 if self.config.fused else last
         return recomputed_blocks(m.depth, recompute) * (self.block_flops / m.depth - last)
 
 
@@ -89,7 +89,7 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
     """
     resolution = config.data.resolution
     channels, side = codec_shape(config.data.codec, resolution)
-    token_grid(config)  # refuses a patch that does not suit
+    token_grid(config.data, config.model.patch)  # refuses a patch that does not suit
     plans = [plan_encoder(e, resolution=resolution) for e in config.vision.encoders]
     widths = tuple(p.width for p in plans)
     dtype = config.training.dtype
@@ -100,25 +100,27 @@ def measure_workload(config: Config, *, image_bytes: float | None = None) -> Wor
         tuple(n for n, trained in sizes if trained), tuple(n for n, trained in sizes if not trained)
     )
 
-    flops = model_flops(config, side=side, channels=channels, encoder_widths=widths)
+    flops = model_flops(
+        config.model, config.alignment, side=side, channels=channels, encoder_widths=widths
+    )
 
-    manifest = _manifest(config)
-    cached_latents = _latents_are_cached(config, manifest)
-    online = config.vision.targets == "online"
+    manifest = _manifest(config.data.path)
+    cached_latents = _latents_are_cached(config.data, manifest)
+    online = not config.vision.cached_targets
     encoders = tuple(
         (e.name, frozen_network(*encoder_network(plan), dtype))
         for e, plan in zip(config.vision.encoders, plans, strict=True)
         if online
     )
     codec_weights, encoder, decoder = 0, None, None
-    if config.data.codec.name == "sd-vae":  # built, by diffusers, only where it is run
+    if config.data.codec.is_autoencoder:  # built, by diffusers, only where it is run
         codec_weights = SD_VAE_PARAMETERS * dtype.itemsize
         if not cached_latents:
             encoder = frozen_network(random_sd_vae, encoding(resolution), dtype)
         if config.training.sample_every:
             decoder = frozen_network(random_sd_vae, decoding(resolution), dtype)
     size, described = _input(
-        config, plans, manifest, image_bytes, side=side, channels=channels,
+        config.data, config.vision, plans, manifest, image_bytes, side=side, channels=channels,
         image=not cached_latents or bool(encoders), latents=cached_latents,
     )  # fmt: skip
     return Workload(
@@ -147,21 +149,22 @@ def _curve(
     return _curve_of(key, side, channels, widths)
 
 
-def _manifest(config: Config) -> Manifest | None:
-    folder = Path(config.data.path)
+def _manifest(path: str) -> Manifest | None:
+    folder = Path(path)
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _latents_are_cached(config: Config, manifest: Manifest | None) -> bool:
-    if config.data.codec.name == "pixel" or config.data.latents == "online":
+def _latents_are_cached(config: DataConfig, manifest: Manifest | None) -> bool:
+    if config.latents == "online" or not config.codec.is_autoencoder:
         return False
-    if config.data.latents == "cached":
+    if config.must_cache_latents:
         return True
     return manifest is not None and manifest.moments is not None
 
 
 def _input(
-    config: Config,
+    data: DataConfig,
+    vision: VisionConfig,
     plans: list[EncoderPlan],
     manifest: Manifest | None,
     image_bytes: float | None,
@@ -178,9 +181,9 @@ def _input(
             each, why = image_bytes, "as given"
         elif manifest is not None:
             each = sum(s.bytes for s in manifest.shards) / manifest.num_samples
-            why = f"mean of {config.data.path}"
+            why = f"mean of {data.path}"
         else:
-            each = PIXEL_BYTES * config.data.resolution**2
+            each = PIXEL_BYTES * data.resolution**2
             why = f"assumed, {PIXEL_BYTES} a pixel"
         size += each
         parts.append(f"image {each:,.0f} ({why})")
@@ -188,7 +191,7 @@ def _input(
         row = moments_dtype(channels, side).itemsize
         size += row
         parts.append(f"moments {row:,}")
-    if config.vision.targets == "cached":
+    if vision.cached_targets:
         rows = sum(features_dtype(p.own_grid[0] * p.own_grid[1], p.width).itemsize for p in plans)
         size += rows
         parts.append(f"features {rows:,}")

@@ -54,23 +54,24 @@ deepspeed_logger.setLevel(logging.ERROR)
 
 def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, AdamWEMA]:
     """Wrap the model; returns (DeepSpeed engine, our optimiser inside it)."""
-    config = as_run(
-        resolve_zero(config, trained_elements(model.parameters()), world.size), world.size
-    )
-    stage, ours = config.zero.stage, steps_itself(config, micro_batch(config, world.size)[1])
+    training = config.training
+    config = resolve_zero(config, trained_elements(model.parameters()), world.size)
+    zero = as_run(config.zero, training, world.size)
+    stage = zero.stage
+    ours = steps_itself(zero, training, micro_batch(training, world.size)[1])
     trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
     flat = None
     if stage == 0:
-        dtype = config.training.dtype
+        dtype = training.dtype
         for p in model.parameters():
             p.data = p.data.to(world.device, dtype)
         flat = FlatWeights(trainable, dtype, world.device)
         trainable = [flat.master]
     optimizer = AdamWEMA(
         trainable,
-        config.training.optimizer,
-        emas=config.training.ema,
-        max_norm=config.training.clip if ours else None,
+        training.optimizer,
+        emas=training.ema,
+        max_norm=training.clip if ours else None,
         sharded=stage > 0,
         kernels=config.kernels,
     )
@@ -80,7 +81,7 @@ def start_engine(model: nn.Module, config: Config, world: World) -> tuple[Any, A
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, world.size),
+            config=deepspeed_config(zero, training, config.run, world.size),
             dist_init_required=False,
         )
     if flat is not None:

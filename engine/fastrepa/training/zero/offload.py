@@ -17,40 +17,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrepa.config import Config
+from fastrepa.config import ZeroConfig
 from fastrepa.errors import ConfigError
 
 
-def offload_settings(config: Config, states: int) -> dict[str, Any]:
+def offload_settings(zero: ZeroConfig, run: str, states: int) -> dict[str, Any]:
     """DeepSpeed's `offload_optimizer` and `offload_param`; states: tensors kept beside a weight."""
-    z = config.zero
-    if z.offload == "none":
+    if not zero.offloads:
         return {}
     pin = torch.cuda.is_available()  # there is nothing to copy to otherwise
-    optimizer: dict[str, Any] = {"device": z.offload, "pin_memory": pin}
-    if z.offload == "nvme":
+    optimizer: dict[str, Any] = {"device": zero.offload, "pin_memory": pin}
+    if zero.swaps:
         # A buffer for each state, the weight and its gradient.
-        optimizer |= {"nvme_path": str(swap_folder(config)), "buffer_count": states + 2}
+        optimizer |= {"nvme_path": str(swap_folder(zero, run)), "buffer_count": states + 2}
     out: dict[str, Any] = {"offload_optimizer": optimizer}
-    if z.offload_parameters:
+    if zero.offload_parameters:
         out["offload_param"] = {"device": "cpu", "pin_memory": pin}
     return out
 
 
-def swap_folder(config: Config) -> Path:
+def swap_folder(zero: ZeroConfig, run: str) -> Path:
     """The run's own part of zero.nvme_path. Nothing in it is needed once the run has ended."""
-    assert config.zero.nvme_path
-    return Path(config.zero.nvme_path) / config.run.strip("/").replace("/", "_")
+    assert zero.nvme_path  # checked wherever `swaps` is true
+    return Path(zero.nvme_path) / run.strip("/").replace("/", "_")
 
 
-def check_offload(config: Config) -> None:
+def check_offload(zero: ZeroConfig, run: str) -> None:
     """Before anything is built: raises ConfigError where `zero.offload: nvme` cannot work here.
 
     DeepSpeed's async_io op is compiled at its first use, which takes minutes, once.
     """
-    if config.zero.offload != "nvme":
+    if not zero.swaps:
         return
-    folder = swap_folder(config)
+    folder = swap_folder(zero, run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable_{os.getpid()}"

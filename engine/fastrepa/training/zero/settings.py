@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrepa.checkpoint.kinds import MOMENTS
-from fastrepa.config import Config
+from fastrepa.config import Config, ModelConfig, TrainingConfig, ZeroConfig
 from fastrepa.errors import ConfigError
 from fastrepa.training.zero.offload import offload_settings
 
@@ -30,21 +30,22 @@ NVME_SUB_GROUP = 100_000_000
 
 def resolve_zero(config: Config, trained: int, world_size: int) -> Config:
     """The configuration with a number for every auto in `zero`; `trained` is N."""
-    auto = {k: v for k, v in auto_settings(config, trained, world_size).items()
-            if getattr(config.zero, k) == "auto"}  # fmt: skip
-    return config.model_copy(update={"zero": config.zero.model_copy(update=auto)})
+    zero, itemsize = config.zero, config.training.dtype.itemsize
+    settings = auto_settings(zero, config.model, itemsize, trained, world_size)
+    auto = {k: v for k, v in settings.items() if getattr(zero, k) == "auto"}
+    return config.model_copy(update={"zero": zero.model_copy(update=auto)})
 
 
-def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, Any]:
-    """Every setting of `zero` that can be auto, in elements."""
-    width, block = config.model.width, block_elements(config)
-    itemsize = config.training.dtype.itemsize
-    everything = _even(trained)
+def auto_settings(
+    zero: ZeroConfig, model: ModelConfig, itemsize: int, trained: int, world_size: int
+) -> dict[str, Any]:
+    """Every setting of `zero` that can be auto, in elements of `itemsize` bytes."""
+    block, everything = block_elements(model), _even(trained)
     # One block's gradients leave together, while backward works on the block before it.
     bucket = max(block, LEAST_BUCKET // itemsize, LEAST_PART // itemsize * world_size)
     return {
         # Two buckets instead of one are little, now that a bucket is about a block.
-        "overlap_comm": world_size > 1 and config.zero.stage > 0,
+        "overlap_comm": world_size > 1 and zero.stage > 0,
         "reduce_bucket_size": min(everything, _even(bucket), MOST_BUCKET),
         # DeepSpeed 0.19 gathers in one call wherever all_gather_into_tensor exists, as it does in
         # NCCL and gloo, and then does not look at this.
@@ -53,14 +54,14 @@ def auto_settings(config: Config, trained: int, world_size: int) -> dict[str, An
         "prefetch_bucket_size": min(everything, block, MOST_PREFETCH),
         # Biases (6 D at most) stay, matrices (16 D at least) do not: ten widths is what Hugging
         # Face's transformers takes for auto.
-        "param_persistence_threshold": 10 * width,
-        "sub_group_size": NVME_SUB_GROUP if config.zero.offload == "nvme" else SUB_GROUP,
+        "param_persistence_threshold": 10 * model.width,
+        "sub_group_size": NVME_SUB_GROUP if zero.swaps else SUB_GROUP,
     }
 
 
-def block_elements(config: Config) -> int:
+def block_elements(model: ModelConfig) -> int:
     """Count the weights of one block, biases left out."""
-    return 18 * config.model.width**2
+    return 18 * model.width**2
 
 
 def trained_elements(parameters: Iterable[Tensor]) -> int:
@@ -72,87 +73,91 @@ def _even(n: int) -> int:
     return n + n % 2  # NCCL's alignment, which DeepSpeed insists on
 
 
-def micro_batch(config: Config, world_size: int) -> tuple[int, int]:
+def micro_batch(training: TrainingConfig, world_size: int) -> tuple[int, int]:
     """(images per rank per forward, forwards per step) for the global batch.
 
     Raises ConfigError where the batch does not divide.
     """
-    t = config.training
-    if t.global_batch % world_size:
-        raise ConfigError(
-            f"training.global_batch: {t.global_batch} is not divisible by {world_size} ranks"
-        )
-    per_rank = t.global_batch // world_size
-    micro = t.micro_batch or per_rank
+    batch = training.global_batch
+    if batch % world_size:
+        raise ConfigError(f"training.global_batch: {batch} is not divisible by {world_size} ranks")
+    per_rank = batch // world_size
+    micro = training.micro_batch or per_rank
     if per_rank % micro:
         raise ConfigError(
             f"training.micro_batch: {micro} does not divide the {per_rank} images of each rank "
-            f"(training.global_batch {t.global_batch} over {world_size} ranks)"
+            f"(training.global_batch {batch} over {world_size} ranks)"
         )
     return micro, per_rank // micro
 
 
-def as_run(config: Config, world_size: int) -> Config:
-    """The configuration with the ZeRO stage that runs.
+def as_run(zero: ZeroConfig, training: TrainingConfig, world_size: int) -> ZeroConfig:
+    """The settings with the ZeRO stage that runs.
 
     Stages 1 and 2 divide nothing on one rank, where stage 0's step is the shorter. Float32 sums of
     several forwards' bf16 gradients are theirs alone.
     """
-    z, (_, forwards) = config.zero, micro_batch(config, world_size)
-    if world_size > 1 or z.stage == 3 or z.offload != "none" or _sums_in_fp32(config, forwards):
-        return config
-    return config.model_copy(update={"zero": z.model_copy(update={"stage": 0})})
+    forwards = micro_batch(training, world_size)[1]
+    if (
+        world_size > 1
+        or zero.stage == 3
+        or zero.offloads
+        or _sums_in_fp32(zero, training, forwards)
+    ):
+        return zero
+    return zero.model_copy(update={"stage": 0})
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    zero: ZeroConfig, training: TrainingConfig, run: str, world_size: int
+) -> dict[str, Any]:
     """The dictionary DeepSpeed wants, computed from ours, in which `zero` has numbers for auto."""
-    config = as_run(config, world_size)
-    micro, forwards = micro_batch(config, world_size)
+    zero = as_run(zero, training, world_size)
+    micro, forwards = micro_batch(training, world_size)
+    ours = steps_itself(zero, training, forwards)
     out: dict[str, Any] = {
-        "train_batch_size": config.training.global_batch,
+        "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": forwards,
         # Stage 0's weights are cast by us: DeepSpeed would keep masters of its own for each tensor.
-        "bf16": {"enabled": config.training.precision == "bf16" and config.zero.stage > 0},
-        "zero_optimization": _zero_optimization(config),
+        "bf16": {"enabled": training.bf16 and zero.stage > 0},
+        "zero_optimization": _zero_optimization(zero, run, emas=len(training.ema)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
-        "gradient_clipping": 0.0 if steps_itself(config, forwards) else config.training.clip,
+        "gradient_clipping": 0.0 if ours else training.clip,
         # It waits for the device at every forward and step.
         "timers": {"throughput": {"enabled": False}},
     }
-    if _sums_in_fp32(config, forwards):
+    if _sums_in_fp32(zero, training, forwards):
         out["data_types"] = {"grad_accum_dtype": "fp32"}
     return out
 
 
-def _sums_in_fp32(config: Config, forwards: int) -> bool:
+def _sums_in_fp32(zero: ZeroConfig, training: TrainingConfig, forwards: int) -> bool:
     """Sums of many bf16 gradients lose what each adds."""
-    return config.training.precision == "bf16" and config.zero.stage > 0 and forwards > 1
+    return training.bf16 and zero.stage > 0 and forwards > 1
 
 
-def steps_itself(config: Config, forwards: int) -> bool:
+def steps_itself(zero: ZeroConfig, training: TrainingConfig, forwards: int) -> bool:
     """Tell whether the optimiser's phase is step.py's, with norm and clipping in AdamWEMA."""
-    z = config.zero
-    if z.stage == 1 and _sums_in_fp32(config, forwards):
+    if zero.stage == 1 and _sums_in_fp32(zero, training, forwards):
         return False
-    return z.stage < 3 and z.offload == "none"
+    return zero.stage < 3 and not zero.offloads
 
 
-def _zero_optimization(config: Config) -> dict[str, Any]:
-    z = config.zero
+def _zero_optimization(zero: ZeroConfig, run: str, *, emas: int) -> dict[str, Any]:
     out: dict[str, Any] = {
-        "stage": z.stage,
-        "overlap_comm": z.overlap_comm,
-        "reduce_bucket_size": z.reduce_bucket_size,
-        "allgather_bucket_size": z.allgather_bucket_size,
-        "stage3_prefetch_bucket_size": z.prefetch_bucket_size,
-        "stage3_param_persistence_threshold": z.param_persistence_threshold,
-        "sub_group_size": z.sub_group_size,
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap_comm,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.allgather_bucket_size,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+        "sub_group_size": zero.sub_group_size,
         "memory_efficient_linear": False,  # see engine.py
     }
     undecided = [name for name, value in out.items() if value == "auto"]
     if undecided:
         raise ValueError(f"zero.{undecided[0]}: still auto; resolve_zero comes first")
-    return out | offload_settings(config, len(MOMENTS) + len(config.training.ema))
+    return out | offload_settings(zero, run, len(MOMENTS) + emas)
