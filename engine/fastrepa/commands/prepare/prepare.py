@@ -21,7 +21,6 @@ from typing import get_args
 
 import numpy as np
 
-from fastrepa.commands.prepare.class_sheet import class_sheet
 from fastrepa.commands.prepare.plan import (
     Plan,
     Settings,
@@ -35,7 +34,6 @@ from fastrepa.commands.prepare.report import Report, make_report, read_report, r
 from fastrepa.commands.prepare.writer import ShardDone, read_done
 from fastrepa.data.format.index import KEY_DIGITS
 from fastrepa.data.format.partial import (
-    CONTACT_SHEET,
     PLAN,
     REPORT,
     SPOOL,
@@ -270,7 +268,6 @@ def _finish(plan: Plan, folder: Path) -> None:
         skipped=(*rejected, *(skipped[key] for key in sorted(skipped))),
     )
     write_whole(folder / REPORT, report_bytes(make_report(folder, plan, manifest, done)))
-    write_whole(folder / CONTACT_SHEET, class_sheet(folder, manifest))
     settle_folder(folder)
     write_manifest(folder, manifest)
 
