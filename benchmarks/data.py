@@ -18,7 +18,6 @@ how many images a second a generator of each size takes in: an estimate, with it
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import sys
@@ -38,8 +37,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import data_sets
-from benchmarks.cases import WIDTHS
-from benchmarks.predict import DEPTHS
+from benchmarks.cases import SIZES
+from benchmarks.common import command_line
 from benchmarks.run import RECORDS, append, environment, quantile
 from fastrepa.config import DataConfig, EncoderConfig
 from fastrepa.data.datasets import DataSet, open_data
@@ -384,19 +383,15 @@ def needs(tflops: float, utilisation: float) -> str:
         f"One GPU takes in (estimate: 3 x the forward's FLOPs at {utilisation:.0%} of "
         f"{tflops:.0f} bf16 TFLOP/s, 256 tokens, frozen encoder not counted):"
     ]
-    for model, depth in DEPTHS.items():
-        flops = 3 * diffusion_transformer_flops(1, 256, WIDTHS[model], depth)
+    for model, (width, depth, *_) in SIZES.items():
+        flops = 3 * diffusion_transformer_flops(1, 256, width, depth)
         rate = utilisation * tflops * 1e12 / flops
         lines.append(f"  {model:9} {flops / 1e9:7.0f} GFLOP an image -> {rate:6.0f} images/s")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("data", __doc__)
     names = ("decode", "features", "cached", "reference")
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)

@@ -15,12 +15,9 @@ Bytes saved for backward: the distinct storages that autograd packs, inputs left
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
-import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -34,8 +31,10 @@ import triton
 from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Problem, Provider, Shape
+from benchmarks.common import command_line
 from benchmarks.provenance import provenance
 from fastrepa.commands.bench.peak_memory import highest
+from fastrepa.runtime.files import append_lines
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 
@@ -377,19 +376,11 @@ def table(records: list[dict[str, Any]]) -> str:
 def append(path: Path, records: list[dict[str, Any]], context: dict[str, Any]) -> None:
     """Append a line a record, on the disk when this returns: what follows may be killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for record in records:
-            file.write(json.dumps(record | context) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [record | context for record in records])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("run", __doc__)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="cuda: bf16, cpu: fp32")
