@@ -43,10 +43,11 @@ from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, join_or_alone, leave_world
+from fastrepa.runtime.world import World, join_or_alone, leave_world, of_first_rank
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
+T = TypeVar("T")
 
 BATCH_SIZE = 32
 GRID_IMAGES = 64
@@ -281,9 +282,7 @@ def sample_run(
         "seed": seed, "batch_size": batch_size, **config.sample.model_dump(), "classes": drawn,
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
     }  # fmt: skip
-    found: list[int] = []  # by the first process, whose bar and words are shown
-    _agree(world, lambda: found.append(claim_folder(folder, record)))
-    there = sum(found)
+    there = _by_first(world, partial(claim_folder, folder, record))
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
     mine = rank_batches(num, batch_size, world.rank, world.size)
@@ -298,13 +297,12 @@ def sample_run(
             progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
         )  # fmt: skip
         _write_images(draw, labels, missing, folder)
-    packed: list[Path | None] = []  # by the first process
-    _agree(world, lambda: None)  # every process has written its images
-    _agree(world, lambda: packed.append(_gather(folder, num, len(chosen), npz)))
+    npz_path = _by_first(world, partial(_gather, folder, num, len(chosen), npz))
     seconds = time.perf_counter() - started
     if world.size > 1:
         leave_world()
-    npz_path = packed[0] if packed else None
+    if not world.is_first:
+        there, npz_path = 0, None  # the first process speaks
     grid = folder / "grid.png"
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
 
@@ -337,23 +335,18 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
 
 
-def _agree(world: World, action: Callable[[], None]) -> None:
-    """Run `action` on the first process; every process waits for it and shares its error."""
-    error: FastrepaError | None = None
-    if world.is_first:
+def _by_first(world: World, action: Callable[[], T]) -> T:
+    """Return to all what `action` gives on the first process, once all have come this far."""
+
+    def guarded() -> T:
         try:
-            action()
-        except FastrepaError as e:
-            error = e
+            return action()
         except OSError as e:
-            error = FastrepaError(f"{e.filename}: {e.strerror}")
+            raise FastrepaError(f"{e.filename}: {e.strerror}") from None
+
     if world.size > 1:
-        shared = [error]
-        torch.distributed.barrier()  # all have come this far
-        torch.distributed.broadcast_object_list(shared, src=0)
-        error = shared[0]
-    if error is not None:
-        raise error
+        torch.distributed.barrier()
+    return of_first_rank(world, guarded)
 
 
 # Files -----------------------------------------------------------------------------------------
