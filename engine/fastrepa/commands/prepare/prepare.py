@@ -74,28 +74,6 @@ class PrepareReport:
     seconds: float  # from the first of these to the last
     is_first: bool = True  # rank 0
 
-    @property
-    def resolution(self) -> int:
-        return self.report.resolution
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Samples of each class, in label order."""
-        return self.report.counts
-
-    @property
-    def num_shards(self) -> int:
-        return self.report.shards
-
-    @property
-    def num_samples(self) -> int:
-        return self.report.images
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Unusable images left out (skip_bad), and why."""
-        return [(record.source, record.reason) for record in self.report.rejected]
-
 
 def prepare(
     source: str | Path,
