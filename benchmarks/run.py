@@ -35,6 +35,7 @@ from benchmarks.common import command_line
 from benchmarks.provenance import provenance
 from fastrepa.commands.bench.peak_memory import highest
 from fastrepa.runtime.files import append_lines
+from fastrepa.runtime.hardware import cpu_name
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 
@@ -51,7 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         **provenance(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "driver": "".join(nvidia_smi("driver_version")) if on_gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -59,13 +60,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def nvidia_smi(*queries: str) -> list[str]:

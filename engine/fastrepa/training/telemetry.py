@@ -30,18 +30,10 @@ from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.regions import NAMES
 
 PACKAGES = (
-    *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
-    *(
-        "torchvision",
-        "safetensors",
-        "numpy",
-        "pydantic",
-        "diffusers",
-        "flash-attn",
-        "flash-attn-4",
-        "xformers",
-    ),
-)
+    "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm",
+    "torchvision", "safetensors", "numpy", "pydantic", "diffusers", "flash-attn", "flash-attn-4",
+    "xformers",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
