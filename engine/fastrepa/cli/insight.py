@@ -70,12 +70,7 @@ def plan(
         reserve=1e9 * reserve_gb,
         image_bytes=image_bytes,
     )
-    result = make_plan(
-        resolved,
-        gpus=parse_gpus(gpus),
-        gpu=gpu,
-        assumptions=assumptions,
-    )
+    result = make_plan(resolved, gpus=parse_gpus(gpus), gpu=gpu, assumptions=assumptions)
     print_plan(result, as_json=json, picture=png)
 
 
@@ -257,9 +252,7 @@ def probe(
 
 
 @app.command()
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
+def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Versions, devices, which fast paths are available here and what would enable the others."""
     from fastrepa.commands.doctor import print_doctor
 

@@ -148,8 +148,7 @@ def evaluate(
         ),
     ] = None,
     encoders: Annotated[
-        str | None,
-        typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas."),
+        str | None, typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas.")
     ] = None,
     inception_weights: Annotated[
         Path | None, typer.Option(help="A local file; default: torch-fidelity's, downloaded once.")

@@ -1,11 +1,6 @@
 """One typed, validated configuration. Every section is frozen and forbids unknown keys."""
 
-from fastrepa.config.loading import (
-    config_from_dict,
-    load_config,
-    load_run_config,
-    save_config,
-)
+from fastrepa.config.loading import config_from_dict, load_config, load_run_config, save_config
 from fastrepa.config.sections import (
     MAX_EMAS,
     PATCHES,

@@ -62,9 +62,7 @@ def save_grid(
     width, height = width * scale, height * scale
     gutter = max(2, min(width, height) // 16)
     sheet = Image.new(
-        "RGB",
-        (columns * (width + gutter) + gutter, rows * (height + gutter) + gutter),
-        "white",
+        "RGB", (columns * (width + gutter) + gutter, rows * (height + gutter) + gutter), "white"
     )
     for i, image in enumerate(images):
         tile = to_image(image)

@@ -304,10 +304,7 @@ def _regrid(maps: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
 
 
 def load_network(
-    config: EncoderConfig,
-    recipe: Recipe,
-    args: Mapping[str, Any],
-    cut: Callable[[nn.Module], None],
+    config: EncoderConfig, recipe: Recipe, args: Mapping[str, Any], cut: Callable[[nn.Module], None]
 ) -> nn.Module:
     """The network with its weights, fp32, on the CPU; `cut` takes off, in place, what is not used.
 

@@ -25,11 +25,7 @@ from fastrepa.training.memory.sharding import PARTS
 
 # One colour per part, kin beside kin: weights and what belongs to them, networks, the rest.
 MEMORY_COLOURS = dict(
-    zip(
-        PARTS,
-        palette("navy blue sky green mint orange purple lilac grey silver"),
-        strict=True,
-    )
+    zip(PARTS, palette("navy blue sky green mint orange purple lilac grey silver"), strict=True)
 )
 STEP_COLOURS = dict(
     zip(STEP_PARTS, palette("orange sand purple lilac green mint grey red"), strict=True)
@@ -136,14 +132,7 @@ def _bars(
                     shown.add(part)
                 bottom += value
             cut = sum(parts_of(estimate).values()) > 1.001 * top
-            _write(
-                axes,
-                x,
-                bottom,
-                total(estimate) + (" ↑" if cut else ""),
-                3,
-                RED if cut else INK,
-            )
+            _write(axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, RED if cut else INK)
             s = estimate.sharding
             how = f"\nrecompute {s.recompute}" if s.recompute else ""
             _write(axes, x, 0, f"Z{s.stage}\n{s.forwards}x{s.micro}{how}", -4, PALE)

@@ -182,13 +182,7 @@ def _make_images(
     finished = ranks.share(_finished(plan, folder, skip_bad) if ranks.is_first else None)
     started = time.monotonic()
     write_shards(
-        plan,
-        folder,
-        finished,
-        workers=workers,
-        skip_bad=skip_bad,
-        ranks=ranks,
-        progress=progress,
+        plan, folder, finished, workers=workers, skip_bad=skip_bad, ranks=ranks, progress=progress
     )
     seconds = time.monotonic() - started
     if ranks.is_first:

@@ -226,10 +226,7 @@ def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         initial = SiT.from_config(
-            config,
-            side=made.side,
-            channels=made.channels,
-            encoder_widths=made.encoder_widths,
+            config, side=made.side, channels=made.channels, encoder_widths=made.encoder_widths
         )
     model.load_state_dict(initial.state_dict())
     yield model

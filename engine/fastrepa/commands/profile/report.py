@@ -108,8 +108,7 @@ def _by_region(report: Report) -> Table:
         also("MFU, of the datasheet", [f"{p.line['mfu']:.1%}" for p in every])
     if "frozen_flops_per_s" in ours.line:
         also(
-            "encoders, codec: FLOP/s",
-            [_rate(p.line["frozen_flops_per_s"], "FLOP") for p in every],
+            "encoders, codec: FLOP/s", [_rate(p.line["frozen_flops_per_s"], "FLOP") for p in every]
         )
     also("peak memory, GB", [f"{p.line['peak_memory_bytes'] / 1e9:.2f}" for p in every])
     return table
