@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 
 @contextmanager
@@ -34,6 +37,13 @@ def write_whole(path: Path, data: bytes) -> None:
     with aside(path) as partial, partial.open("wb") as file:
         file.write(data)
         settle(file)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write or replace a .npy as `write_whole` does."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(path, buffer.getvalue())
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
