@@ -115,10 +115,6 @@ def channels_first(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (images.permute(0, 3, 1, 2), *rest)
 
 
-def label_of(data: bytes) -> int:
-    return int(data)
-
-
 @contextmanager
 def loader(dataset: Any, workers: int, *, images: bool = False, **options: Any) -> Iterator[Stream]:
     batches = DataLoader(dataset, num_workers=workers, **options)
@@ -138,7 +134,7 @@ def webdataset(shards: ShardSet, workers: int) -> Any:
     dataset = (
         wds.WebDataset([str(path) for path in shards.shard_paths], shardshuffle=False)
         .to_tuple("jpg", "cls")
-        .map_tuple(decoded, label_of)
+        .map_tuple(decoded, int)
         .repeat()
         .batched(BATCH, collation_fn=default_collate, partial=False)
     )

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import triton
 
-from benchmarks.cases import FEATURES, PROJECTOR, SIZES
+from benchmarks.cases import FEATURES, PROJECTOR, SIZES, Shape
 from benchmarks.common import command_line
 from fastrepa_kernels import adamw_ema, aot, launch
 from fastrepa_kernels.activation import activation_cost
@@ -77,21 +77,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Shape):
     """The shapes of a step: N = batch x tokens rows of width D, F = 4 D."""
 
     model: str = "SiT-XL/2"
     batch: int = 256
     tokens: int = 256
     keep_h: bool = True
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
-
-    @property
-    def width(self) -> int:
-        return SIZES[self.model][0]
 
     @property
     def depth(self) -> int:
@@ -153,12 +145,13 @@ def product_lines(step: Step, machine: Machine) -> list[Line]:
             Line(f"product {name}", depth, forward * depth, rate=rate),
             Line(f"product {name}, backward", 2 * depth, backward * depth, rate=rate),
         ]
-    heads = SIZES[step.model][2]
     for word, backward, speed, launches in (
         ("attention", False, machine.attention_forward, 1),
         ("attention, backward", True, machine.attention_backward, 3),
     ):
-        cost = attention_cost(step.batch, step.tokens, heads, d // heads, 2, backward=backward)
+        cost = attention_cost(
+            step.batch, step.tokens, step.heads, d // step.heads, 2, backward=backward
+        )
         lines.append(Line(word, launches * depth, cost * depth, rate=speed))
     return lines
 

@@ -125,10 +125,6 @@ class Host:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
-def _cable() -> None:
-    _run("ip", "link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])
-
-
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
@@ -149,7 +145,7 @@ def _main(folder: Path, command: list[str]) -> None:
     _run("mount", "--bind", str(names), "/etc/hosts")
     run = folder / "run"
     hosts = [Host(number, folder) for number in (0, 1)]
-    _cable()
+    _run("ip", "link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])  # the cable
     for host in hosts:
         host.plug_in()
     # torchrun is this Python's, whether or not its environment is activated.
