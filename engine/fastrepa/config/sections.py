@@ -368,18 +368,9 @@ class AttentionConfig(_Section):
     """The attention of training; fastrepa_kernels/attention/choice.py has the table."""
 
     backend: Literal[
-        "auto",
-        "flash-attn-2",
-        "flash-attn-3",
-        "flash-attn-4",
-        "xformers",
-        "sdpa-cudnn",
-        "sdpa-flash",
-        "sdpa-efficient",
-        "math",
-        "math-chunked",
-        "sdpa",
-    ] = Field("auto", description="auto: the first of the device's table that works")
+        "auto", "flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "sdpa-cudnn",
+        "sdpa-flash", "sdpa-efficient", "math", "math-chunked", "sdpa",
+    ] = Field("auto", description="auto: the first of the device's table that works")  # fmt: skip
     require: Literal["any", "flash"] = Field(
         "any", description="flash: anything that is not FlashAttention is an error"
     )

@@ -21,12 +21,7 @@ import numpy as np
 from fastrepa.data.format.reference_layout import is_reference
 from fastrepa.data.format.shards import FORMAT, MANIFEST, ShardSet
 from fastrepa.data.sources.archives import list_archives
-from fastrepa.data.sources.entries import (
-    ENTRY_DTYPE,
-    Listing,
-    close_files,
-    printable,
-)
+from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, close_files, printable
 from fastrepa.data.sources.members import ARCHIVE_EXTENSIONS, picture_extensions
 from fastrepa.data.sources.reference_source import list_reference
 from fastrepa.data.sources.tables import list_tables
