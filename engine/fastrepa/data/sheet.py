@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from fastrepa.drawing import INK, PALE
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, writing
 from fastrepa.runtime.files import write_whole
 
 TILE = 128
@@ -207,7 +207,5 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     mark.add_text("Software", MARK)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=mark)
-    try:
+    with writing(path, DataError):
         write_whole(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

@@ -39,7 +39,7 @@ import torch
 
 from fastrepa.commands.bench.turn import DOES_NOT_FIT, MARK
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError, nearest
+from fastrepa.errors import ConfigError, nearest, writing
 from fastrepa.runtime.files import append_lines
 from fastrepa.runtime.launch import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
@@ -147,10 +147,8 @@ def bench(
     for option, value in (("--rounds", rounds), ("--steps", steps), ("--warmup", warmup)):
         if value < 1:
             raise ConfigError(f"{option}: {value} is not 1 or more")
-    try:
+    with writing(f"--out: {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     turns: list[dict[str, Any]] = []
     failed: set[Case] = set()
     for number in range(rounds):

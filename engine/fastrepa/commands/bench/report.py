@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
 from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 
 PICTURE = "bench.png"
 COLOURS = {
@@ -25,10 +25,8 @@ COLOURS = {
 
 def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
     """Print the table, write the picture into `out`."""
-    try:
+    with writing(f"--out: {out}"):
         save_bench_picture(results, out / PICTURE)
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     if as_json:
         print(json.dumps([record(result) for result in results], indent=1))
         return

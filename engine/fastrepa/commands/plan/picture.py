@@ -20,7 +20,7 @@ from fastrepa.drawing import (
     palette,
     save_figure,
 )
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 from fastrepa.training.memory.sharding import PARTS
 
 # One colour per part, kin beside kin: weights and what belongs to them, networks, the rest.
@@ -71,10 +71,8 @@ def save_plan_picture(plan: Plan, path: Path) -> None:
             bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8,
         )  # fmt: skip
     _heading(figure, plan)
-    try:
+    with writing(f"--png: {path}"):
         save_figure(figure, path)
-    except OSError as error:
-        raise ConfigError(f"--png: {path}: cannot be written ({error.strerror})") from None
 
 
 def _heading(figure: Any, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from fastrepa.commands.profile.profile import (
     mfu_of_ceiling,
     report_as_dict,
 )
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 from fastrepa.runtime.regions import NAMES
 
 SHOWN = 16  # operations in the table; profile.json has them all
@@ -37,12 +37,10 @@ def print_profile(report: Report, *, as_json: bool = False) -> None:
         report.folder / "roofline.png",
         report.folder / "profile.json",
     ]
-    try:
+    with writing(f"--out: {report.folder}"):
         save_step(report, files[0])
         save_roofline(report, files[1])
         files[2].write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--out: {report.folder}: cannot be written ({e.strerror})") from None
     if as_json:
         print(json.dumps(tree, indent=1))
         return
