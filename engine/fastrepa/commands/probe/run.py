@@ -175,9 +175,7 @@ def _compared(
         for block, x in enumerate(of_blocks):
             for number, y in enumerate(features):
                 found_cknna[number, block, column] = cknna(x[data.rest], y[data.rest])
-                found_cka[number, block, column] = linear_cka(
-                    x[data.rest], y[data.rest], debiased=True
-                )
+                found_cka[number, block, column] = linear_cka(x[data.rest], y[data.rest])
             accuracy[block, column] = data.accuracy(x)
     return found_cknna, found_cka, accuracy
 
