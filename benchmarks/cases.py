@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrepa.config import SIT_MODELS
 from fastrepa.model.operations import per_sample_alignment
 from fastrepa_kernels import adaln, adamw_ema, cost, mlp
 from fastrepa_kernels.adaln_linear import (
@@ -41,8 +42,7 @@ from fastrepa_kernels.projector_alignment import (
     projector_alignment_reference,
 )
 
-WIDTHS = {"SiT-S/2": 384, "SiT-B/2": 768, "SiT-L/2": 1024, "SiT-XL/2": 1152}
-HEADS = {"SiT-S/2": 6, "SiT-B/2": 12, "SiT-L/2": 16, "SiT-XL/2": 16}
+SIZES = {f"{name}/2": size for name, size in SIT_MODELS.items()}
 PROJECTOR, FEATURES = 2048, 768
 
 
@@ -54,11 +54,11 @@ class Shape:
 
     @property
     def width(self) -> int:
-        return WIDTHS[self.model]
+        return SIZES[self.model][0]
 
     @property
     def heads(self) -> int:
-        return HEADS[self.model]
+        return SIZES[self.model][2]
 
     @property
     def rows(self) -> int:
@@ -329,10 +329,7 @@ CASES = {
         OperationCase(
             "adaln_linear",
             _block_half(1, 3),
-            _rivals(
-                _linear_half(adaln_linear),
-                _linear_half(adaln_linear_reference),
-            ),
+            _rivals(_linear_half(adaln_linear), _linear_half(adaln_linear_reference)),
             _block_half_cost(adaln_linear_cost, 3),
         ),
         OperationCase(

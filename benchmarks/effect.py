@@ -29,7 +29,6 @@ interval over seeds (Student's t). None where one of them is there at its first 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -49,6 +48,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from benchmarks.common import command_line, logged, steps_of
 from benchmarks.run import RECORDS, append, environment
 from fastrepa.checkpoint.format import StoredTensors, checkpoints, load_ema_model, read_state
 from fastrepa.checkpoint.kinds import EMA
@@ -128,7 +128,7 @@ def train_all(
         waiting = [pool.submit(_train, *pair) for pair in runs]
         try:
             while not all(future.done() for future in waiting):
-                bar.update(task, completed=sum(_last_step(run) for run, _ in runs))
+                bar.update(task, completed=sum(max(steps_of(run), default=0) for run, _ in runs))
                 time.sleep(1.0)
             for future in waiting:
                 future.result()
@@ -196,17 +196,6 @@ def _reference(folder: Path, config: Config) -> Path:
     return path
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _last_step(run: Path) -> int:
-    lines = _lines(run)
-    return lines[-1]["step"] if lines else 0
-
-
 # Measuring ------------------------------------------------------------------------------------
 
 
@@ -251,7 +240,7 @@ def _loss(model: SiT, x_t: Tensor, t: Tensor, labels: Tensor, velocity: Tensor) 
 def curves_of(run: Path) -> dict[str, MetricCurve]:
     """What a finished run has come to, by measure; its losses are kept in RUN/held_out.json."""
     seconds, distances, before = {0: 0.0}, {}, 0
-    for line in _lines(run):
+    for line in logged(run):
         step = line["step"]
         seconds[step] = seconds[before] + line["step_seconds"] * (step - before)
         before = step
@@ -389,11 +378,7 @@ def _claim(folder: Path, setting: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.effect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("effect", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of the training configuration")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["none", "aligned", "random"])

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.common import command_line, logged, newest, steps_of, until
 from benchmarks.run import RECORDS, append, environment
 from benchmarks.two_hosts import lose_hosts, refusal
 from fastrepa.runtime.world import outside_the_world
@@ -128,27 +128,8 @@ def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def steps_of(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
-
-
 def losses_of(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint that has its name; 0 where there is none."""
-    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")), default=0)
-
-
-def until(true: Any, what: str, seconds: float = 120.0) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.002)
+    return [line["loss"] for line in logged(run)]
 
 
 # Kills ----------------------------------------------------------------------------------------
@@ -444,11 +425,7 @@ def measure(part: str, count: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.faults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("faults", __doc__)
     parts = ("kills2", "kills3", "hosts", "ranks", "files", "saves")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--kills", type=int, default=25)

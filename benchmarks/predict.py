@@ -17,7 +17,6 @@ blocks' bytes were counted in the code that Inductor (torch 2.11) made of two of
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,18 +25,14 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import triton
 
-from benchmarks.cases import FEATURES, PROJECTOR, WIDTHS
+from benchmarks.cases import FEATURES, PROJECTOR, SIZES, Shape
+from benchmarks.common import command_line
 from fastrepa_kernels import adamw_ema, aot, launch
 from fastrepa_kernels.activation import activation_cost
-from fastrepa_kernels.adaln import (
-    gated_residual_layernorm_modulate_cost,
-    layernorm_modulate_cost,
-)
+from fastrepa_kernels.adaln import gated_residual_layernorm_modulate_cost, layernorm_modulate_cost
 from fastrepa_kernels.attention import attention_cost
 from fastrepa_kernels.cost import Cost, matmul_cost
 
-DEPTHS = {"SiT-S/2": 12, "SiT-B/2": 12, "SiT-L/2": 24, "SiT-XL/2": 28}
-HEADS = {"SiT-S/2": 6, "SiT-B/2": 12, "SiT-L/2": 16, "SiT-XL/2": 16}
 PARAMETERS = {"SiT-B/2": 137_845_008, "SiT-L/2": 465_955_600, "SiT-XL/2": 683_242_512}
 PATCH_VALUES, LATENT_VALUES = 16, 4096  # of a token, of an image: 4 x 32 x 32 in patches of 2
 MOST_DRAWS, MOST_OPTIMISER = 12, 40  # launches that tests of the two allow
@@ -82,7 +77,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Shape):
     """The shapes of a step: N = batch x tokens rows of width D, F = 4 D."""
 
     model: str = "SiT-XL/2"
@@ -91,16 +86,8 @@ class Step:
     keep_h: bool = True
 
     @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
-
-    @property
-    def width(self) -> int:
-        return WIDTHS[self.model]
-
-    @property
     def depth(self) -> int:
-        return DEPTHS[self.model]
+        return SIZES[self.model][1]
 
     @property
     def elements(self) -> int:
@@ -158,12 +145,13 @@ def product_lines(step: Step, machine: Machine) -> list[Line]:
             Line(f"product {name}", depth, forward * depth, rate=rate),
             Line(f"product {name}, backward", 2 * depth, backward * depth, rate=rate),
         ]
-    heads = HEADS[step.model]
     for word, backward, speed, launches in (
         ("attention", False, machine.attention_forward, 1),
         ("attention, backward", True, machine.attention_backward, 3),
     ):
-        cost = attention_cost(step.batch, step.tokens, heads, d // heads, 2, backward=backward)
+        cost = attention_cost(
+            step.batch, step.tokens, step.heads, d // step.heads, 2, backward=backward
+        )
         lines.append(Line(word, launches * depth, cost * depth, rate=speed))
     return lines
 
@@ -377,11 +365,7 @@ def side_by_side(step: Step, sides: dict[str, Sequence[Line]], machine: Machine)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("predict", __doc__)
     m = Machine()
     parser.add_argument("--model", choices=sorted(PARAMETERS), default="SiT-XL/2")
     parser.add_argument("--batch", type=int, default=256)

@@ -7,13 +7,14 @@ Of several records of one measurement the latest is shown. The last columns comp
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import command_line
 
 RECORDS = Path(__file__).resolve().parent / "records"
 Record = dict[str, Any]
@@ -54,6 +55,13 @@ def _groups(
     return groups
 
 
+def _dated(record: Record) -> str:
+    """Say when a record was made, and of which code; `fastrepa bench` has other keys for it."""
+    modified = " (modified)" if record.get("git_dirty") or record.get("dirty") else ""
+    commit = record.get("git_sha", record.get("git", "unknown"))[:12]
+    return f"{record['utc']}, commit {commit}{modified}"
+
+
 def _row(record: Record, eager: Record | None) -> str:
     share = f"{record['share_of_floor']:.0%}" if "share_of_floor" in record else ""
     speed = f"{eager['p50_ms'] / record['p50_ms']:.2f}x" if eager else ""
@@ -76,11 +84,9 @@ def markdown(records: list[Record]) -> str:
     for (device, case, shape, dtype), group in _groups(records).items():
         eager = {r["direction"]: r for r in group if r["provider"] == "eager"}
         first = group[0]
-        commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
         parts.append(f"### {case}, {shape}, {dtype}\n")
         parts.append(
-            f"{device}, torch {first['torch']}, triton {first['triton']}, "
-            f"{first['utc']}, commit {commit}\n"
+            f"{device}, torch {first['torch']}, triton {first['triton']}, {_dated(first)}\n"
         )
         parts.append(head)
         parts += [_row(r, eager.get(r["direction"])) for r in group]
@@ -120,11 +126,10 @@ def rates(records: list[Record]) -> str:
     parts = []
     for (device, case, shape, _), group in _groups(records).items():
         first = group[0]
-        commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
         versions = ", ".join(f"{k} {first[k]}" for k in ("torch", "dali", "webdataset", "pillow"))
         rivals = [r["p50_images_per_s"] for r in group if r["provider"] != "ours"]
         parts.append(f"### {case}, {shape}\n")
-        parts.append(f"{device}, {versions}, {first['utc']}, commit {commit}\n")
+        parts.append(f"{device}, {versions}, {_dated(first)}\n")
         parts.append("| provider | samples/s p50 | p20 .. p80 | vs best rival |\n|---|---|---|---|")
         for r in group:
             speed = f"{r['p50_images_per_s'] / max(rivals):.2f}x" if rivals else ""
@@ -143,12 +148,8 @@ def training_steps(records: list[Record]) -> str:
         device, _, run, precision, batch, ranks, sampler = of
         first = group[0]
         title = sampler or "training step"
-        modified = " (modified)" if first.get("git_dirty") or first.get("dirty") else ""
-        commit = first.get("git_sha", first.get("git", "unknown"))[:12] + modified
         parts.append(f"### {title}, {precision}, batch of {batch}, {ranks} ranks\n")
-        parts.append(
-            f"{device}, torch {first['torch']}, {first['utc']}, commit {commit}\n\n{run}\n"
-        )
+        parts.append(f"{device}, torch {first['torch']}, {_dated(first)}\n\n{run}\n")
         parts.append(
             "| contender | p50 ms | p20 .. p80 | images/s | ours takes | GB above weights "
             "| ours needs |\n|" + "---|" * 7
@@ -211,10 +212,9 @@ def effect(records: list[Record]) -> str:
 
 def _effect(records: list[Record]) -> str:
     first = records[0]
-    commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
     parts = [
         f"### effect of alignment, {first['shape']}, {first['dtype']}, seeds {first['seeds']}\n",
-        f"{first['device']}, torch {first['torch']}, {first['utc']}, commit {commit}; after "
+        f"{first['device']}, torch {first['torch']}, {_dated(first)}; after "
         f"{first['steps'][-1]} steps, and after {first['equal_seconds']:.0f} s of training\n",
         "| measure | arm | after equal steps | less than `none` | after equal seconds "
         "| less than `none` | speed-up, steps | speed-up, seconds |\n|" + "---|" * 8,
@@ -240,10 +240,9 @@ def _interval(pair: list[float | None] | None, digits: int, unit: str = "") -> s
 def faults(records: list[Record]) -> str:
     """What was injected, how often, what happened, what was lost (benchmarks/faults.py)."""
     first = records[0]
-    commit = first["git"][:12] + (" (modified)" if first["dirty"] else "")
     parts = [
         f"### faults, {first['shape']}\n",
-        f"{first['device']}, torch {first['torch']}, {first['utc']}, commit {commit}\n",
+        f"{first['device']}, torch {first['torch']}, {_dated(first)}\n",
         "| injected | times | what happened | what was lost |\n|---|---|---|---|",
     ]
     parts += [row for r in records for row in [_fault(r)] if row]
@@ -338,11 +337,7 @@ def plot(records: list[Record], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("report", __doc__)
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--device", default="", help="only devices whose name contains this")
     parser.add_argument("--plot", type=Path, default=None, help="write a bar chart (matplotlib)")

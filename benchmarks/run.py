@@ -15,12 +15,9 @@ Bytes saved for backward: the distinct storages that autograd packs, inputs left
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
-import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -34,8 +31,11 @@ import triton
 from torch import Tensor
 
 from benchmarks.cases import CASES, OperationCase, OperationInputs, Provider, Shape
+from benchmarks.common import command_line
 from benchmarks.provenance import provenance
 from fastrepa.commands.bench.peak_memory import highest
+from fastrepa.runtime.files import append_lines
+from fastrepa.runtime.hardware import cpu_name
 from fastrepa_kernels.attention import BACKENDS
 from fastrepa_kernels.cost import Ceilings, measure_ceilings
 
@@ -52,7 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         **provenance(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "driver": "".join(nvidia_smi("driver_version")) if on_gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -60,13 +60,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def nvidia_smi(*queries: str) -> list[str]:
@@ -383,19 +376,11 @@ def table(records: list[dict[str, Any]]) -> str:
 def append(path: Path, records: list[dict[str, Any]], context: dict[str, Any]) -> None:
     """Append a line a record, on the disk when this returns: what follows may be killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for record in records:
-            file.write(json.dumps(record | context) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [record | context for record in records])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("run", __doc__)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="cuda: bf16, cpu: fp32")

@@ -10,7 +10,6 @@ reviewed commit, with the record that says why. `sweeps` and `using` are for who
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from benchmarks.common import command_line
 from fastrepa_kernels import adaln, adamw_ema, launch
 from fastrepa_kernels.activation import activate, activate_backward, column_sums
 from fastrepa_kernels.attention import _stacked
@@ -229,11 +229,7 @@ def _time(table: dict, key: Any, candidate: Any, work: Work) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tune", __doc__)
     parser.add_argument("families", nargs="*", help="rows whose label starts so")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

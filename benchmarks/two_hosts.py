@@ -19,9 +19,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import logged, newest, steps_of, until
 from fastrepa.runtime.world import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ TIMEOUT = 6.0  # survival.timeout_seconds
 EVERY = 3  # training.checkpoint_every
 STEPS = 14
 HOSTS = ("node0", "node1")
+_until = partial(until, seconds=300.0, pause=0.02)  # to ask the hosts takes a while
 
 
 def refusal() -> str | None:
@@ -122,39 +125,14 @@ class Host:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
-def _cable() -> None:
-    _run("ip", "link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])
-
-
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def _until(true: Any, what: str, seconds: float = 300.0) -> float:
-    """Wait; the time at which it was so."""
-    ends = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.02)
-    return time.monotonic()
-
-
-def _steps(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
-
-
-def _saved(run: Path) -> int:
-    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")), default=0)
-
-
 def _mid_step(run: Path, first: int) -> None:
     """Wait until a step of at least `first` is under way, and a checkpoint behind it."""
-    _until(lambda: _steps(run)[-1:] >= [first] and _saved(run) > 0, f"step {first}")
-    seconds = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step_seconds"]
-    time.sleep(0.4 * seconds)
+    _until(lambda: steps_of(run)[-1:] >= [first] and newest(run) > 0, f"step {first}")
+    time.sleep(0.4 * logged(run)[-1]["step_seconds"])
 
 
 def _errors(host: Host, before: str) -> list[str]:
@@ -167,7 +145,7 @@ def _main(folder: Path, command: list[str]) -> None:
     _run("mount", "--bind", str(names), "/etc/hosts")
     run = folder / "run"
     hosts = [Host(number, folder) for number in (0, 1)]
-    _cable()
+    _run("ip", "link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])  # the cable
     for host in hosts:
         host.plug_in()
     # torchrun is this Python's, whether or not its environment is activated.
@@ -186,11 +164,11 @@ def _main(folder: Path, command: list[str]) -> None:
         _mid_step(run, first)
         before = [host.said() for host in hosts]
         act()
-        began, last = time.monotonic(), _steps(run)[-1]
+        began, last = time.monotonic(), steps_of(run)[-1]
         _until(lambda: not any(host.ranks() for host in sides), f"{fault}: all ranks ended")
         seconds = time.monotonic() - began
         errors = [_errors(h, b) for h, b in zip(hosts, before, strict=True)]
-        saved = _saved(run)
+        saved = newest(run)
         again()
         _until(lambda: "from step" in "".join(
             h.said()[len(b):].replace("\n", " ") for h, b in zip(hosts, before, strict=True)
@@ -210,14 +188,14 @@ def _main(folder: Path, command: list[str]) -> None:
         host.start(launch, environment)
     try:
         lose("host killed", 4, hosts[1].kill, [hosts[0]], second_host_again)
-        lose("link pulled", _saved(run) + 4, lambda: hosts[0].link("down"), hosts,
+        lose("link pulled", newest(run) + 4, lambda: hosts[0].link("down"), hosts,
              lambda: hosts[0].link("up"))  # fmt: skip
     except TimeoutError as e:
         raise SystemExit(
             "\n".join([str(e), *(f"{h.name}: {h.said()[-2000:]}" for h in hosts)])
         ) from e
     codes = [host.launcher.wait() for host in hosts if host.launcher]
-    print(json.dumps({"fault": "none", "codes": codes, "steps": _steps(run)}))
+    print(json.dumps({"fault": "none", "codes": codes, "steps": steps_of(run)}))
 
 
 if __name__ == "__main__":

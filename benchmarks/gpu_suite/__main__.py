@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from benchmarks import gpu_suite
+from benchmarks.common import command_line
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import DALI, STAGES, Stage
 from benchmarks.gpu_suite.summary import table
@@ -23,11 +24,7 @@ FEWEST = 5.0
 
 def options() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite",
-        description=gpu_suite.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("gpu_suite", gpu_suite.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder outside the tree")
     parser.add_argument("--resume", type=Path, help="an earlier --out, to go on from")
     parser.add_argument("--minutes", type=float, default=9.2)

@@ -11,7 +11,6 @@ were due must be there: of every item one end, and where it failed all that it s
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks.common import command_line
 from benchmarks.gpu_suite import records
 from benchmarks.gpu_suite.plan import STAGES, TOY, Record
 from benchmarks.gpu_suite.wheels import INSTALL
@@ -262,11 +262,7 @@ def rehearse(work: Path, stages: Sequence[str], wheels: Path | None, kills: int,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite.rehearsal",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("gpu_suite.rehearsal", __doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install beside the tree")

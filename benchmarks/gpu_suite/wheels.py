@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import command_line
 from benchmarks.provenance import COMMIT, ROOT, WHEELS, provenance
 
 FOLDER, DALI = ROOT / WHEELS, ROOT / ".gpu-dali"
@@ -164,11 +165,7 @@ def _bytes_of_tree() -> int:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite.wheels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("gpu_suite.wheels", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("fetch").add_argument("--dali", action="store_true")
     joining = commands.add_parser("join")

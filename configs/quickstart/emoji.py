@@ -101,7 +101,7 @@ def build(images: Path, labels: Path, out: Path, *, quality: int, progress: bool
                 quality=quality,
                 progress=progress,
             )
-            print(f"{report.path}: {report.num_samples} images, {report.num_bytes} bytes")
+            print(f"{report.path}: {report.report.images} images, {report.num_bytes} bytes")
 
 
 def _image(images: Path, form: dict[str, Any]) -> Path | None:

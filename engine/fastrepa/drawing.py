@@ -25,12 +25,12 @@ def palette(names: str) -> tuple[str, ...]:
     return tuple(PALETTE[name] for name in names.split())
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib Figure of `width` x `height` inches, at 150 dots each."""
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """Return an empty matplotlib Figure of `width` x `height` inches, at 150 dots each or `dpi`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150)
+    figure = Figure(figsize=(width, height), **{"dpi": 150, **options})
     FigureCanvasAgg(figure)
     return figure
 

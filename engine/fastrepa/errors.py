@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FastrepaError(Exception):
@@ -37,6 +38,15 @@ def print_error(text: object, rank: int) -> None:
     # One write, the line's end included: ranks share the terminal.
     sys.stderr.write(f"fastrepa: error{where}: {' '.join(str(text).split())}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def writing(what: object, kind: type[FastrepaError] = ConfigError) -> Iterator[None]:
+    """Make of the block's OSError an error of that kind, which names what cannot be written."""
+    try:
+        yield
+    except OSError as e:
+        raise kind(f"{what}: cannot be written ({e.strerror or e})") from None
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -20,15 +20,7 @@ from fastrepa_kernels.mlp import linear_gelu
 from fastrepa_kernels.projector_alignment import projector_alignment
 
 __all__ = [
-    "adaln_linear",
-    "adaln_mlp",
-    "adamw_ema_",
-    "attention",
-    "gated_residual",
-    "gated_residual_layernorm_modulate",
-    "keyed_random",
-    "layernorm_modulate",
-    "linear_gelu",
-    "patch_reference",
-    "projector_alignment",
-]
+    "adaln_linear", "adaln_mlp", "adamw_ema_", "attention", "gated_residual",
+    "gated_residual_layernorm_modulate", "keyed_random", "layernorm_modulate", "linear_gelu",
+    "patch_reference", "projector_alignment",
+]  # fmt: skip

@@ -125,13 +125,14 @@ _norm_modulate_op = torch.library.custom_op("fastrepa::norm_modulate", mutates_a
 
 @_norm_modulate_op.register_fake
 def _(x, branch, gate, shift, scale, eps, out_dtype):
-    statistics = launch.arithmetic_dtype(x)
-    return (
-        x.new_empty(0) if branch is None else torch.empty_like(x),
-        torch.empty_like(x, dtype=out_dtype),
-        x.new_empty(x.shape[:2], dtype=statistics),
-        x.new_empty(x.shape[:2], dtype=statistics),
-    )
+    x_new, mean, rstd = _norm_shapes(x, branch)
+    return x_new, torch.empty_like(x, dtype=out_dtype), mean, rstd
+
+
+def _norm_shapes(x, branch):
+    """Return fakes of (x_new [B,T,D], mean, rstd [B,T])."""
+    x_new = x.new_empty(0) if branch is None else torch.empty_like(x)
+    return x_new, *(x.new_empty(x.shape[:2], dtype=launch.arithmetic_dtype(x)) for _ in range(2))
 
 
 def _norm_gradients(
@@ -241,11 +242,19 @@ _norm_modulate_backward_call = first_order(_norm_modulate_backward)
 
 
 def _norm_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, _, _ = inputs
-    x_new, _, mean, rstd = output
+    x_new, _, *statistics = output
+    _save(ctx, inputs[:5], x_new, statistics)
+
+
+def _save(ctx, given, x_new, statistics, *products, unread=()):
+    """Save, in this order, what was normalised, branch, gate, shift, scale, (mean, rstd), products.
+
+    given: (x, branch, gate, shift, scale); unread: further outputs that have no gradient.
+    """
+    x, branch, *vectors = given
     kept = x if branch is None else x_new
-    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd, *([x_new] if branch is None else []))
+    ctx.save_for_backward(kept, branch, *vectors, *statistics, *products)
+    ctx.mark_non_differentiable(*statistics, *unread, *([x_new] if branch is None else []))
     ctx.set_materialize_grads(False)
 
 
@@ -348,11 +357,7 @@ def _residual_backward(ctx, dx):
     dbranch = dgate = None
     if need_branch or need_gate:
         dbranch, dgate = _gated_residual_backward_call(dx.contiguous(), branch, gate, need_gate)
-    return (
-        dx if need_x else None,
-        dbranch if need_branch else None,
-        dgate if need_gate else None,
-    )
+    return (dx if need_x else None, dbranch if need_branch else None, dgate if need_gate else None)
 
 
 _gated_residual_call = differentiable(

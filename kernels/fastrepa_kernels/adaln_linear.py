@@ -42,7 +42,9 @@ from fastrepa_kernels.adaln import (
     _norm_gradient_shapes,
     _norm_gradients,
     _norm_modulate,
+    _norm_shapes,
     _row_major,
+    _save,
     gated_residual_layernorm_modulate_cost,
     gated_residual_reference,
     layernorm_modulate_cost,
@@ -102,16 +104,6 @@ def _rows(t: Tensor) -> Tensor:
     return t.view(-1, t.shape[-1])
 
 
-def _first_shapes(x, branch):
-    """Return fakes of (x_new [B,T,D], mean, rstd [B,T])."""
-    statistics = launch.arithmetic_dtype(x)
-    return (
-        x.new_empty(0) if branch is None else torch.empty_like(x),
-        x.new_empty(x.shape[:2], dtype=statistics),
-        x.new_empty(x.shape[:2], dtype=statistics),
-    )
-
-
 def _first_gradients(
     g: Tensor,
     dx_new: Tensor | None,
@@ -167,7 +159,7 @@ def _adaln_linear(
 
 @_adaln_linear.register_fake
 def _(x, branch, gate, shift, scale, weight, bias, eps):
-    x_new, mean, rstd = _first_shapes(x, branch)
+    x_new, mean, rstd = _norm_shapes(x, branch)
     return x_new, weight.new_empty((*x.shape[:2], weight.shape[0])), mean, rstd
 
 
@@ -206,12 +198,9 @@ _adaln_linear_backward_call = first_order(_adaln_linear_backward)
 
 
 def _linear_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, weight, _, _ = inputs
-    x_new, _, mean, rstd = output
-    kept = x if branch is None else x_new
-    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, weight)
-    ctx.mark_non_differentiable(mean, rstd, *([x_new] if branch is None else []))
-    ctx.set_materialize_grads(False)
+    *given, weight, _, _ = inputs
+    x_new, _, *statistics = output
+    _save(ctx, given, x_new, statistics, weight)
 
 
 def _linear_backward(ctx, dx_new, dout, _mean, _rstd):
@@ -223,12 +212,7 @@ def _linear_backward(ctx, dx_new, dout, _mean, _rstd):
         dout.contiguous(), _flowing(dx_new, branch), x, branch, gate, shift, scale, mean, rstd,
         weight, any(needs[2:5]), list(needs[5:7]),
     )  # fmt: skip
-    return (
-        *_in_order(norm, needs[:5]),
-        dw if needs[5] else None,
-        db if needs[6] else None,
-        None,
-    )
+    return (*_in_order(norm, needs[:5]), dw if needs[5] else None, db if needs[6] else None, None)
 
 
 _adaln_linear_call = differentiable(
@@ -276,7 +260,7 @@ def _adaln_mlp(
 
 @_adaln_mlp.register_fake
 def _(x, branch, gate, shift, scale, w1, b1, w2, b2, eps, keep, keep_h):
-    x_new, mean, rstd = _first_shapes(x, branch)
+    x_new, mean, rstd = _norm_shapes(x, branch)
     out = w2.new_empty((*x.shape[:2], w2.shape[0]))
     hidden = x.shape[0] * x.shape[1], w1.shape[0]
     a, h = (w1.new_empty(hidden if kept else (0,)) for kept in (keep, keep_h))
@@ -330,12 +314,9 @@ _adaln_mlp_backward_call = first_order(_adaln_mlp_backward)
 
 
 def _mlp_setup(ctx, inputs, output):
-    x, branch, gate, shift, scale, w1, _, w2, *_ = inputs
-    x_new, _, mean, rstd, a, h = output
-    kept = x if branch is None else x_new
-    ctx.save_for_backward(kept, branch, gate, shift, scale, mean, rstd, a, h, w1, w2)
-    ctx.mark_non_differentiable(mean, rstd, a, h, *([x_new] if branch is None else []))
-    ctx.set_materialize_grads(False)
+    *given, w1, _, w2, _, _, _, _ = inputs
+    x_new, _, *statistics, a, h = output
+    _save(ctx, given, x_new, statistics, a, h, w1, w2, unread=(a, h))
 
 
 def _mlp_backward(ctx, dx_new, dout, _mean, _rstd, _a, _h):

@@ -426,10 +426,7 @@ def adamw_ema_(
 
 def adamw_ema_cost(n: int, *, grad_itemsize: int = 4, low_itemsize: int = 0, emas: int = 1) -> Cost:
     """Count n elements: p, m, v and each EMA read and written, grad read, the low copy written."""
-    return Cost(
-        flops=(13 + 3 * emas) * n,
-        bytes=n * (24 + 8 * emas + grad_itemsize + low_itemsize),
-    )
+    return Cost(flops=(13 + 3 * emas) * n, bytes=n * (24 + 8 * emas + grad_itemsize + low_itemsize))
 
 
 def _aot_cases() -> list[AotCase]:

@@ -59,11 +59,6 @@ def diffusion_transformer_flops(
     return 2 * batch * (depth * block + ends)
 
 
-def mfu(flops: float, seconds: float, ceilings: Ceilings) -> float:
-    """Return the model FLOPs utilisation: the share of the measured matrix-product rate."""
-    return flops / seconds / ceilings.flops_per_second
-
-
 def measure_ceilings(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> Ceilings:
     """Time a device-to-device copy and a square matrix product of random values on `device`.
 

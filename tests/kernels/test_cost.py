@@ -10,7 +10,6 @@ from fastrepa_kernels.cost import (
     matmul_cost,
     measure_ceilings,
     median_seconds,
-    mfu,
 )
 
 
@@ -33,7 +32,6 @@ def test_floor_is_the_larger_of_two_times():
     ceilings = Ceilings(bytes_per_second=10.0, flops_per_second=100.0)
     assert ceilings.floor_seconds(Cost(flops=500, bytes=10)) == 5.0
     assert ceilings.floor_seconds(Cost(flops=500, bytes=90)) == 9.0
-    assert mfu(50, 1.0, ceilings) == 0.5
 
 
 def test_median_of_a_cpu_loop():

@@ -9,7 +9,7 @@ from fastrepa.config import EncoderConfig, config_from_dict
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT
 from fastrepa.training.memory.frozen import frozen_flops
-from fastrepa.vision.features import FrozenEncoder, _cut, plan_encoder
+from fastrepa.vision.features import FrozenEncoder, cut, plan_encoder
 
 
 def config_of(encoder, **keys):
@@ -38,7 +38,7 @@ def test_encoders(name):
     plan = plan_encoder(EncoderConfig(**encoder), resolution=256)
     with torch.device("meta"), torch.no_grad():
         network = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
-        _cut(network, plan.index, plan.norm)
+        cut(network, plan.index, plan.norm)
         frozen = FrozenEncoder(
             network, plan, name=name, digest="", grid=plan.own_grid[0], rule="exact",
             resolution=256, dtype=torch.float32, device="meta",

@@ -19,7 +19,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import choose_ema, resumed_emas, stored_emas
+from fastrepa.checkpoint.host_tensors import write_durably
 from fastrepa.checkpoint.kinds import WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.files import sha256_of
+from fastrepa.runtime.files import settle_folder, sha256_of
 from fastrepa.runtime.world import World
 
 FORMAT = 2
@@ -101,6 +102,15 @@ def read_state(path: Path) -> RunState:
             f"{path}: checkpoint format {state.format}, this version reads {READABLE}"
         )
     return state
+
+
+def seal(folder: Path, files: Mapping[str, Any], state: RunState) -> None:
+    """Complete a checkpoint's folder, whose tensors are in `files` (name: digest), on the disk."""
+    text = json.dumps(asdict(state), indent=1).encode()
+    files = {**files, "state.json": write_durably(folder / "state.json", [text])}
+    manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
+    write_durably(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+    settle_folder(folder)
 
 
 def load_model_weights(path: Path, model: SiT) -> None:

@@ -44,11 +44,7 @@ class HostTensors:
         end = 0
         for name, view in self.views.items():
             begin, end = end, end + 4 * view.numel()
-            header[name] = {
-                "dtype": "F32",
-                "shape": list(view.shape),
-                "data_offsets": [begin, end],
-            }
+            header[name] = {"dtype": "F32", "shape": list(view.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text

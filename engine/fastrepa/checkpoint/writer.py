@@ -8,12 +8,10 @@ drops what the policy keeps no longer.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.checkpoint.format import (
-    FORMAT,
     RunState,
     checkpoint_path,
     checkpoints,
     damage,
     part_name,
     rng_state,
+    seal,
     superseded,
 )
 from fastrepa.checkpoint.fragments import Fragments
@@ -195,12 +193,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         assert self._parts is not None
         files = {name: digest for part in self._parts for name, digest in part.items()}
-        text = json.dumps(asdict(self._state), indent=1).encode()
-        files["state.json"] = write_durably(self._partial / "state.json", [text])
-        manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
-        text = json.dumps(manifest, indent=1).encode()
-        write_durably(self._partial / "manifest.json", [text])
-        settle_folder(self._partial)
+        seal(self._partial, files, self._state)
         replaced = None
         if self._final.exists():  # of a future that a resume undid
             replaced = self._final.with_name(f"{PARTIAL}replaced_{self._final.name}")

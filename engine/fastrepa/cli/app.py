@@ -1,7 +1,8 @@
-"""The command line's two groups, and what every command takes."""
+"""The command line's two groups, and what several commands take."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,14 @@ app = typer.Typer(
 
 data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
 app.add_typer(data_app, name="data")
+
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+]
 
 
 def _version(wanted: bool) -> None:

@@ -10,15 +10,13 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import app
+from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "8,64",
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     efficiency: Annotated[float, typer.Option(help="Of peak, the generator.")] = 0.4,
@@ -72,21 +70,14 @@ def plan(
         reserve=1e9 * reserve_gb,
         image_bytes=image_bytes,
     )
-    result = make_plan(
-        resolved,
-        gpus=parse_gpus(gpus),
-        gpu=gpu,
-        assumptions=assumptions,
-    )
+    result = make_plan(resolved, gpus=parse_gpus(gpus), gpu=gpu, assumptions=assumptions)
     print_plan(result, as_json=json, picture=png)
 
 
 @app.command()
 def profile(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
     against: Annotated[
@@ -128,10 +119,8 @@ def profile(
 
 @app.command()
 def bench(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -263,9 +252,7 @@ def probe(
 
 
 @app.command()
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
+def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Versions, devices, which fast paths are available here and what would enable the others."""
     from fastrepa.commands.doctor import print_doctor
 

@@ -9,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrepa.cli.app import app
+from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Build everything, take one step on noise, write nothing."),
@@ -150,8 +148,7 @@ def evaluate(
         ),
     ] = None,
     encoders: Annotated[
-        str | None,
-        typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas."),
+        str | None, typer.Option(help="Spaces to measure in: NAME[=WEIGHTS][@INPUT], with commas.")
     ] = None,
     inception_weights: Annotated[
         Path | None, typer.Option(help="A local file; default: torch-fidelity's, downloaded once.")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,9 +141,8 @@ def print_dry_run(result: DryRun, global_batch: int) -> None:
     """Print what the run computes on, and a table of its numbers."""
     console = Console(highlight=False)
     console.print(result.first_line, soft_wrap=True)
-    table = Table(title="dry run: one step at batch 2 on noise, random encoder weights")
-    table.add_column("what")
-    table.add_column("how much", justify="right")
+    title = "dry run: one step at batch 2 on noise, random encoder weights"
+    table = Table("what", Column("how much", justify="right"), title=title)
     table.add_row("loss", f"{result.loss:.4f}")
     table.add_row("parameters", f"{result.parameters:,}")
     table.add_row("  of them trained", f"{result.trained:,}")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from fastrepa.drawing import INK, PALE
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, writing
 from fastrepa.runtime.files import write_whole
 
 TILE = 128
@@ -68,18 +68,11 @@ def contact_sheet(
     step_x, step_y = width + _GUTTER, height + 2 * line + 4 + _GUTTER
     sheet, top = _blank(columns * step_x - _GUTTER, rows * step_y - _GUTTER, title)
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, (name, below)) in enumerate(zip(tiles, captions, strict=True)):
+    for number, (picture, caption) in enumerate(zip(tiles, captions, strict=True)):
         row, column = divmod(number, columns)
         x, y = _MARGIN + column * step_x, top + row * step_y
         sheet.paste(picture, (x + (width - picture.width) // 2, y + height - picture.height))
-        for text, colour, drop in ((name, INK, 3), (below, PALE, 3 + line)):
-            draw.text(
-                (x + width // 2, y + height + drop),
-                _shortened(text, _TEXT_SIZE, width),
-                fill=colour,
-                font=_font(_TEXT_SIZE),
-                anchor="ma",
-            )
+        _draw_caption(draw, x + width // 2, y + height + 3, caption, width)
     return sheet
 
 
@@ -123,17 +116,20 @@ def comparison(
         for column, picture in enumerate(strip.pictures):
             shown = Image.fromarray(picture).resize((side, side), how)
             sheet.paste(shown, (_MARGIN + left + column * step, y))
-    for column, (name, below) in enumerate(captions):
+    for column, caption in enumerate(captions):
         x, y = _MARGIN + left + column * step + side // 2, top + len(strips) * step - _GUTTER + 3
-        for text, colour, drop in ((name, INK, 0), (below, PALE, line)):
-            draw.text(
-                (x, y + drop),
-                _shortened(text, _TEXT_SIZE, side),
-                fill=colour,
-                font=_font(_TEXT_SIZE),
-                anchor="ma",
-            )
+        _draw_caption(draw, x, y, caption, side)
     return sheet
+
+
+def _draw_caption(
+    draw: ImageDraw.ImageDraw, x: int, y: int, caption: tuple[str, str], width: int
+) -> None:
+    """A name and a paler line, centred below (x, y)."""
+    for row, (text, colour) in enumerate(zip(caption, (INK, PALE), strict=True)):
+        at = (x, y + row * _line_height(_TEXT_SIZE))
+        text = _shortened(text, _TEXT_SIZE, width)
+        draw.text(at, text, fill=colour, font=_font(_TEXT_SIZE), anchor="ma")
 
 
 def false_colours(maps: np.ndarray) -> np.ndarray:
@@ -211,7 +207,5 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     mark.add_text("Software", MARK)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=mark)
-    try:
+    with writing(path, DataError):
         write_whole(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
-from fastrepa.errors import ConfigError, FastrepaError, nearest
+from fastrepa.errors import ConfigError, FastrepaError, nearest, writing
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator
@@ -47,6 +47,7 @@ from fastrepa.runtime.world import join_or_alone, leave_world, of_first_rank
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
+T = TypeVar("T")
 
 BATCH_SIZE = 32
 GRID_IMAGES = 64
@@ -352,7 +353,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
     if folder.exists() and not folder.is_dir():
         raise FastrepaError(f"{folder}: is a file; --out wants a folder")
     written = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    try:
+    with writing(folder, FastrepaError):
         folder.mkdir(parents=True, exist_ok=True)
         entries = list(folder.iterdir())
         if entries and not (folder / RECORD).is_file():
@@ -370,8 +371,6 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
                 entry.unlink()
         (folder / RECORD).write_text(written)
         return kept
-    except OSError as e:
-        raise FastrepaError(f"{folder}: cannot be written ({e.strerror})") from None
 
 
 def _but_num(record: str) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastrepa.drawing import new_figure
+
 TILE = 128
 """Small images are enlarged to at most this many pixels a side."""
 
@@ -60,9 +62,7 @@ def save_grid(
     width, height = width * scale, height * scale
     gutter = max(2, min(width, height) // 16)
     sheet = Image.new(
-        "RGB",
-        (columns * (width + gutter) + gutter, rows * (height + gutter) + gutter),
-        "white",
+        "RGB", (columns * (width + gutter) + gutter, rows * (height + gutter) + gutter), "white"
     )
     for i, image in enumerate(images):
         tile = to_image(image)
@@ -81,10 +81,6 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     mean's last value; steps whose value is not finite are marked in red on the lower edge. Without
     metrics the picture says so.
     """
-    # Imported here, and without pyplot: no window system, no state shared with the caller's plots.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = dict.fromkeys(key for line in metrics for key in line if EVALUATION.match(key))
     evaluated = [(k, k, EVALUATION_COLOUR) for k in measured if not k.endswith("_std")]
     panels = [*PANELS, *evaluated]
@@ -92,8 +88,7 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     shown = [panel for panel in panels if panel[0] in series]
     rows = max(1, math.ceil(len(shown) / _COLUMNS))
     columns = 2 if len(shown) == 4 else max(1, min(_COLUMNS, len(shown)))
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * columns, 2.9 * rows, dpi=110, layout="constrained")
     if not shown:
         figure.text(0.5, 0.5, "no metrics yet", ha="center", va="center", color="#555555")
     for i, (key, title, colour) in enumerate(shown):

@@ -123,13 +123,7 @@ def sample(
     if sampler == "sde" and step_noise is None and steps > 1:
         raise ValueError("step_noise: the sde sampler needs it")
     field = _Guided(
-        model,
-        labels,
-        torch.full_like(labels, null_label),
-        cfg,
-        guidance_low,
-        guidance_high,
-        dtype,
+        model, labels, torch.full_like(labels, null_label), cfg, guidance_low, guidance_high, dtype
     )
     # On the host and for all times at once: the loop below never waits for the device.
     coefficients = torch.stack(

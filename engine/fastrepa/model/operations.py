@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 import fastrepa_kernels
 from fastrepa_kernels.adaln_linear import adaln_linear_reference, adaln_mlp_reference
-from fastrepa_kernels.projector_alignment import (
-    projector_alignment_reference,
-    projector_reference,
-)
+from fastrepa_kernels.projector_alignment import projector_alignment_reference, projector_reference
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,7 @@ def per_sample_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -
 
 EAGER = Operations(adaln_linear_reference, adaln_mlp_reference, projector_alignment_reference)
 FUSED = Operations(
-    fastrepa_kernels.adaln_linear,
-    fastrepa_kernels.adaln_mlp,
-    fastrepa_kernels.projector_alignment,
+    fastrepa_kernels.adaln_linear, fastrepa_kernels.adaln_mlp, fastrepa_kernels.projector_alignment
 )
 OPERATIONS = {"eager": EAGER, "fused": FUSED}
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 
 @contextmanager
@@ -32,6 +36,20 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
     with aside(path) as partial, partial.open("wb") as file:
         file.write(data)
+        settle(file)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write or replace a .npy as `write_whole` does."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(path, buffer.getvalue())
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line of JSON for each record, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
         settle(file)
 
 

@@ -1,4 +1,4 @@
-"""GPUs and the links between them by their datasheets: nothing here was measured.
+"""GPUs and the links between them by their datasheets, and the CPU's name: nothing is measured.
 
 Bandwidths of links are per direction. `collective_seconds` is the alpha-beta model: a latency per
 call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
@@ -7,8 +7,10 @@ call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
 from __future__ import annotations
 
 import math
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastrepa.errors import ConfigError, nearest
 
@@ -77,6 +79,16 @@ def peak_flops(device_name: str, *, bf16: bool) -> float | None:
         if pattern.search(device_name):
             return GPUS[row].bf16 if bf16 else GPUS[row].fp32
     return None
+
+
+def cpu_name() -> str:
+    """The model of this machine's CPU, or its architecture where Linux does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 @dataclass(frozen=True)

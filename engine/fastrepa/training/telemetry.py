@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,18 +30,10 @@ from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.world import launched_world
 
 PACKAGES = (
-    *("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm"),
-    *(
-        "torchvision",
-        "safetensors",
-        "numpy",
-        "pydantic",
-        "diffusers",
-        "flash-attn",
-        "flash-attn-4",
-        "xformers",
-    ),
-)
+    "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm",
+    "torchvision", "safetensors", "numpy", "pydantic", "diffusers", "flash-attn", "flash-attn-4",
+    "xformers",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -136,9 +127,7 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.__exit__()
         if self._tensorboard is not None:

@@ -83,9 +83,9 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
         args["img_size"] = side
         model = blueprint(recipe, args, where)
     norm = plain and recipe.norm
-    _cut(model, index, norm)
+    cut(model, index, norm)
     try:
-        shape = _features(model, torch.empty(1, 3, side, side, device="meta"), index, norm).shape
+        shape = feature_map(model, torch.empty(1, 3, side, side, device="meta"), index, norm).shape
     except UNBUILDABLE as error:
         reason = weights_of.one_line(error)
         raise ConfigError(f"{where}: cannot take an input of {side} px ({reason})") from error
@@ -152,7 +152,7 @@ class FrozenEncoder(nn.Module):
 
     def _tokens(self, image_u8: Tensor) -> Tensor:
         x = self.preprocess(image_u8).to(self.dtype, memory_format=self._layout)
-        maps = _features(self.network, x, self.plan.index, self.plan.norm)  # [B, Z, h, w]
+        maps = feature_map(self.network, x, self.plan.index, self.plan.norm)  # [B, Z, h, w]
         if self.plan.own_grid != self.grid:
             maps = _regrid(maps, self.grid, self.rule)
         return maps.flatten(2).transpose(1, 2).contiguous()
@@ -271,12 +271,12 @@ def _tap(model: Any, where: str) -> tuple[int, int, bool]:
     return at_stride[-1], STRIDE, False
 
 
-def _cut(model: Any, index: int, norm: bool) -> None:
+def cut(model: Any, index: int, norm: bool) -> None:
     """Drops, in place, what no token passes through: later stages, head, an unused norm."""
     model.prune_intermediate_layers([index], prune_norm=not norm, prune_head=True)
 
 
-def _features(network: Any, x: Tensor, index: int, norm: bool) -> Tensor:
+def feature_map(network: Any, x: Tensor, index: int, norm: bool) -> Tensor:
     """[B,3,S,S] -> the taken feature map [B,Z,h,w], prefix tokens (class, registers) dropped."""
     (maps,) = network.forward_intermediates(
         x, indices=[index], norm=norm, output_fmt="NCHW", intermediates_only=True
@@ -304,10 +304,7 @@ def _regrid(maps: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
 
 
 def load_network(
-    config: EncoderConfig,
-    recipe: Recipe,
-    args: Mapping[str, Any],
-    cut: Callable[[nn.Module], None],
+    config: EncoderConfig, recipe: Recipe, args: Mapping[str, Any], cut: Callable[[nn.Module], None]
 ) -> nn.Module:
     """The network with its weights, fp32, on the CPU; `cut` takes off, in place, what is not used.
 
@@ -349,7 +346,7 @@ def spatial_norm(tokens: Tensor, share: float) -> Tensor:
 def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
     """The network of the tokens: cut after the block or stage that is taken."""
     return load_network(
-        config, plan.recipe, plan.timm_args, lambda network: _cut(network, plan.index, plan.norm)
+        config, plan.recipe, plan.timm_args, lambda network: cut(network, plan.index, plan.norm)
     )
 
 

@@ -40,21 +40,9 @@ from fastrepa_kernels.attention.choice import PRIORITY, Choice, choose, order, r
 from fastrepa_kernels.cost import Cost
 
 __all__ = [
-    "BACKENDS",
-    "FLASH",
-    "MODULES",
-    "PACKED",
-    "PRIORITY",
-    "SDPA",
-    "Choice",
-    "_stacked",
-    "attention",
-    "attention_cost",
-    "attention_reference",
-    "choose",
-    "order",
-    "refusal",
-]
+    "BACKENDS", "FLASH", "MODULES", "PACKED", "PRIORITY", "SDPA", "Choice", "_stacked", "attention",
+    "attention_cost", "attention_reference", "choose", "order", "refusal",
+]  # fmt: skip
 
 
 @torch.compiler.assume_constant_result

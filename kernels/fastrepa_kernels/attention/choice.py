@@ -43,10 +43,7 @@ PRIORITY: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("flash-attn-3", "sdpa-cudnn", "flash-attn-4", *_LAST),
         ("sdpa-cudnn", "flash-attn-4", "flash-attn-3", *_LAST),
     ),
-    100: (
-        ("flash-attn-4", "sdpa-cudnn", *_LAST),
-        ("flash-attn-4", "sdpa-cudnn", *_LAST),
-    ),
+    100: (("flash-attn-4", "sdpa-cudnn", *_LAST), ("flash-attn-4", "sdpa-cudnn", *_LAST)),
 }
 CPU_PRIORITY = ("sdpa-flash", "math")
 HALF = (torch.float16, torch.bfloat16)

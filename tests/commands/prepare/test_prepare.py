@@ -32,6 +32,10 @@ def run(source: Path, out: Path, **options: Any) -> PrepareReport:
     return prepare(source, out, **{**settings, **options})  # type: ignore[arg-type]
 
 
+def rejected(done: PrepareReport) -> list[tuple[str, str]]:
+    return [(record.source, record.reason) for record in done.report.rejected]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -57,11 +61,11 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
 
 
 def test_report_and_manifest(tree: Path, tmp_path: Path) -> None:
-    report = run(tree, tmp_path / "out")
-    assert report.counts == CLASS_SIZES
-    assert (report.num_samples, report.num_shards, report.resolution) == (34, 5, 16)
-    assert report.num_bytes == sum(len(data) for data in contents(tmp_path / "out").values())
-    assert (report.skipped, report.ignored) == ([], [])
+    done = run(tree, tmp_path / "out")
+    assert done.report.counts == CLASS_SIZES
+    assert (done.report.images, done.report.shards, done.report.resolution) == (34, 5, 16)
+    assert done.num_bytes == sum(len(data) for data in contents(tmp_path / "out").values())
+    assert (rejected(done), done.ignored) == ([], [])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["image_format"] == "png"
     assert manifest["quality"] is None
@@ -87,10 +91,10 @@ def test_bytes_do_not_depend_on_workers(tree: Path, tmp_path: Path, workers: int
         for image_format in ("png", "jpeg"):
             options = {"image_format": image_format, "skip_bad": True}
             alone, several = tmp_path / f"0{image_format}", tmp_path / f"n{image_format}"
-            report = run(tree, alone, **options)
+            done = run(tree, alone, **options)
             other = run(tree, several, workers=workers, **options)
             assert contents(alone) == contents(several)
-            assert report.skipped == other.skipped == [("bee/broken.png", REASON)]
+            assert rejected(done) == rejected(other) == [("bee/broken.png", REASON)]
     finally:
         (tree / "bee" / "broken.png").unlink()
 
@@ -105,9 +109,9 @@ def test_unreadable_image_is_named_or_skipped_and_counted(tmp_path: Path) -> Non
     for workers in (0, 2):
         message = refusal(tree, tmp_path / "out", workers=workers)
         assert f"{tree}/a/01.png: unreadable" in message or f"{tree}/b/10.jpg: unread" in message
-    report = run(tree, tmp_path / "out", skip_bad=True)
-    assert dict(report.skipped).keys() == {"a/01.png", "b/10.jpg"}
-    assert report.counts == {"a": 2, "b": 20}
+    done = run(tree, tmp_path / "out", skip_bad=True)
+    assert dict(rejected(done)).keys() == {"a/01.png", "b/10.jpg"}
+    assert done.report.counts == {"a": 2, "b": 20}
     shards = ShardSet.open(tmp_path / "out")
     assert {record.source for record in shards.manifest.skipped} == {"a/01.png", "b/10.jpg"}
     sources = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").open()]
@@ -126,8 +130,8 @@ def test_shard_of_unreadable_images_is_left_out(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", {"a": 6})
     for i in range(5):
         (tree / "a" / f"{i:02d}.png").write_bytes(b"x")
-    report = run(tree, tmp_path / "out", skip_bad=True, shard_size=1)
-    assert (report.num_samples, report.num_shards, len(report.skipped)) == (1, 1, 5)
+    done = run(tree, tmp_path / "out", skip_bad=True, shard_size=1)
+    assert (done.report.images, done.report.shards, len(done.report.rejected)) == (1, 1, 5)
     assert ShardSet.open(tmp_path / "out").num_samples == 1
     (tree / "a" / "05.png").write_bytes(b"x")
     message = refusal(tree, tmp_path / "none", skip_bad=True)
@@ -141,8 +145,8 @@ def test_labels_that_leave_numbers_out(tmp_path: Path) -> None:
             tar.add(tmp_path / "one.png", f"{key}.png")
             (tmp_path / "one.cls").write_text(str(label))
             tar.add(tmp_path / "one.cls", f"{key}.cls")
-    report = run(tmp_path / "a.tar", tmp_path / "out")
-    assert report.counts == {"0": 1, "1": 0, "2": 0, "3": 2}
+    done = run(tmp_path / "a.tar", tmp_path / "out")
+    assert done.report.counts == {"0": 1, "1": 0, "2": 0, "3": 2}
     assert ShardSet.open(tmp_path / "out", verify="full").classes == ["0", "1", "2", "3"]
 
 
@@ -175,7 +179,7 @@ def test_places_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
     assert "lies inside the source" in refusal(tree, tree / "ant" / "out")
     assert "lies inside the source" in refusal(tree, tree)
     (tmp_path / "vacant").mkdir()
-    assert run(tree, tmp_path / "vacant").num_samples == 34
+    assert run(tree, tmp_path / "vacant").report.images == 34
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -208,7 +212,7 @@ def test_settings_out_of_range(tree: Path, tmp_path: Path) -> None:
         ({"seed": -1}, "seed -1 is outside"),
     ):
         assert message in refusal(tree, tmp_path / "out", **options)
-    assert run(tree, tmp_path / "out", seed=2**64 - 1).num_samples == 34
+    assert run(tree, tmp_path / "out", seed=2**64 - 1).report.images == 34
 
 
 def test_names_of_every_kind(tmp_path: Path) -> None:
@@ -227,10 +231,10 @@ def test_names_of_every_kind(tmp_path: Path) -> None:
     (tree / ".git").mkdir()
     for ignored in ("readme.txt", "apple/labels.csv"):
         (tree / ignored).write_text("")
-    report = run(tree, tmp_path / "out")
+    done = run(tree, tmp_path / "out")
     # Class index = rank of the sorted name; capitals come first.
-    assert report.counts == {"Zebra": 1, "apple": 9, "Ünïcode ✨": 1}
-    assert report.ignored == ["readme.txt", "apple/labels.csv"]
+    assert done.report.counts == {"Zebra": 1, "apple": 9, "Ünïcode ✨": 1}
+    assert done.ignored == ["readme.txt", "apple/labels.csv"]
     assert ShardSet.open(tmp_path / "out").classes == ["Zebra", "apple", "Ünïcode ✨"]
     sources = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").open()]
     assert os.fsdecode(b"apple/not\xffutf8.png") in sources
@@ -252,7 +256,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tree / "b").symlink_to(elsewhere / "b")
     (tree / "a" / "up").symlink_to(tree)
     (tree / "a" / "self").symlink_to(tree / "a")
-    assert run(tree, tmp_path / "out").counts == {"a": 2, "b": 3}
+    assert run(tree, tmp_path / "out").report.counts == {"a": 2, "b": 3}
     (tree / "a" / "dangling.png").symlink_to(tmp_path / "gone.png")
     assert "a/dangling.png: unreadable image (No such file" in refusal(tree, tmp_path / "no")
     (tree / "a" / "dangling.png").unlink()

@@ -116,9 +116,6 @@ def test_killed_before_every_change_of_the_disk(
 
     make(tmp_path / "whole")
     undisturbed = contents(tmp_path / "whole")
-    # The picture is the slow part and depends on the shards alone.
-    sheet = undisturbed["contact_sheet.png"]
-    monkeypatch.setattr("fastrepa.commands.prepare.prepare.class_sheet", lambda *_: sheet)
     changes, crash_at = 0, 0
 
     def crashing(real: Any) -> Any:
@@ -187,8 +184,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(
     assert f"to start again, delete {partial}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path.name: path.stat().st_mtime_ns for path in partial.glob("shard*")} == before
-    report = prepare(source, tmp_path / "out", progress=False, workers=2, **OPTIONS)
-    assert report.images == 0  # nothing was made twice
+    done = prepare(source, tmp_path / "out", progress=False, workers=2, **OPTIONS)
+    assert done.images == 0  # nothing was made twice
 
 
 def test_a_changed_source_is_refused(source: Path, tmp_path: Path) -> None:
@@ -230,7 +227,7 @@ def test_skip_bad_may_be_given_later_but_not_taken_back(source: Path, tmp_path: 
     partly(source, out, **OPTIONS)
     with pytest.raises(DataError, match="--skip-bad leaves such out"):
         prepare(source, out, progress=False, workers=0, **strict)
-    assert len(prepare(source, out, progress=False, **OPTIONS).skipped) == 2
+    assert len(prepare(source, out, progress=False, **OPTIONS).report.rejected) == 2
 
 
 def test_columns_go_on_without_the_source(source: Path, tmp_path: Path) -> None:
@@ -247,8 +244,8 @@ def test_columns_go_on_without_the_source(source: Path, tmp_path: Path) -> None:
     shutil.rmtree(tree)
     with pytest.raises(DataError, match="resolution 16, now 24"):
         prepare(tree, out, progress=False, workers=0, **{**OPTIONS, "resolution": 24})
-    report = prepare(tree, out, progress=False, workers=0, encode=lambda *_: None, **OPTIONS)
-    assert (report.num_samples, report.images) == (67, 0)
+    done = prepare(tree, out, progress=False, workers=0, encode=lambda *_: None, **OPTIONS)
+    assert (done.report.images, done.images) == (67, 0)
 
 
 # --- several ranks -----------------------------------------------------------------------------

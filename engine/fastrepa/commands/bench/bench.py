@@ -39,7 +39,8 @@ import torch
 
 from fastrepa.commands.bench.turn import DOES_NOT_FIT, MARK
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError, nearest
+from fastrepa.errors import ConfigError, nearest, writing
+from fastrepa.runtime.files import append_lines
 from fastrepa.runtime.world import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
 
@@ -146,10 +147,8 @@ def bench(
     for option, value in (("--rounds", rounds), ("--steps", steps), ("--warmup", warmup)):
         if value < 1:
             raise ConfigError(f"{option}: {value} is not 1 or more")
-    try:
+    with writing(f"--out: {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     turns: list[dict[str, Any]] = []
     failed: set[BenchCase] = set()
     for number in range(rounds):
@@ -161,11 +160,10 @@ def bench(
             if "problem" in turn:
                 failed.add(case)
             turns.append(asdict(case) | turn)
-            append(out / TURNS, turns[-1])
+            append_lines(out / TURNS, turns[-1:])
     results = gather(turns)
     described = context() | {"run": results[0].line}
-    for result in results:
-        append(out / FILE, record(result) | described)
+    append_lines(out / FILE, [record(result) | described for result in results])
     return results
 
 
@@ -201,14 +199,6 @@ def context() -> dict[str, Any]:
         "device": _device(),
         "threads": torch.get_num_threads(),
     }
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one line of JSON, on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def plan_cases(

@@ -85,12 +85,7 @@ class PlainLoop:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         o = config.training.optimizer
         self.adamw = torch.optim.AdamW(
-            self.params,
-            lr=o.lr,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            fused=True,
+            self.params, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
         self.averages = [[p.detach().clone() for p in self.params] for _ in config.training.ema]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
 from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 
 PICTURE = "bench.png"
 COLOURS = {
@@ -25,20 +25,17 @@ COLOURS = {
 
 def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
     """Print the table, write the picture into `out`."""
-    try:
+    with writing(f"--out: {out}"):
         save_bench_picture(results, out / PICTURE)
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     if as_json:
         print(json.dumps([record(result) for result in results], indent=1))
         return
     console = Console(highlight=False)
     if results[0].line:
         console.print(results[0].line, soft_wrap=True, markup=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("contender")
-    for heading in ("images/s", "ms", "p20 .. p80", "ours is", "GB*", "ours"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("images/s", "ms", "p20 .. p80", "ours is", "GB*", "ours")
+    numbers = (Column(heading, justify="right", no_wrap=True) for heading in headings)
+    table = Table("contender", *numbers, box=SIMPLE_HEAD, pad_edge=False)
     group = None
     for result in results:
         ours, case = _ours(results, result), result.case

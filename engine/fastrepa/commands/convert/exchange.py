@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from fastrepa.checkpoint.averages import choose_ema, stored_emas
 from fastrepa.checkpoint.format import (
-    FORMAT,
     RunState,
     StoredTensors,
     checkpoint_path,
@@ -24,6 +22,7 @@ from fastrepa.checkpoint.format import (
     newest_checkpoint,
     part_name,
     read_state,
+    seal,
 )
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
@@ -184,10 +183,7 @@ def import_reference(
                     host.put(name, value)
                 name = part_name(kind, 0, 1)
                 digests[name] = write_durably(partial / name, host.file_chunks())
-            text = json.dumps(asdict(state), indent=1).encode()
-            digests["state.json"] = write_durably(partial / "state.json", [text])
-            manifest = json.dumps({"format": FORMAT, "files": digests}, indent=1).encode()
-            write_durably(partial / "manifest.json", [manifest])
+            seal(partial, digests, state)
             if config is not None:
                 save_config(resolved, run / "config.yaml")
         settle_folder(final.parent)

@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.doctor.findings import SECTIONS, Finding, Probe, fast_path, one_line
 from fastrepa.commands.doctor.machine import system, versions
@@ -69,6 +69,9 @@ def print_findings(findings: list[Finding], console: Console) -> None:
         if not rows:
             continue
         table = Table(
+            Column(no_wrap=True),
+            Column(no_wrap=True),
+            Column(overflow="fold"),
             title=f"[bold]{section}[/]",
             title_justify="left",
             box=None,
@@ -76,9 +79,6 @@ def print_findings(findings: list[Finding], console: Console) -> None:
             pad_edge=False,
             padding=(0, 2, 0, 0),
         )
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
         for f in rows:
             detail = escape(f.detail)
             if f.status == "off":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from fastrepa.commands.doctor.findings import Finding, Probe, fast_path, gib, one_line, version_of
+from fastrepa.runtime.hardware import cpu_name
 
 _A_GPU = "an NVIDIA GPU with its driver"
 
@@ -38,7 +37,7 @@ def _devices(torch: Any) -> list[Finding]:
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     vectors = torch.backends.cpu.get_cpu_capability()
-    cpu = f"{_cpu_name()}, {cores} cores, torch on {threads}, {vectors}, {gib(memory)}"
+    cpu = f"{cpu_name()}, {cores} cores, torch on {threads}, {vectors}, {gib(memory)}"
     out = [Finding("devices", "cpu", "ok", cpu)]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -66,15 +65,6 @@ def _devices(torch: Any) -> list[Finding]:
             remedy += f"; CUDA_VISIBLE_DEVICES is {shown!r}"
     out.append(Finding("devices", "gpu", "off", why, remedy))
     return out
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _dali_wheel(cuda: str | None) -> list[Finding]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +92,12 @@ def evaluate(
 
     def measure(source: Any, path: Path, cache: StatisticsCache | None) -> Side:
         kept = frozenset() if cache is not None else frozenset(metric.feature for metric in few)
-        with _bar(path.name, source.num, world) as advance:
+        shown = world.is_first and source.num is not None
+        with Bar(path.name, source.num or 0, "images", shown=shown) as bar:
             wanted = evaluator.wanted(reference=cache is not None, kept=kept)
             return evaluator.measure(
-                source, wanted, batch_size=batch_size, cache=cache, progress=advance,
-                note=notes.append,
+                source, wanted, batch_size=batch_size, cache=cache, note=notes.append,
+                progress=lambda images: bar.advance(images * world.size),  # all are as far as this
             )  # fmt: skip
 
     kept = StatisticsCache(cache) if cache else StatisticsCache.beside(reference)
@@ -176,10 +176,3 @@ def _run_source(
         input_shape=(info.channels, info.side, info.side),
         null_label=config.model.num_classes,
     )
-
-
-@contextmanager
-def _bar(name: str, num: int | None, world: World) -> Iterator[Callable[[int], None]]:
-    """Images taken of a source, where a terminal shows them; all ranks are as far as this one."""
-    with Bar(name, num or 0, "images", shown=world.is_first and num is not None) as bar:
-        yield lambda images: bar.advance(images * world.size)

@@ -18,12 +18,7 @@ from torch import Tensor
 
 from fastrepa.commands.evaluate.extractors import PROMPT, Clip, Encoder, Extractor, Inception
 from fastrepa.commands.evaluate.feature_sets import FeatureSet, StatisticsCache, Wanted, extract
-from fastrepa.commands.evaluate.image_sources import (
-    AdmImages,
-    Gaussian,
-    ImageSource,
-    Statistics,
-)
+from fastrepa.commands.evaluate.image_sources import AdmImages, Gaussian, ImageSource, Statistics
 from fastrepa.commands.evaluate.metrics import (
     NEIGHBOURS,
     clip_score,

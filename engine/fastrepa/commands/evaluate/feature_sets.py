@@ -25,7 +25,7 @@ from torch import Tensor
 from fastrepa.commands.evaluate.extractors import Extractor
 from fastrepa.commands.evaluate.image_sources import STATISTICS, Gaussian, ImageSource
 from fastrepa.commands.evaluate.metrics import Moments
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, writing
 from fastrepa.generation.generate import rank_batches
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.world import World
@@ -220,9 +220,7 @@ def save_statistics(path: Path, gaussians: Mapping[str, Gaussian]) -> None:
             fields |= {key: value.numpy() for key, value in zip(keys, found, strict=True)}
     if not fields:
         raise DataError(f"{path}: statistics are those of fid and sfid, and neither was computed")
-    try:
+    with writing(path, DataError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             np.savez(file, allow_pickle=False, **fields)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
 from fastrepa.data.datasets import open_data
+from fastrepa.data.format.reference import npy_header
 from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
@@ -165,7 +165,9 @@ class AdmImages:
         self.path, self.gaussians = path, gaussians
         self._digest = functools.cache(lambda: sha256_of(path))
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            self.shape, dtype = _npy_header(member)
+            self.shape, fortran, dtype = npy_header(member)
+        if fortran:
+            raise ValueError("arr_0 is in Fortran's order")
         if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or not self.shape[0]:
             raise DataError(f"{path}: arr_0 is {dtype} {list(self.shape)}, not uint8 [N,H,W,3]")
         self.num = self.shape[0]
@@ -174,7 +176,7 @@ class AdmImages:
         """In rising order: what lies between them is skipped."""
         at, size = 0, int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            _npy_header(member)
+            npy_header(member)
             for batch in numbers:
                 images = np.empty((len(batch), *self.shape[1:]), dtype=np.uint8)
                 for image, number in zip(images, batch.tolist(), strict=True):
@@ -188,15 +190,6 @@ class AdmImages:
 
     def digest(self) -> str:
         return self._digest()
-
-
-def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = npy.read_magic(member)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(member)
-    if fortran:
-        raise ValueError("arr_0 is in Fortran's order")
-    return shape, dtype
 
 
 def open_npz(path: Path) -> AdmImages | Statistics:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.evaluate.evaluate import Evaluation
 from fastrepa.commands.evaluate.evaluator import Kind, Metric
@@ -31,11 +31,8 @@ def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
         print(json.dumps(evaluation_record(done), ensure_ascii=False))
         return
     console = Console(highlight=False)
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("metric", no_wrap=True)
-    table.add_column("value", no_wrap=True, justify="right")
-    for column in ("better", "what it is"):
-        table.add_column(column)
+    values = Column("value", no_wrap=True, justify="right")
+    table = Table(Column("metric", no_wrap=True), values, "better", "what it is", box=SIMPLE_HEAD)
     for metric in done.metrics:
         value, spread = done.scores[metric.name], done.scores.get(f"{metric.name}_std", math.nan)
         shown = f"{value:.5g}" if math.isnan(spread) else f"{value:.5g} ± {spread:.2g}"

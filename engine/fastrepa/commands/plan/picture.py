@@ -20,16 +20,12 @@ from fastrepa.drawing import (
     palette,
     save_figure,
 )
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 from fastrepa.training.memory.sharding import PARTS
 
 # One colour per part, kin beside kin: weights and what belongs to them, networks, the rest.
 MEMORY_COLOURS = dict(
-    zip(
-        PARTS,
-        palette("navy blue sky green mint orange purple lilac grey silver"),
-        strict=True,
-    )
+    zip(PARTS, palette("navy blue sky green mint orange purple lilac grey silver"), strict=True)
 )
 STEP_COLOURS = dict(
     zip(STEP_PARTS, palette("orange sand purple lilac green mint grey red"), strict=True)
@@ -75,10 +71,8 @@ def save_plan_picture(plan: CapacityPlan, path: Path) -> None:
             bbox_to_anchor=(0.5, -0.175), ncols=5 if len(pairs) > 3 else 4, fontsize=8,
         )  # fmt: skip
     _heading(figure, plan)
-    try:
+    with writing(f"--png: {path}"):
         save_figure(figure, path)
-    except OSError as error:
-        raise ConfigError(f"--png: {path}: cannot be written ({error.strerror})") from None
 
 
 def _heading(figure: Any, plan: CapacityPlan) -> None:
@@ -136,14 +130,7 @@ def _bars(
                     shown.add(part)
                 bottom += value
             cut = sum(parts_of(estimate).values()) > 1.001 * top
-            _write(
-                axes,
-                x,
-                bottom,
-                total(estimate) + (" ↑" if cut else ""),
-                3,
-                RED if cut else INK,
-            )
+            _write(axes, x, bottom, total(estimate) + (" ↑" if cut else ""), 3, RED if cut else INK)
             s = estimate.sharding
             how = f"\nrecompute {s.recompute}" if s.recompute else ""
             _write(axes, x, 0, f"Z{s.stage}\n{s.forwards}x{s.micro}{how}", -4, PALE)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assumed, plan_as_dict
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
@@ -56,12 +56,10 @@ def _headline(plan: CapacityPlan) -> str:
 
 
 def _columns(plan: CapacityPlan, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for row in plan.rows:
-        count = row.configured.sharding.world
-        table.add_column(f"{count:,} GPU{'s' if count > 1 else ''}", justify="right")
-    return table
+    counts = (row.configured.sharding.world for row in plan.rows)
+    headings = (f"{count:,} GPU{'s' if count > 1 else ''}" for count in counts)
+    numbers = (Column(heading, justify="right") for heading in headings)
+    return Table("", *numbers, title=title, title_justify="left")
 
 
 def _memory(plan: CapacityPlan) -> Table:
@@ -121,11 +119,11 @@ def _time(plan: CapacityPlan) -> Table:
 
 
 def _assumptions(plan: CapacityPlan) -> Table:
-    table = Table(title="assumed: estimates follow from these, nothing here was measured on a GPU",
-                  title_justify="left")  # fmt: skip
-    table.add_column("option or datum")
-    table.add_column("value", justify="right")
-    table.add_column("meaning and source")
+    table = Table(
+        "option or datum", Column("value", justify="right"), "meaning and source",
+        title="assumed: estimates follow from these, nothing here was measured on a GPU",
+        title_justify="left",
+    )  # fmt: skip
     for name, value, why in assumed(plan):
         table.add_row(name, value, why)
     return table

@@ -12,7 +12,6 @@ only with the same settings and the same source.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from fastrepa.data.format.partial import PLAN
 from fastrepa.data.format.shards import ImageFormat
 from fastrepa.data.sources.entries import Listing, printable
 from fastrepa.errors import DataError
-from fastrepa.runtime.files import write_whole
+from fastrepa.runtime.files import write_array, write_whole
 
 _ENTRIES, _NAMES, _ENDS = "plan.entries.npy", "plan.names", "plan.ends.npy"
 VERSION = 1
@@ -136,8 +135,8 @@ def write_plan(folder: Path, listing: Listing, settings: Settings) -> None:
         names = [os.fsencode(listing.names[i]) for i in order]
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         write_whole(folder / _NAMES, b"".join(names))
-        write_whole(folder / _ENDS, _npy(ends))
-        write_whole(folder / _ENTRIES, _npy(listing.entries[order]))
+        write_array(folder / _ENDS, ends)
+        write_array(folder / _ENTRIES, listing.entries[order])
     record = _Record(
         version=VERSION,
         settings=settings,
@@ -249,9 +248,3 @@ def _what_changed(before: ShardPlan, listing: Listing) -> str:
         if before.entries[old[name]] != listing.entries[number]:
             return f"{printable(name)} has another size, place or label"
     return f"{counts}, in another order or with other unusable ones"
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()

@@ -38,7 +38,7 @@ def write_shards(
     no worker behind.
     """
     missing = [s for s in range(world.rank, plan.num_shards, world.size) if s not in finished]
-    with _Bar(plan, folder, finished, world, progress and world.is_first) as bar:
+    with _Images(plan, folder, finished, world, progress and world.is_first) as bar:
         if min(workers, len(missing)) > 1:
             _in_workers(plan, folder, missing, min(workers, len(missing)), skip_bad, bar.show)
         else:
@@ -55,29 +55,21 @@ def write_shards(
         bar.finish()
 
 
-class _Bar:
+class _Images(Bar):
     """Images done by all ranks, images/s and the time that remains."""
 
     def __init__(
         self, plan: ShardPlan, folder: Path, finished: set[int], world: World, visible: bool
     ) -> None:
         self._plan, self._folder, self._visible = plan, folder, visible
-        self._before = sum(len(plan.keys(shard)) for shard in finished)
         self._others = [
             s for s in range(plan.num_shards) if s % world.size != world.rank and s not in finished
         ]
         self._elsewhere, self._own, self._looked = 0, 0, 0.0
-        self._bar = Bar(
-            "preparing", plan.samples, "images",
-            shown=visible, done=self._before, rate=True, stays=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> _Bar:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.__exit__()
+        done = sum(len(plan.keys(shard)) for shard in finished)
+        super().__init__(
+            "preparing", plan.samples, "images", shown=visible, done=done, rate=True, stays=True
+        )
 
     def show(self, own: int) -> None:
         if not self._visible:
@@ -85,7 +77,7 @@ class _Bar:
         self._own, now = own, time.monotonic()
         if self._others and now - self._looked > _LOOK:
             self._look(now)
-        self._bar.move(self._before + self._own + self._elsewhere)
+        self.move(self._before + self._own + self._elsewhere)
 
     def tick(self) -> None:
         """While this rank waits for the others."""

@@ -21,7 +21,6 @@ from typing import get_args
 
 import numpy as np
 
-from fastrepa.commands.prepare.class_sheet import class_sheet
 from fastrepa.commands.prepare.plan import (
     Settings,
     ShardPlan,
@@ -35,7 +34,6 @@ from fastrepa.commands.prepare.report import SetReport, make_report, read_report
 from fastrepa.commands.prepare.writer import ShardDone, read_done
 from fastrepa.data.format.index import KEY_DIGITS
 from fastrepa.data.format.partial import (
-    CONTACT_SHEET,
     PLAN,
     REPORT,
     SPOOL,
@@ -75,28 +73,6 @@ class PrepareReport:
     images: int  # made by this call, on all ranks; the others were there
     seconds: float  # from the first of these to the last
     is_first: bool = True  # rank 0
-
-    @property
-    def resolution(self) -> int:
-        return self.report.resolution
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Samples of each class, in label order."""
-        return self.report.counts
-
-    @property
-    def num_shards(self) -> int:
-        return self.report.shards
-
-    @property
-    def num_samples(self) -> int:
-        return self.report.images
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Unusable images left out (skip_bad), and why."""
-        return [(record.source, record.reason) for record in self.report.rejected]
 
 
 def prepare(
@@ -206,13 +182,7 @@ def _make_images(
     finished = of_first_rank(world, lambda: _finished(plan, folder, skip_bad))
     started = time.monotonic()
     write_shards(
-        plan,
-        folder,
-        finished,
-        workers=workers,
-        skip_bad=skip_bad,
-        world=world,
-        progress=progress,
+        plan, folder, finished, workers=workers, skip_bad=skip_bad, world=world, progress=progress
     )
     seconds = time.monotonic() - started
     if world.is_first:
@@ -270,7 +240,6 @@ def _finish(plan: ShardPlan, folder: Path) -> None:
         skipped=(*rejected, *(skipped[key] for key in sorted(skipped))),
     )
     write_whole(folder / REPORT, report_bytes(make_report(folder, plan, manifest, done)))
-    write_whole(folder / CONTACT_SHEET, class_sheet(folder, manifest))
     settle_folder(folder)
     write_manifest(folder, manifest)
 

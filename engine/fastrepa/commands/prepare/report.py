@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.prepare.plan import ShardPlan
 from fastrepa.commands.prepare.writer import TRAITS, ShardDone
@@ -134,8 +134,6 @@ def print_report(
 ) -> None:
     """Tables for people. `images` were made by this command in `seconds`."""
     table = Table(title=escape(str(path)), title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("how much")
     form = report.image_format + (f", quality {report.quality}" if report.quality else "")
     rows: dict[str, str | int] = {
         "holds": f"{report.images:,} images of {report.classes:,} classes"
@@ -168,10 +166,8 @@ def print_report(
 def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None:
     if not rejected:
         return
-    table = Table(title="rejected", title_justify="left")
-    table.add_column("reason")
-    table.add_column("images", justify="right")
-    table.add_column("such as")
+    images = Column("images", justify="right")
+    table = Table("reason", images, "such as", title="rejected", title_justify="left")
     by_reason: dict[str, list[str]] = {}
     for record in rejected:
         by_reason.setdefault(record.reason, []).append(record.source)
@@ -184,10 +180,10 @@ def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> Non
     if not duplicates:
         return
     differing = [group for group in duplicates if group.labels_differ]
-    table = Table(title="duplicates (the same stored bytes)", title_justify="left")
-    table.add_column("groups", justify="right")
-    table.add_column("labels")
-    table.add_column("such as")
+    table = Table(
+        Column("groups", justify="right"), "labels", "such as",
+        title="duplicates (the same stored bytes)", title_justify="left",
+    )  # fmt: skip
     same = [group for group in duplicates if not group.labels_differ]
     for groups, labels in ((same, "the same"), (differing, "differ")):
         if groups:

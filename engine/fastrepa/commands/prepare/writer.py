@@ -21,7 +21,7 @@ from fastrepa.data.format.shards import EXTENSIONS, FileRecord, ShardRecord, Ski
 from fastrepa.data.images import Stored, UnreadableImageError, store
 from fastrepa.data.sources.entries import Listing, printable, read_entry
 from fastrepa.errors import DataError
-from fastrepa.runtime.files import NewFile, write_whole
+from fastrepa.runtime.files import NewFile, write_array, write_whole
 
 # What the system says of a path that the source itself has wrong; anything else (a failing disk,
 # too many open files) is no property of the image, and is never skipped.
@@ -111,9 +111,7 @@ def write_shard(
             tar_record = FileRecord(file=f"{name}.tar", bytes=file.num_bytes, sha256=sha256)
     if rows:
         index = np.array(rows, dtype=INDEX_DTYPE)
-        buffer = io.BytesIO()
-        np.save(buffer, index)
-        write_whole(folder / f"{name}.idx.npy", buffer.getvalue())
+        write_array(folder / f"{name}.idx.npy", index)
         done.record = ShardRecord(
             **tar_record.model_dump(),
             samples=len(rows),

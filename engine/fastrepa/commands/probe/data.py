@@ -358,10 +358,7 @@ def _separability(
 
 
 def _gains(
-    features: Measured,
-    controls: dict[str, Measured],
-    labels: np.ndarray | None,
-    groups: np.ndarray,
+    features: Measured, controls: dict[str, Measured], labels: np.ndarray | None, groups: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     own = features.separability
     if own is None or labels is None:

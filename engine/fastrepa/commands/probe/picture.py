@@ -11,16 +11,7 @@ from fastrepa.commands.probe.data import DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
 from fastrepa.commands.probe.similarity import NEIGHBOURS
 from fastrepa.data.sheet import Strip, comparison, save_picture
-from fastrepa.drawing import (
-    INK,
-    PALE,
-    RED,
-    axes_title,
-    heading,
-    new_figure,
-    save_figure,
-    shortened,
-)
+from fastrepa.drawing import INK, PALE, RED, axes_title, heading, new_figure, save_figure, shortened
 
 COLOURS = "YlGnBu"
 WRITTEN = 14  # columns, above which a cell has no number

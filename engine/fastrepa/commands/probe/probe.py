@@ -26,7 +26,7 @@ from fastrepa.commands.probe.report import (
 from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError, writing
 from fastrepa.vision.registry import parse_encoders
 
 RECORD, HEAT_MAP, FEATURES = "probe.json", "heat_map.png", "features.png"
@@ -92,14 +92,12 @@ def probe(
         found = probe_data(target, chosen, num=num or IMAGES, resolution=resolution, **shared)
     record = run_record(found) if isinstance(found, RunProbe) else data_record(found)
     picture = HEAT_MAP if is_run else FEATURES
-    try:
+    with writing(f"--out: {folder}"):
         (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         if isinstance(found, RunProbe):
             save_heat_map(found, folder / picture)
         else:
             save_features(found, folder / picture)
-    except OSError as e:
-        raise ConfigError(f"--out: {folder}: cannot be written ({e.strerror})") from None
     return Probed(found, record, folder, picture)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.probe.data import PIXELS, RANDOM, DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
@@ -61,10 +61,7 @@ def print_run_probe(probe: RunProbe, console: Console) -> None:
     shown = sorted({round(i * last / (STEPS - 1)) for i in range(STEPS)})
     for title, values in tables:
         console.print(f"[bold]{title}[/bold]", soft_wrap=True)
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("block")
-        for i in shown:
-            table.add_column(f"step {probe.steps[i]:,}", justify="right", no_wrap=True)
+        table = _table("block", *(f"step {probe.steps[i]:,}" for i in shown))
         for block, row in enumerate(values, start=1):
             name = f"[bold]{block} (aligned)[/bold]" if block == probe.block else str(block)
             table.add_row(name, *("-" if math.isnan(row[i]) else f"{row[i]:.3f}"
@@ -125,11 +122,10 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
     )  # fmt: skip
     for line in probe.said:
         console.print(line, markup=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("features")
-    for heading in ("tokens", "LDS", "RMSC", "linear", "k-NN", "layout", "rank", "mean share",
-                    "cosine", "images/s", "B an image"):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(
+        "features", "tokens", "LDS", "RMSC", "linear", "k-NN", "layout", "rank", "mean share",
+        "cosine", "images/s", "B an image",
+    )  # fmt: skip
     shown: set[int] = set()
     for place, e in enumerate(probe.encoders, start=1):
         table.add_row(
@@ -166,6 +162,11 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+def _table(first: str, *numbers: str) -> Table:
+    columns = (Column(heading, justify="right", no_wrap=True) for heading in numbers)
+    return Table(first, *columns, box=SIMPLE_HEAD, pad_edge=False)
 
 
 def _cells(m: Measured) -> list[str]:

@@ -177,9 +177,7 @@ def _compared(
         for block, x in enumerate(of_blocks):
             for number, y in enumerate(features):
                 found_cknna[number, block, column] = cknna(x[data.rest], y[data.rest])
-                found_cka[number, block, column] = linear_cka(
-                    x[data.rest], y[data.rest], debiased=True
-                )
+                found_cka[number, block, column] = linear_cka(x[data.rest], y[data.rest])
             accuracy[block, column] = data.accuracy(x)
     return found_cknna, found_cka, accuracy
 
@@ -228,10 +226,7 @@ def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         initial = SiT.from_config(
-            config,
-            side=made.side,
-            channels=made.channels,
-            encoder_widths=made.encoder_widths,
+            config, side=made.side, channels=made.channels, encoder_widths=made.encoder_widths
         )
     model.load_state_dict(initial.state_dict())
     yield model

@@ -4,7 +4,7 @@ Pure functions of numpy arrays, computed in float64. N images (or samples), T pa
 image on an h x w grid, row-major, D and Z feature widths.
 
     cknna            Huh et al. 2024, "The Platonic Representation Hypothesis", as their code has it
-    linear_cka       Kornblith et al. 2019, eq. 2; debiased: Nguyen et al. 2021
+    linear_cka       Kornblith et al. 2019, eq. 2, debiased as in Nguyen et al. 2021
     effective_rank   Roy and Vetterli 2007; of features: RankMe (Garrido et al. 2023)
     local_distant_similarity, contrast
                      Singh et al. 2025, "What matters for Representation Alignment: Global
@@ -36,7 +36,7 @@ def cknna(x: np.ndarray, y: np.ndarray, k: int = NEIGHBOURS) -> float:
 
     ValueError: another number of rows, fewer than 4, or k not in 2 .. N - 1.
     """
-    x, y = _pair(x, y, least=4)
+    x, y = _pair(x, y)
     if not 2 <= k <= len(x) - 1:
         raise ValueError(f"k: {k} is not in 2..{len(x) - 1}")
     kx, ky = _cosine_kernel(x), _cosine_kernel(y)
@@ -49,25 +49,20 @@ def cknna(x: np.ndarray, y: np.ndarray, k: int = NEIGHBOURS) -> float:
     )
 
 
-def linear_cka(x: np.ndarray, y: np.ndarray, *, debiased: bool = False) -> float:
-    """Linear centered kernel alignment of x [N,D] and y [N,Z].
+def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear centered kernel alignment of x [N,D] and y [N,Z], debiased.
 
-    |Yc' Xc|^2 / (|Xc' Xc| |Yc' Yc|), in 0..1, 1 for equals up to rotation and scale. Where N is
-    not far above D and Z it is large for unrelated features too; `debiased` puts the unbiased HSIC
-    in place of each product, which is near 0 then (and may be below). nan for a constant x or y.
+    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) of the kernels Xc Xc' and Yc Yc', 1 for equals up to
+    rotation and scale, with the unbiased HSIC (Song et al. 2012, eq. 5): by the biased one it is
+    large for unrelated features too, where N is not far above D and Z; so it is near 0 then (and
+    may be below). nan for a constant x or y.
 
-    ValueError: another number of rows, or fewer than 2 (debiased: 4).
+    ValueError: another number of rows, or fewer than 4.
     """
-    x, y = _pair(x, y, least=4 if debiased else 2)
+    x, y = _pair(x, y)
     x, y = x - x.mean(0), y - y.mean(0)
-    if debiased:
-        kx, ky = x @ x.T, y @ y.T
-        return _ratio(_hsic(kx, ky), _hsic(kx, kx), _hsic(ky, ky))
-    if len(x) < max(x.shape[1], y.shape[1]):  # the same numbers from the smaller products
-        kx, ky = x @ x.T, y @ y.T
-        return _ratio(float((kx * ky).sum()), float((kx * kx).sum()), float((ky * ky).sum()))
-    cross, xx, yy = y.T @ x, x.T @ x, y.T @ y
-    return _ratio(float((cross**2).sum()), float((xx**2).sum()), float((yy**2).sum()))
+    kx, ky = x @ x.T, y @ y.T
+    return _ratio(_hsic(kx, ky), _hsic(kx, kx), _hsic(ky, ky))
 
 
 def effective_rank(x: np.ndarray) -> float:
@@ -134,13 +129,13 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
     return x / np.where(length > 0, length, 1.0)
 
 
-def _pair(x: np.ndarray, y: np.ndarray, *, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64, of as many rows; ValueError."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"expected [N,D] and [N,Z], got {list(x.shape)} and {list(y.shape)}")
-    if len(x) < least:
-        raise ValueError(f"{len(x)} rows, at least {least} are needed")
+    if len(x) < 4:
+        raise ValueError(f"{len(x)} rows, at least 4 are needed")
     return x, y
 
 

@@ -32,10 +32,7 @@ READING_OPS = {
 }  # fmt: skip
 IN_HOST_MEMORY = {
     ("fastrepa/training/optimizer.py", "update"): "only where the flag is a CPU tensor",
-    (
-        "fastrepa/training/optimizer.py",
-        "_fused_update",
-    ): "only where the step count is a CPU tensor",
+    ("fastrepa/training/optimizer.py", "_fused_update"): "only where the count is a CPU tensor",
     ("fastrepa/data/pipeline.py", "_empty"): "memory of the host, which reads go into",
     ("fastrepa/training/bad_steps.py", "taken"): "a pinned copy, once its event has passed",
 }

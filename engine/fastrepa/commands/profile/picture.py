@@ -74,10 +74,7 @@ def save_step(report: ProfileReport, path: Path) -> None:
 
 
 def _bars(
-    axes: Any,
-    profiles: list[Profile],
-    bars: list[list[tuple[str, float, str]]],
-    title: str,
+    axes: Any, profiles: list[Profile], bars: list[list[tuple[str, float, str]]], title: str
 ) -> None:
     """Horizontal stacked bars of (name, seconds, colour), the first on top."""
     longest = max(sum(seconds for _, seconds, _ in bar) for bar in bars)

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, VisionConfig, config_from_dict
 from fastrepa.data.datasets import open_data
-from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.errors import ConfigError, WeightsError, writing
 from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.profiling.random_batches import RandomBatches
@@ -137,11 +137,9 @@ def profile_run(
 
 
 def _open_folder(out: Path) -> None:
-    try:
+    with writing(f"--out: {out}"):
         out.mkdir(parents=True, exist_ok=True)
         strange = sorted(p.name for p in out.iterdir() if p.name not in OWN_FILES)
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     if strange:
         raise ConfigError(f"--out: {out} holds {strange[0]}, which is no profile's; name another")
 

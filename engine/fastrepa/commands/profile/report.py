@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.profile.profile import (
     OperationGroup,
@@ -18,7 +19,7 @@ from fastrepa.commands.profile.profile import (
     mfu_of_ceiling,
     report_as_dict,
 )
-from fastrepa.errors import ConfigError
+from fastrepa.errors import writing
 from fastrepa.runtime.regions import NAMES
 
 SHOWN = 16  # operations in the table; profile.json has them all
@@ -36,12 +37,10 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
         report.folder / "roofline.png",
         report.folder / "profile.json",
     ]
-    try:
+    with writing(f"--out: {report.folder}"):
         save_step(report, files[0])
         save_roofline(report, files[1])
         files[2].write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--out: {report.folder}: cannot be written ({e.strerror})") from None
     if as_json:
         print(json.dumps(tree, indent=1))
         return
@@ -73,13 +72,8 @@ def _by_region(report: ProfileReport) -> Table:
     ours, *rivals = report.profiles
     how = f"the median of {report.steps}" if report.device == "cpu" else f"{report.steps} steps"
     title = f"one step by region, {how}, undisturbed"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("region")
-    table.add_column(f"{ours.kernels}, ms", justify="right")
-    table.add_column("share", justify="right")
-    for rival in rivals:
-        table.add_column(f"{rival.kernels}, ms", justify="right")
-        table.add_column("speed-up", justify="right")
+    numbers = _right(f"{ours.kernels}, ms", "share", *_rivals(rivals))
+    table = Table("region", *numbers, title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in NAMES:
         if any(p.regions[name] > 0 for p in report.profiles):
             table.add_row(
@@ -108,8 +102,7 @@ def _by_region(report: ProfileReport) -> Table:
         also("MFU, of the datasheet", [f"{p.line['mfu']:.1%}" for p in every])
     if "frozen_flops_per_s" in ours.line:
         also(
-            "encoders, codec: FLOP/s",
-            [_rate(p.line["frozen_flops_per_s"], "FLOP") for p in every],
+            "encoders, codec: FLOP/s", [_rate(p.line["frozen_flops_per_s"], "FLOP") for p in every]
         )
     also("peak memory, GB", [f"{p.line['peak_memory_bytes'] / 1e9:.2f}" for p in every])
     return table
@@ -145,17 +138,23 @@ def _by_operation(report: ProfileReport) -> Table:
 
 
 def _operations_table(report: ProfileReport, title: str, *, compared: bool = True) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
     room = min(42, max(18, Console().width - 50 - 21 * len(rivals)))  # that the numbers leave
-    table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=room)
-    for name in ("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline"):
-        table.add_column(name, justify="right", no_wrap=not rivals)
-    for rival in rivals:
-        table.add_column(f"{rival.kernels}, ms", justify="right")
-        table.add_column("speed-up", justify="right")
-    return table
+    first = Column(name, no_wrap=True, overflow="ellipsis", max_width=room)
+    numbers = _right("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline", no_wrap=not rivals)
+    return Table(
+        first, *numbers, *_right(*_rivals(rivals)), title=title, title_justify="left",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+
+
+def _rivals(rivals: Sequence[Profile]) -> list[str]:
+    return [heading for p in rivals for heading in (f"{p.kernels}, ms", "speed-up")]
+
+
+def _right(*headings: str, no_wrap: bool = False) -> list[Column]:
+    return [Column(heading, justify="right", no_wrap=no_wrap) for heading in headings]
 
 
 def _measures(report: ProfileReport, profile: Profile, row: OperationGroup) -> list[str]:
@@ -173,12 +172,11 @@ def _measures(report: ProfileReport, profile: Profile, row: OperationGroup) -> l
 def _gaps(report: ProfileReport) -> Table:
     trace = report.profiles[0].trace
     what = "no operation" if report.device == "cpu" else "no kernel"
-    table = Table(title=f"idle gaps ({what} ran), under the profiler", title_justify="left",
-                  box=SIMPLE_HEAD)  # fmt: skip
-    for name in ("region", "after", "before"):
-        table.add_column(name, overflow="fold")
-    table.add_column("a step", justify="right")
-    table.add_column("ms", justify="right")
+    texts = (Column(name, overflow="fold") for name in ("region", "after", "before"))
+    table = Table(
+        *texts, *_right("a step", "ms"), title=f"idle gaps ({what} ran), under the profiler",
+        title_justify="left", box=SIMPLE_HEAD,
+    )  # fmt: skip
     for gap in trace.gaps[:GAPS]:
         table.add_row(
             gap.region.replace("_", " "), gap.after.removeprefix("aten::")[:60],

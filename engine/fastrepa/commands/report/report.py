@@ -29,7 +29,7 @@ from fastrepa.commands.report.curves import (
 )
 from fastrepa.commands.report.run_record import RunRecord, flattened, read_runs
 from fastrepa.config import config_from_dict
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, writing
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.regions import NAMES
 
@@ -55,12 +55,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out: {out}: expected a file that ends in .html")
     page = render(runs)
-    try:
+    with writing(f"--out: {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with aside(out, out.with_name(out.name + ".partial")) as partial:
             partial.write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--out: {out}: cannot be written ({e.strerror})") from None
     return out
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.sheet import (
@@ -88,9 +88,7 @@ def show(
 
 def print_shown(report: ShowReport, console: Console) -> None:
     """The set's properties, and what was written."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in report.summary:
         table.add_row(name, value)
     console.print(table, markup=False)

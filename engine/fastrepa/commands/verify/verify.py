@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastrepa.commands.verify.check_reference import plan_reference
 from fastrepa.commands.verify.check_shards import plan_shards
@@ -118,9 +118,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
         console.print(f"{len(report.problems)} problems in {report.path}", markup=False)
         return
     console.print(f"{report.path}: nothing wrong", markup=False, soft_wrap=True)
-    table = Table()
-    table.add_column("checked" + (" (quick)" if report.quick else ""))
-    table.add_column("how much", justify="right")
+    how = " (quick)" if report.quick else ""
+    table = Table(f"checked{how}", Column("how much", justify="right"))
     table.add_row("files" + (", sizes only" if report.quick else ""), f"{report.num_files:,}")
     if not report.quick:
         table.add_row("images", f"{report.num_images:,}")

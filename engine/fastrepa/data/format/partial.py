@@ -22,7 +22,7 @@ from fastrepa.errors import DataError
 PLAN = "plan.json"
 SPOOL = "spool"  # what the source's reader unpacks or notes down
 REPORT = "report.json"
-CONTACT_SHEET = "contact_sheet.png"
+CONTACT_SHEET = "contact_sheet.png"  # of sets that older versions made
 _LOCK, _WRITERS = ".lock", ".writers"
 _OURS = re.compile(
     r"\.?shard-\d+\..+|plan\..+|\..+\.tmp|"

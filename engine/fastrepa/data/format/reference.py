@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -195,9 +195,7 @@ def _read_header(path: Path) -> _Header:
     """The header of a float32 [2C,s,s] .npy; DataError for anything else."""
     try:
         with path.open("rb") as file:
-            version = npy.read_magic(file)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = npy_header(file)
             end = file.tell()
             file.seek(0)
             raw = file.read(end)
@@ -214,6 +212,13 @@ def _read_header(path: Path) -> _Header:
             "moments are float32 [2 * channels, side, side]"
         )
     return _Header(raw, tuple(shape))
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read a .npy's (shape, whether in Fortran's order, dtype). ValueError for another file."""
+    version = npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return read(file)
 
 
 def _image_side(path: Path) -> int:

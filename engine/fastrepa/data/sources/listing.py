@@ -21,34 +21,12 @@ import numpy as np
 from fastrepa.data.format.reference_layout import is_reference
 from fastrepa.data.format.shards import FORMAT, MANIFEST, ShardSet
 from fastrepa.data.sources.archives import list_archives
-from fastrepa.data.sources.entries import (
-    ENTRY_DTYPE,
-    MAX_IMAGE_BYTES,
-    Listing,
-    Rejected,
-    close_files,
-    printable,
-    read_entry,
-    read_file,
-    read_range,
-)
+from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, close_files, printable
 from fastrepa.data.sources.members import ARCHIVE_EXTENSIONS, picture_extensions
 from fastrepa.data.sources.reference_source import list_reference
 from fastrepa.data.sources.tables import list_tables
 from fastrepa.data.sources.webdataset import read_class_names
 from fastrepa.errors import DataError
-
-__all__ = [
-    "ENTRY_DTYPE",
-    "MAX_IMAGE_BYTES",
-    "Listing",
-    "Rejected",
-    "list_source",
-    "printable",
-    "read_entry",
-    "read_file",
-    "read_range",
-]
 
 _TABLES = (".parquet", ".pq")
 

@@ -6,7 +6,6 @@ The image bytes are copied once, in order, to `spool/00000.bin`, with their plac
 
 from __future__ import annotations
 
-import io
 import json
 from array import array
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from fastrepa.data.sources.entries import (
 )
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
 from fastrepa.errors import DataError, nearest
-from fastrepa.runtime.files import write_whole
+from fastrepa.runtime.files import write_array
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "cls")
@@ -201,9 +200,7 @@ def _copied(
                 report(row / total)
         note["names"] = list(vocabulary) if columns.text else None
         file.flush()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(values, dtype=np.int64).view(_ROW_DTYPE))
-        write_whole(rows, buffer.getvalue())
+        write_array(rows, np.array(values, dtype=np.int64).view(_ROW_DTYPE))
     return note
 
 

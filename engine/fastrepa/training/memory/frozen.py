@@ -15,7 +15,7 @@ from torch import nn
 from fastrepa.config import DataConfig, VisionConfig
 from fastrepa.model.flops import counted_flops
 from fastrepa.vision.codec import SD_VAE_CHANNELS, SD_VAE_DOWN, random_sd_vae
-from fastrepa.vision.features import EncoderPlan
+from fastrepa.vision.features import EncoderPlan, cut, feature_map
 
 
 def frozen_flops(
@@ -36,15 +36,12 @@ def encoder_network(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callabl
 
     def build() -> nn.Module:
         network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
-        network.prune_intermediate_layers([plan.index], prune_norm=not plan.norm, prune_head=True)
+        cut(network, plan.index, plan.norm)
         return network
 
     def run(network: Any, batch: int, dtype: torch.dtype) -> Any:
-        side = plan.input_side
-        return network.forward_intermediates(
-            torch.empty(batch, 3, side, side, dtype=dtype), indices=[plan.index], norm=plan.norm,
-            output_fmt="NCHW", intermediates_only=True,
-        )  # fmt: skip
+        images = torch.empty(batch, 3, plan.input_side, plan.input_side, dtype=dtype)
+        return feature_map(network, images, plan.index, plan.norm)
 
     return build, run
 
