@@ -47,7 +47,6 @@ from fastrepa.runtime.world import join_or_alone, leave_world, of_first_rank
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
-T = TypeVar("T")
 
 BATCH_SIZE = 32
 GRID_IMAGES = 64
