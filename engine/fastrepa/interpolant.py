@@ -16,7 +16,7 @@ DATA_T_MIN = 0.05
 
 
 def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha, sigma and their time derivatives at t (any shape, any float dtype)."""
+    """Return alpha, sigma and their time derivatives at t [...], in its shape and float dtype."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "cosine":

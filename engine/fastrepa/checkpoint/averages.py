@@ -85,6 +85,7 @@ def ema_model(
 
     Gathered tensor by tensor, in the dtype that training computes in and without projectors, by
     the ranks that say it is `needed`; the others get None. It is gone when the context ends.
+    fixed: what is not trained, by name, each [...] as the model has it.
     """
     with torch.device("meta"):
         model = SiT.from_config(config, side=codec.side, channels=codec.channels, encoder_widths=())

@@ -187,7 +187,7 @@ def _best(found: Mapping[Path, RunState], rule: KeepBestConfig) -> Path | None:
 
 
 def rng_state(world: World) -> dict[str, Tensor]:
-    """Torch's generators of this rank."""
+    """Return the states of this rank's generators: uint8 [n] on the host, by device type."""
     out = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         out["cuda"] = torch.cuda.get_rng_state()

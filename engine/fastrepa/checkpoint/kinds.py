@@ -50,10 +50,10 @@ class Whole(Protocol):
         """Updates taken before an average began, of those that began later."""
 
     def get(self, name: str, kind: str) -> Tensor:
-        """The whole tensor, on the engine's device."""
+        """The whole tensor [...], of the parameter's shape, on the engine's device."""
 
     def set(self, name: str, kind: str, value: Tensor) -> None:
-        """Overwrite the whole tensor from `value`, float32, the parameter's shape."""
+        """Overwrite the whole tensor from `value` [...], float32, the parameter's shape."""
 
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
         """This rank's fragment: where it begins in the flattened whole, and its values [n]."""

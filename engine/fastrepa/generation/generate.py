@@ -96,7 +96,7 @@ def choose_classes(
 
 
 def rank_batches(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Tensor]:
-    """The image numbers of each batch that a rank makes: batches of 0 .. num - 1, dealt in turn.
+    """The image numbers [n] int64 of each batch of a rank: batches of 0 .. num - 1, dealt in turn.
 
     Which images share a batch, and where in it they stand, is the same for every world_size.
     """

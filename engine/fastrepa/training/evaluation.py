@@ -75,7 +75,8 @@ class Evaluations:
     ) -> dict[str, float]:
         """Scores of the averaged weights, by name, on all ranks (collective).
 
-        `alive` is called after every batch. Raises DataError for features that are not finite.
+        fixed: what is not trained, by name, each [...] as the model has it. `alive` is called after
+        every batch. Raises DataError for features that are not finite.
         """
         evaluator, settings, world = self.evaluator, self.settings, self.world
         assert evaluator is not None

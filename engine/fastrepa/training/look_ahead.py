@@ -71,7 +71,7 @@ class LookAhead:
             self._begun = _Begun(batches, batch, self.targets(batch), self._side.record_event())
 
     def take(self, batches: Batches, region: Region) -> tuple[Batch, list[Tensor] | None]:
-        """The batch that was begun, with its targets; otherwise the next one, still without."""
+        """(the batch that was begun, its targets [B,T,Z] by encoder), or (the next batch, None)."""
         begun, self._begun = self._begun, None
         if self._side is not None and begun is not None:
             with region("encoder"):

@@ -53,6 +53,6 @@ class Objective:
 
     @staticmethod
     def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error in float32 (float64 stays): the mean over C,h,w, then over B."""
+        """Mean squared error [] of two [B,C,h,w], over all elements, in float32 (float64 stays)."""
         dtype = torch.promote_types(velocity.dtype, torch.float32)
         return (velocity.to(dtype) - target.to(dtype)).square().mean()

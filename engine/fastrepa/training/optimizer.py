@@ -73,7 +73,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.bad_loss: Tensor | None = None
 
     def prepare(self, param: Tensor) -> None:
-        """Create the states of one parameter where they are missing."""
+        """Create the states of one parameter [...], in its shape, where they are missing."""
         if not self.state[param]:
             self.state[param] = {
                 "step": torch.zeros((), dtype=torch.float32, device=param.device),
@@ -96,9 +96,10 @@ class AdamWEMA(torch.optim.AdamW):
     def update(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], low: Sequence[Tensor] | None = None
     ) -> None:
-        """Update `params`, of one parameter group, by `grads` of any floating dtype.
+        """Update `params` [...], of one parameter group, by `grads` of any floating dtype.
 
-        low: tensors of another dtype that receive the new weights in the same pass.
+        grads have the shapes of params, and low too: tensors of another dtype that receive the new
+        weights in the same pass.
         """
         for p in params:
             self.prepare(p)
@@ -205,8 +206,8 @@ def _norm_of(grads: Sequence[Tensor]) -> Tensor:
 
 
 def bad_norm(norm: Tensor | float) -> Tensor:
-    """Tell whether a gradient norm is NaN, infinite or DeepSpeed's -1 for either: a bool scalar on
-    its device.
+    """Tell whether a gradient norm, a number or [], is NaN, infinite or DeepSpeed's -1 for either:
+    bool [] on its device.
     """
     value = torch.as_tensor(norm).reshape(())
     return ~((value >= 0) & (value < float("inf")))  # a NaN compares as false

@@ -53,10 +53,13 @@ class Codec(Protocol):
     def latents(
         self, image_u8: Tensor | None, moments: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        """z [B,C,h,w] fp32 from moments where given, otherwise from the image."""
+        """z [B,C,h,w] fp32 from moments [B,2C,h,w] where given, otherwise from image_u8 [B,3,R,R].
+
+        noise [B,C,h,w]: where stochastic. Raises ValueError for what is missing or misfits.
+        """
 
     def decode(self, z: Tensor) -> Tensor:
-        """image_u8 [B,3,R',R'] uint8, rounded and clamped."""
+        """image_u8 [B,3,R',R'] uint8 of z [B,C,h,w], rounded and clamped."""
 
 
 def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:

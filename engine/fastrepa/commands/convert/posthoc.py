@@ -81,7 +81,8 @@ def _inner(t_a, gamma_a, t_b, gamma_b):
 def posthoc_ema(run: Path, newest: Path, sigma_rel: float) -> tuple[dict[str, Tensor], float]:
     """(the average of this relative deviation at the newest checkpoint, what its profile misses).
 
-    Warns where much is missing. Tensors that are not trained are the newest checkpoint's.
+    Tensors are float32 [...], by parameter name; what is not trained is the newest checkpoint's.
+    Warns where much is missing.
     Raises CheckpointError where no power-function average is stored.
     """
     stored = snapshots(run, until=newest)

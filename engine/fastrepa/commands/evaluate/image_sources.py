@@ -42,13 +42,17 @@ Gaussian = tuple[Tensor, Tensor]
 
 
 class ImageSource(Protocol):
+    """Images by number; labels [num] int64, where they are known."""
+
     @property
     def num(self) -> int: ...
     @property
     def labels(self) -> Tensor | None: ...
     @property
     def classes(self) -> Sequence[str]: ...
-    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]: ...
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """For each of numbers [n] int64: uint8 [n,3,H,W], in one part or, by sizes, in n."""
+
     def digest(self) -> str | None: ...
 
 
@@ -171,7 +175,7 @@ class AdmImages:
         self.num = self.shape[0]
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """In rising order: what lies between them is skipped."""
+        """Read uint8 [n,3,H,W] of each of numbers [n], rising: what lies between is skipped."""
         at, size = 0, int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             _npy_header(member)

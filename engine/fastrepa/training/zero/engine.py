@@ -133,7 +133,7 @@ def _parameters_saved() -> Iterator[None]:
 
 
 def grad_norm(engine: Any) -> float | Tensor:
-    """The gradient's global norm before clipping, of the last step taken."""
+    """The gradient's global norm before clipping, of the last step taken: a number or []."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else norm
 
@@ -195,7 +195,7 @@ class WholeTensors:
         return flat.view(whole.detach(), p)
 
     def get(self, name: str, kind: str) -> Tensor:
-        """The whole tensor of `kind`, one of `kinds`, on the engine's device."""
+        """The whole tensor [...] of `kind`, one of `kinds`, on the engine's device."""
         p = self.params[name]
         if self._flat is not None:
             return self._unsharded(self._flat, p, kind)
@@ -229,7 +229,7 @@ class WholeTensors:
 
     @torch.no_grad()
     def set(self, name: str, kind: str, value: Tensor) -> None:
-        """Overwrite the whole tensor of `kind` from `value`, float32, the parameter's shape."""
+        """Overwrite the whole tensor of `kind` from `value` [...], of the parameter's shape."""
         p = self.params[name]
         if self._flat is not None:
             self._unsharded(self._flat, p, kind).copy_(value)
