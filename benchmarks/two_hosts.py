@@ -34,7 +34,7 @@ HOSTS = ("node0", "node1")
 
 
 def refusal() -> str | None:
-    """Why this machine does not permit such namespaces, None where it does."""
+    """Say why this machine does not permit such namespaces, None where it does."""
     probe = "ip link add probe0 type veth peer name probe1 && mount --bind /etc/hosts /etc/hosts"
     try:
         done = subprocess.run(
@@ -108,7 +108,7 @@ class Host:
         self.launcher.wait()
 
     def ranks(self) -> int:
-        """How many processes of training it runs: ranks, and what they started."""
+        """Count its processes of training: ranks, and what they started."""
         home, found = os.readlink(f"/proc/{self.holder.pid}/ns/net"), 0
         for process in Path("/proc").glob("[0-9]*"):
             try:

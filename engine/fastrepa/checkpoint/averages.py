@@ -23,7 +23,7 @@ from fastrepa.vision.codec import Codec
 
 
 def recorded(emas: Sequence[EmaConfig]) -> dict[str, Any]:
-    """State name -> average, for state.json."""
+    """Return state name -> average, for state.json."""
     return {key: ema.as_written() for key, ema in zip(ema_keys(emas), emas, strict=True)}
 
 
@@ -49,7 +49,7 @@ def choose_ema(stored: Mapping[str, EmaConfig], name: str | None, *, source: Pat
 def resumed_emas(
     wanted: Sequence[EmaConfig], stored: Mapping[str, EmaConfig], step: int
 ) -> tuple[dict[str, str], list[str]]:
-    """(state name -> the stored kind it starts from, what there is to say of it, in lines).
+    """Return (state name -> the stored kind it starts from, what there is to say of it, in lines).
 
     An average finds itself wherever it is stored; a fixed decay that was changed goes on from the
     average that there is; any other starts from the weights.

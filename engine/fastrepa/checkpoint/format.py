@@ -90,7 +90,7 @@ def fingerprint(run: Path, step: int) -> str:
 
 
 def read_state(path: Path) -> RunState:
-    """state.json of a checkpoint folder."""
+    """Read state.json of a checkpoint folder."""
     try:
         fields = json.loads((path / "state.json").read_text())
         state = RunState(**fields)

@@ -39,7 +39,7 @@ class Whole(Protocol):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
+        """The kinds: weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
 
     @property
     def emas(self) -> Sequence[EmaConfig]:
@@ -56,7 +56,7 @@ class Whole(Protocol):
         """Overwrite the whole tensor from `value` [...], float32, the parameter's shape."""
 
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
-        """This rank's fragment: where it begins in the flattened whole, and its values [n]."""
+        """Return this rank's fragment: its start in the flattened whole, and its values [n]."""
 
     def let_go(self) -> None:
-        """After the last get, set or local and before the next step: free what they hold."""
+        """Free what get, set and local hold: after the last of them and before the next step."""

@@ -147,7 +147,7 @@ def _told(
 
 
 def _bad_samples(x: Tensor) -> Tensor:
-    """bool [B]: which samples of x [B, ...] hold a value that is not finite."""
+    """Tell which samples of x [B, ...] hold a value that is not finite: bool [B]."""
     return ~x.detach().isfinite().flatten(1).all(1)
 
 

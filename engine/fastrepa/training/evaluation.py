@@ -42,7 +42,7 @@ MakeEvaluator = Callable[[Config, World, Codec, list[str]], Evaluator]
 
 
 class Evaluations:
-    """When a run is evaluated, as `evaluation` in its configuration says, and what came of it."""
+    """A run's evaluations: when they are due, by its `evaluation` section, and their scores."""
 
     def __init__(
         self, config: Config, world: World, codec: Codec, evaluator: Evaluator | None

@@ -25,8 +25,8 @@ NORM_PIECE = 1 << 16  # elements
 
 
 def power_gamma(sigma_rel: float) -> float:
-    """gamma of the power function with this relative standard deviation: the real root above 0 of
-    sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (Karras et al. 2024, algorithm 2).
+    """Return gamma of the power function with this relative standard deviation: the real root above
+    0 of sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (Karras et al. 2024, algorithm 2).
     """
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
@@ -123,7 +123,7 @@ class AdamWEMA(torch.optim.AdamW):
         return param.device.type == "cpu"
 
     def _norm(self, grads: Sequence[Tensor]) -> tuple[Any, Any]:
-        """(the gradients' global norm, the factor that clips them or None)."""
+        """Return (the gradients' global norm, the factor that clips them or None)."""
         if self.max_norm is None:
             return self.engine_norm(), None
         norm = _norm_of(grads)
@@ -175,7 +175,7 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
     def _eager_update(self, params, grads, low, bad, scale) -> None:
-        """As torch does it, pass by pass."""
+        """Update as torch does it, pass by pass."""
         theirs = [p.grad for p in params]  # where states are offloaded, DeepSpeed's own buffers
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(p.dtype)

@@ -141,7 +141,7 @@ class Trainer:
     def forward_losses(
         self, batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch, [] each.
+        """Return loss, velocity_loss and, with encoders, alignment_loss of a micro-batch, [] each.
 
         samples [B] int64: the samples' numbers within the step's global batch, which key their
         noise, time and label dropout. targets [B,T,Z] by encoder: made here unless given.

@@ -111,7 +111,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def example(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t [B,C,h,w], t [B], velocity target [B,C,h,w], bool [B]: whose label is dropped)."""
+        """Return x_t [B,C,h,w], t [B], velocity [B,C,h,w] and bool [B]: is the label dropped?"""
         draw, step, o = self.random, self.steps, self.config.objective
         samples = torch.arange(len(batch.label), device=self.device)
         shape = (self.codec.channels, self.codec.side, self.codec.side)

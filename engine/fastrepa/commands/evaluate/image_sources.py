@@ -51,7 +51,7 @@ class ImageSource(Protocol):
     @property
     def classes(self) -> Sequence[str]: ...
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """For each of numbers [n] int64: uint8 [n,3,H,W], in one part or, by sizes, in n."""
+        """Yield uint8 [n,3,H,W] for each of numbers [n] int64: one, or n where sizes differ."""
 
     def digest(self) -> str | None: ...
 
@@ -175,7 +175,7 @@ class AdmImages:
         self.num = self.shape[0]
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Read uint8 [n,3,H,W] of each of numbers [n], rising: what lies between is skipped."""
+        """Yield uint8 [n,3,H,W] for each of numbers [n], rising: what lies between is skipped."""
         at, size = 0, int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             _npy_header(member)

@@ -35,8 +35,8 @@ class Maker(Protocol):
     reads_images: bool
 
     def rows(self, images: Tensor | None, shard: int, samples: range) -> Any:
-        """(structured rows [n, views] without their CRC, the lowest cosine) of n samples: the first
-        of images uint8 [B,3,R,R], a full batch.
+        """Return (structured rows [n, views] without their CRC, the lowest cosine) of n samples:
+        the first of images uint8 [B,3,R,R], a full batch.
         """
 
 

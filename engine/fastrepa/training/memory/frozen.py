@@ -30,7 +30,7 @@ def frozen_flops(config: Config, plans: Sequence[EncoderPlan], *, cached_latents
 
 
 def encoder_network(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callable[..., Any]]:
-    """(build, run), as the engine builds and runs it."""
+    """Return (build, run), as the engine builds and runs it."""
 
     def build() -> nn.Module:
         network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)

@@ -133,7 +133,7 @@ def _parameters_saved() -> Iterator[None]:
 
 
 def grad_norm(engine: Any) -> float | Tensor:
-    """The gradient's global norm before clipping, of the last step taken: a number or []."""
+    """Return the gradient's global norm before clipping, of the last step taken: a number or []."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else norm
 
@@ -162,7 +162,7 @@ class WholeTensors:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
+        """The kinds: weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
         return (WEIGHT, *MOMENTS, *self.optimizer.ema_keys)
 
     @property
@@ -206,8 +206,8 @@ class WholeTensors:
         return safe_get_full_optimizer_state(p, kind).detach()
 
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
-        """This rank's fragment of a tensor: where it begins in the flattened whole, and its float32
-        values [n], n = 0 where it has none. Asks no other rank.
+        """Return this rank's fragment of a tensor: where it begins in the flattened whole, and its
+        float32 values [n], n = 0 where it has none. Asks no other rank.
         """
         p = self.params[name]
         if self._flat is not None:
@@ -255,7 +255,7 @@ class WholeTensors:
             safe_set_full_optimizer_state(p, value, kind)
 
     def let_go(self) -> None:
-        """After the last get, local or set and before the next step: what came from NVMe goes."""
+        """Free what came from NVMe: after the last get, local or set and before the next step."""
         if self._swapped is not None:
             self._swapped.let_go()
 
