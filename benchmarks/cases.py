@@ -1,4 +1,4 @@
-"""What is measured: every operation, its rivals, its shapes and its roofline.
+"""The cases that are measured: every operation, its rivals, its shapes and its roofline.
 
 A provider is called with the same tensors as every other; "eager" is the operation's own reference,
 vectorised, "compile" is torch.compile of it, "loop" (alignment only) goes sample by sample as the
@@ -262,7 +262,7 @@ def _block_half_cost(function: Callable, out: int) -> Callable[[Shape, int], dic
 
 
 def _alignment_cost(shape: Shape, itemsize: int) -> dict[str, cost.Cost]:
-    """Only the whole has a floor: the forward of our op does all the work, eager's does a third."""
+    """Count the whole alone: the forward of our op does all the work, eager's does a third."""
     at = (shape.rows, shape.width, PROJECTOR, FEATURES, itemsize)
     return {"both": projector_alignment_cost(*at, x_itemsize=4)}
 

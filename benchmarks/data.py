@@ -106,7 +106,7 @@ def ours(data: DataSet, **wanted: Any) -> Iterator[Stream]:
 
 
 def decoded(data: bytes) -> Tensor:
-    """uint8 [R,R,3] with Pillow: to move the channels forward would cost it another copy."""
+    """Decode uint8 [R,R,3] with Pillow: to move the channels forward would cost it another copy."""
     with Image.open(io.BytesIO(data)) as image:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
@@ -130,7 +130,7 @@ def loader(dataset: Any, workers: int, *, images: bool = False, **options: Any) 
 
 
 def webdataset(shards: ShardSet, workers: int) -> Any:
-    """No shuffling, which spares the rival its cost; ours shuffles."""
+    """Read with webdataset, unshuffled, which spares the rival that cost; ours shuffles."""
     import webdataset as wds
 
     dataset = (

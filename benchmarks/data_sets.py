@@ -67,7 +67,7 @@ def image_set(folder: Path, samples: int, shards: int) -> ShardSet:
 
 
 def add_columns(shards: ShardSet) -> ShardSet:
-    """The same set with moments [8,32,32] and features of DINOv2-B's size, of random values."""
+    """Add moments [8,32,32] and features of DINOv2-B's size to the set, of random values."""
     (channels, side), (grid, width) = LATENT, DINOV2_B
     moments = MomentsColumn(
         views=1, precision="fp32", weights="random", digest=None, files=(),

@@ -1,4 +1,4 @@
-"""What alignment buys a small generator: the same runs with it, without it, and with a control.
+"""Measures what alignment buys a small generator: runs with it, without it, and with a control.
 
     python -m benchmarks.effect FOLDER [--arms none aligned random] [--seeds 0 1 2] [key=value ...]
 
@@ -212,7 +212,7 @@ def held_out_losses(run: Path) -> dict[int, float]:
 
 
 def _held_out(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_t [N,C,h,w], t [N], labels [N], velocity [N,C,h,w]), every image TIMES times."""
+    """Return (x_t [N,C,h,w], t [N], labels [N], velocity [N,C,h,w]), every image TIMES times."""
     gallery = Gallery(EMOJI / "validation")
     images = read_images(gallery, np.arange(len(gallery.labels)), lambda share: None)
     codec = build_codec(config.data.codec, resolution=config.data.resolution)
@@ -262,7 +262,7 @@ def curves_of(run: Path) -> dict[str, MetricCurve]:
 
 
 def reached(at: Sequence[float], values: Sequence[float], level: float) -> float | None:
-    """Where a falling curve first comes down to `level`, on straight lines between its points.
+    """Find where a falling curve first reaches `level`, on straight lines between its points.
 
     None if it never does, or is there at its first point already: then nobody knows since when.
     """

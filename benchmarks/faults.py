@@ -102,15 +102,15 @@ class RankProcesses:
             process.wait()
 
     def said(self) -> str:
-        """All that was printed so far, by earlier ones in this folder too."""
+        """Read all that was printed so far, by earlier ones in this folder too."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def steps_said(self) -> int:
-        """How many steps these processes have logged."""
+        """Count the steps that these processes have logged."""
         return self.said()[self.before :].count("\nstep ")
 
     def wait(self, seconds: float) -> list[int]:
-        """Exit codes. Raises TimeoutExpired."""
+        """Wait for the exit codes. Raises TimeoutExpired."""
         ends = time.monotonic() + seconds
         return [p.wait(max(0.01, ends - time.monotonic())) for p in self.processes]
 
@@ -313,7 +313,7 @@ class SmallDisk:
         self.holder.wait()
 
     def fill(self) -> None:
-        """To its last byte."""
+        """Fill it to its last byte."""
         with (self.path / "ballast").open("wb", buffering=0) as f:
             for size in (1 << 20, 1 << 12, 1):
                 try:

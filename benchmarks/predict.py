@@ -44,7 +44,7 @@ INDUCTOR_FORWARD, INDUCTOR_BACKWARD = 46, 110
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the device; rates a second, times in seconds.
+    """The device's assumed properties; rates a second, times in seconds.
 
     The first four are what an H200 did in the step that records/gpu_suite_h200* have: products and
     cuDNN's attention over the time of their kernels. Alone and for a moment products reach 792e12.
@@ -117,7 +117,7 @@ def case_names(step: Step) -> dict[str, str]:
 
 
 def compiled_shares(step: Step) -> dict[str, float]:
-    """aot.py's estimate for each of `case_names`, by compiling them for sm_90."""
+    """Take aot.py's estimate for each of `case_names`, by compiling them for sm_90."""
     cases = {case.name: case for case in aot.all_cases()}
     shares = {}
     for ours, name in case_names(step).items():
@@ -178,7 +178,7 @@ def small_lines(step: Step, machine: Machine) -> list[Line]:
 
 
 def our_lines(step: Step, machine: Machine, shares: dict[str, float]) -> list[Line]:
-    """What a Trainer's step launches with `kernels: fused` in ZeRO 0, 1 or 2 on one rank."""
+    """List what a Trainer's step launches with `kernels: fused` in ZeRO 0, 1 or 2 on one rank."""
     b, t, d, n, depth = step.batch, step.tokens, step.width, step.rows, step.depth
     gated = gated_residual_layernorm_modulate_cost
     y = _moved(2 * step.elements)  # a bf16 [N, D]
@@ -226,7 +226,7 @@ def our_lines(step: Step, machine: Machine, shares: dict[str, float]) -> list[Li
 
 
 def our_projector_lines(step: Step, machine: Machine, shares: dict[str, float]) -> list[Line]:
-    """projector_alignment, chunk by chunk, and its gradients scaled in backward."""
+    """List projector_alignment, chunk by chunk, and its gradients scaled in backward."""
     n, d, p, z = step.rows, step.width, PROJECTOR, FEATURES
     chunk = min(n, launch.CUDA_CHUNK_ROWS[0])  # its buffers are under CHUNK_SHARE of an H200
     chunks = -(-n // chunk)
@@ -280,7 +280,7 @@ def _quantised(rows: int, d: int, p: int, z: int, machine: Machine) -> float:
 
 
 def plain_lines(step: Step, machine: Machine) -> list[Line]:
-    """What a loop of torch.compile in bf16 autocast launches, without our engine and kernels."""
+    """List what a loop of torch.compile in bf16 autocast launches, without engine and kernels."""
     n, d, b, depth, share = step.rows, step.width, step.batch, step.depth, machine.torch_share
     p, z, params = PROJECTOR, FEATURES, PARAMETERS[step.model]
     forward, backward = INDUCTOR_FORWARD * step.elements, INDUCTOR_BACKWARD * step.elements

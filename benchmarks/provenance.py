@@ -1,4 +1,4 @@
-"""Which code is measured, also where there is no git, or where its commits did not travel.
+"""Tells which code is measured, also where there is no git, or its commits did not travel.
 
 `make gpu-wheels` writes the commit beside the wheels that travel with the tree. It counts where git
 cannot name a commit with this very code; a tree whose code neither knows is called modified.

@@ -204,8 +204,8 @@ def profile(record: Record) -> str:
 
 
 def effect(records: list[Record]) -> str:
-    """What alignment bought a small generator (benchmarks/effect.py), with 95% intervals; a table
-    for each setting.
+    """Tabulate what alignment bought a generator (benchmarks/effect.py), with 95% intervals; a
+    table for each setting.
     """
     return "\n".join(_effect(group) for group in _groups(records, ("setting", "seeds")).values())
 
@@ -238,7 +238,7 @@ def _interval(pair: list[float | None] | None, digits: int, unit: str = "") -> s
 
 
 def faults(records: list[Record]) -> str:
-    """What was injected, how often, what happened, what was lost (benchmarks/faults.py)."""
+    """Tabulate faults: what was injected, how often, what came of it (benchmarks/faults.py)."""
     first = records[0]
     parts = [
         f"### faults, {first['shape']}\n",

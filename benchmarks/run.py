@@ -63,7 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def nvidia_smi(*queries: str) -> list[str]:
-    """What nvidia-smi answers for the first GPU, a text per query; nothing where it is not here."""
+    """Ask nvidia-smi about the first GPU: a text per query, nothing where it is not here."""
     command = ["nvidia-smi", f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -214,7 +214,7 @@ def _capturing(device: torch.device) -> torch.cuda.Stream:
 
 
 def replayed(works: list[Callable[[], object]], device: torch.device) -> list[Callable[[], object]]:
-    """`works`, each captured as a CUDA graph: to be called in this order, they cost the host one
+    """Capture each of `works` as a CUDA graph: to be called in this order, they cost the host one
     launch each. On a CPU as they are. A work is called three times first, so that it is compiled;
     what one leaves for the next must be alive when it returns.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint costs the steps beside it: a run of one process, its loop timed from outside.
+"""Measures what a checkpoint costs the steps beside it: one process, its loop timed from outside.
 
     python -m benchmarks.save_cost FOLDER CONFIG [key=value ...]
 

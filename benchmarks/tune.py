@@ -53,7 +53,7 @@ LARGE = SweepSize()
 
 
 class Sweep(NamedTuple):
-    """`work` runs the operation with table[key]; candidates are values for it."""
+    """A sweep: `work` runs the operation with table[key]; candidates are values for it."""
 
     label: str
     table: dict
@@ -133,7 +133,7 @@ def _gemms(first: launch.Gemm) -> Iterator[launch.Gemm]:
 
 
 def _pieces(width: int) -> Iterator[tuple[int, int]]:
-    """(block_d, tail): the row in one piece, and in two where that pads less."""
+    """Return (block_d, tail) of the row in one piece, and in two where that pads less."""
     padded = triton.next_power_of_2(width)
     yield padded, 0
     tail = triton.next_power_of_2(width - padded // 2)

@@ -37,7 +37,7 @@ _until = partial(until, seconds=300.0, pause=0.02)  # to ask the hosts takes a w
 
 
 def refusal() -> str | None:
-    """Why this machine does not permit such namespaces, None where it does."""
+    """Say why this machine does not permit such namespaces, None where it does."""
     probe = "ip link add probe0 type veth peer name probe1 && mount --bind /etc/hosts /etc/hosts"
     try:
         done = subprocess.run(
@@ -111,7 +111,7 @@ class Host:
         self.launcher.wait()
 
     def ranks(self) -> int:
-        """How many processes of training it runs: ranks, and what they started."""
+        """Count its processes of training: ranks, and what they started."""
         home, found = os.readlink(f"/proc/{self.holder.pid}/ns/net"), 0
         for process in Path("/proc").glob("[0-9]*"):
             try:

@@ -25,7 +25,7 @@ def invoke(*words):
 
 
 def run(*words):
-    """What a command printed; it must succeed."""
+    """Return what a command printed; it must succeed."""
     done = invoke(*words)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -55,8 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `make test`, which shares the tests out over processes by file: those of several ranks
-    run one after another in one of them, or two such would wait for each other's cores.
+    """Share the tests out over `make test`'s processes by file: those of several ranks run one
+    after another in one of them, or two such would wait for each other's cores.
     (pytest-xdist 3.8's own groups have no effect under pytest 9.2.)
     """
     if config.getoption("dist") != "loadfile":

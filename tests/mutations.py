@@ -32,7 +32,7 @@ TIMEOUT = 900  # seconds of one test
 
 @dataclass(frozen=True)
 class Mutation:
-    """file: from the root. old: stands in it once. test: what pytest is given."""
+    """A mutation. file: from the root. old: stands in it once. test: what pytest is given."""
 
     name: str
     file: str
@@ -41,7 +41,7 @@ class Mutation:
     test: str
 
     def problem(self, root: Path) -> str:
-        """Why it cannot be applied, '' where it can."""
+        """Say why it cannot be applied, '' where it can."""
         path = root / self.file
         if not path.is_file():
             return f"{self.file} is not there"
@@ -528,7 +528,7 @@ MUTATIONS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test's process said: killed, survived, or why that is not known."""
+    """The outcome of a test's process: killed, survived, or why that is not known."""
 
     verdict: str
     seconds: float
@@ -539,7 +539,7 @@ class Outcome:
 
 
 def run_test(copy: Path, test: str) -> tuple[int | None, str]:
-    """(pytest's exit status, None where it took too long; its last line) in a copied tree."""
+    """Return (pytest's exit status, None for too long a run; its last line) in a copied tree."""
     paths = (copy / "engine", copy / "kernels", copy)
     # Bytecode is valid by second and size: that of a file before its mutation might be taken.
     env = os.environ | {

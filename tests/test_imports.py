@@ -1,4 +1,4 @@
-"""What importing a part of the engine reads; `make lint` checks who may import whom."""
+"""Importing a part of the engine reads what it needs; `make lint` checks who may import whom."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def loaded(module: str) -> dict[str, str]:
 
 
 def test_a_training_process_reads_the_core_alone():
-    """At most 70 files of the engine's, beside what only says what a folder is."""
+    """It reads at most 70 files of the engine's, beside those that only say what a folder is."""
     modules = loaded("fastrepa.training.run").items()
     found = {name: Path(file) for name, file in modules if name.startswith("fastrepa.")}
     assert not {k for k in found if k.startswith(("fastrepa.commands", "fastrepa.cli"))}

@@ -125,7 +125,7 @@ def test_normals_are_box_muller_of_the_words():
 
 
 def test_normals_have_the_bits_of_plain_ieee_arithmetic():
-    """What makes them equal on every device: no operation but sums, products and quotients."""
+    """They are equal on every device: no operation but sums, products and quotients."""
     generator, samples = KeyedRandom(40), torch.arange(16)
     words = generator.words(Stream.NOISE, 1, samples, 256).flatten().tolist()
     expected = [
@@ -136,7 +136,7 @@ def test_normals_have_the_bits_of_plain_ieee_arithmetic():
 
 
 def kolmogorov_smirnov(values: torch.Tensor, cdf: torch.Tensor) -> float:
-    """sqrt(n) times the largest gap between the empirical distribution of values and cdf."""
+    """Return sqrt(n) times the largest gap between the empirical distribution of values and cdf."""
     n = values.numel()
     order = values.argsort()
     ranks = torch.arange(1, n + 1, dtype=torch.float64)

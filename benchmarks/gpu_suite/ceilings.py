@@ -1,4 +1,4 @@
-"""What the device can do at most: its memory, a copy, and matrix products in bf16 and FP8."""
+"""Measures the device's ceilings: its memory, a copy, and matrix products in bf16 and FP8."""
 
 from __future__ import annotations
 

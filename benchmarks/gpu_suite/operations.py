@@ -1,5 +1,5 @@
-"""Operations: are they right at SiT-XL/2's shapes, how near are the row kernels to a copy, would
-other rows of the launch tables be nearer, and how do they all stand against their rivals.
+"""Measures operations: are they right at SiT-XL/2's shapes, how near are the row kernels to a copy,
+would other rows of the launch tables be nearer, and how do they all stand against their rivals.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: its budget; module: what makes its items; compiles: whether what the rows need is
-    compiled beside it (precompile.py).
+    """A stage of the kit. seconds: its budget; module: what makes its items; compiles: if what the
+    rows need is compiled beside it (precompile.py).
     """
 
     name: str
@@ -39,7 +39,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Item:
-    """What is measured, recorded and, past `limit` seconds, killed as one.
+    """An item is measured, recorded and, past `limit` seconds, killed as one.
 
     estimate: seconds; where less is left it is not begun.
     """

@@ -1,4 +1,4 @@
-"""suite.jsonl: what was found, a line each, and what of it need not be found again."""
+"""The records of suite.jsonl: what was found, a line each, and what need not be found again."""
 
 from __future__ import annotations
 

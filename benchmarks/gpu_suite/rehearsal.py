@@ -63,7 +63,7 @@ class Rehearsal:
             subprocess.run([sys.executable, "-m", "pip", *INSTALL, self.site, *files], check=True)
 
     def environment(self) -> dict[str, str]:
-        """This one, with no git to be found and one thread a process."""
+        """Return this environment, with no git to be found and one thread a process."""
         programs = self.work / "programs"
         if not programs.exists():
             programs.mkdir()
@@ -86,7 +86,7 @@ class Rehearsal:
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str]) -> str:
-        """What it printed. Raises AssertionError where it ends in any other way than well."""
+        """Return what it printed. Raises AssertionError where it does not end well."""
         try:
             said = process.communicate(timeout=LONGEST)[0]
         except subprocess.TimeoutExpired:
@@ -106,21 +106,21 @@ class Rehearsal:
                 continue
 
     def kill_all(self) -> None:
-        """As the end of a machine's time does: everything at once, with no chance to write."""
+        """Kill everything at once, with no chance to write, as the end of a machine's time does."""
         while found := list(self.processes()):
             for pid in found:
                 kill(pid)
             time.sleep(0.05)
 
     def stage_processes(self) -> Iterator[int]:
-        """Those of the stage that runs, and of the next, which waits."""
+        """Return the processes of the stage that runs, and of the next, which waits."""
         for pid in self.processes():
             with suppress(OSError):
                 if b"benchmarks.gpu_suite.child\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     yield pid
 
     def wait_for(self, process: subprocess.Popen[str], out: Path, items: int) -> None:
-        """Until so many items have begun, or it is over."""
+        """Wait until so many items have begun, or it is over."""
         while process.poll() is None and _begun(out) < items:
             time.sleep(0.02)
 

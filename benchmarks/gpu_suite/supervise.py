@@ -133,7 +133,7 @@ class Child:
         return bool(data)
 
     def said(self) -> str:
-        """What it wrote since its item, or itself, began."""
+        """Return what it wrote since its item, or itself, began."""
         with self.run.log.open("rb") as file:
             file.seek(self.logged)
             return file.read().decode(errors="replace")[-MOST:]

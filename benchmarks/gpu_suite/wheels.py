@@ -1,4 +1,4 @@
-"""What a borrowed GPU machine lacks, as wheels in a folder to carry; `make gpu-wheels [DALI=1]`.
+"""Wheels, in a folder to carry, of what a borrowed GPU machine lacks; `make gpu-wheels [DALI=1]`.
 
     python -m benchmarks.gpu_suite.wheels fetch [--dali]
     python -m benchmarks.gpu_suite.wheels join SITE [--parts FOLDER]     on that machine

@@ -54,7 +54,7 @@ def base_of(unified: str) -> str:
 
 
 def is_validation(base: str) -> bool:
-    """Whether a motif is held out; decided by its name alone."""
+    """Tell whether a motif is held out, by its name alone."""
     draw = int.from_bytes(hashlib.sha256(base.encode()).digest()[:8]) / 2**64
     return draw < VALIDATION_SHARE
 

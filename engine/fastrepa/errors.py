@@ -50,6 +50,6 @@ def writing(what: object, kind: type[FastrepaError] = ConfigError) -> Iterator[N
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """' (did you mean X?)' where something close to `word` is allowed, otherwise ''."""
+    """Return ' (did you mean X?)' where something close to `word` is allowed, otherwise ''."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,7 +16,7 @@ DATA_T_MIN = 0.05
 
 
 def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha, sigma and their time derivatives at t (any shape, any float dtype)."""
+    """Return alpha, sigma and their time derivatives at t [...], in its shape and float dtype."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "cosine":
@@ -27,7 +27,7 @@ def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def velocity_from_data(path: str, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """The velocity at x [B,C,h,w] and t [B] if the clean latent were z [B,C,h,w].
+    """Return the velocity at x [B,C,h,w] and t [B] if the clean latent were z [B,C,h,w].
 
     alpha' z + sigma' (x - alpha z) / sigma, as one quotient whose sigma is at least sigma(0.05);
     (x - z) / max(t, 0.05) on the linear path. Below t = 0.05 that is sigma(t) / sigma(0.05) times

@@ -62,7 +62,7 @@ class KeyedRandom:
         return f"KeyedRandom({self.seed})"
 
     def words(self, stream: int, step: int | Tensor, samples: Tensor, count: int) -> Tensor:
-        """`count` raw 32-bit words per sample: [B, count], int64."""
+        """Draw `count` raw 32-bit words per sample: [B, count], int64."""
         return keyed_random("words", self.seed, stream, step, samples, count, torch.int64)
 
     def normal(

@@ -57,7 +57,7 @@ def layernorm_modulate_reference(
     x [B,T,D]; shift, scale [B,D], widened to x's dtype before any arithmetic. Returns [B,T,D].
     """
     wide = torch.promote_types(x.dtype, torch.promote_types(scale.dtype, shift.dtype))
-    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)  # [B,T,D]
     y = y * (1 + scale[:, None].to(wide)) + shift[:, None].to(wide)
     return y.to(out_dtype or shift.dtype)
 

@@ -293,8 +293,8 @@ def _norm_modulate_part(x, branch, gate, kept, shift, scale, y, mean, rstd, *, e
         else:
             xw = kept.copy_(torch.addcmul(*update)).to(wide)  # what backward will see
     # In passes that ATen vectorises: its own layer norm takes a CPU more than twice as long.
-    h = torch.sub(xw, torch.mean(xw, -1, out=mean)[..., None])
-    torch.linalg.vector_norm(h, dim=-1, out=rstd)
+    h = torch.sub(xw, torch.mean(xw, -1, out=mean)[..., None])  # [B,T,D]
+    torch.linalg.vector_norm(h, dim=-1, out=rstd)  # [B,T]
     rstd.square_().div_(xw.shape[-1]).add_(eps).rsqrt_()
     _modulate_torch(h.mul_(rstd[..., None]), shift, scale, out=y, buffer=h)
 
@@ -331,8 +331,8 @@ def _norm_gradients_part(
 ):  # fmt: skip
     """Write dx, dbranch, y and the sums of some samples."""
     x, dy = x.to(wide), dy.to(wide)
-    mean, rstd = mean[..., None], rstd[..., None]
-    g = dy * (1 + scale.to(wide)[:, None])
+    mean, rstd = mean[..., None], rstd[..., None]  # [B,T,1]
+    g = dy * (1 + scale.to(wide)[:, None])  # [B,T,D]
     grad = torch.ops.aten.native_layer_norm_backward(
         g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
     )[0]
@@ -345,7 +345,7 @@ def _norm_gradients_part(
     if y is not None:
         _modulate_torch(h, shift, scale, out=y, buffer=torch.empty_like(h))
     if dshift is not None:
-        torch.sum(dy, 1, out=dshift)
+        torch.sum(dy, 1, out=dshift)  # [B,D]
         torch.sum(h.mul_(dy), 1, out=dscale)
     if dgate is not None:
         torch.sum(torch.mul(branch.to(wide), grad, out=g), 1, out=dgate)

@@ -69,7 +69,7 @@ def adaln_linear_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification, in whatever dtype it is given (float64 in tests).
 
-    Arguments, shapes and result as in `adaln_linear`.
+    Arguments and result as in `adaln_linear`: x [B,T,D] -> [B,T,M].
     """
     if residual is not None:
         x = gated_residual_reference(x, *residual)
@@ -90,7 +90,7 @@ def adaln_mlp_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification, in whatever dtype it is given (float64 in tests).
 
-    Arguments, shapes and result as in `adaln_mlp`.
+    Arguments and result as in `adaln_mlp`: x [B,T,D] -> [B,T,M].
     """
     w1, b1, w2, b2 = weights
     if residual is not None:
@@ -123,7 +123,7 @@ def _first_gradients(
     g is the product's gradient, dw has its weight's shape [M,D]. y is made again in the norm's
     backward, which is therefore between the two products.
     """
-    dy = torch.mm(g, weight).view_as(x)
+    dy = torch.mm(g, weight).view_as(x)  # [B,T,D]
     norm, y = _norm_gradients(
         dy, dx_new, x, branch, gate, shift, scale, mean, rstd, sums,
         weight.dtype if need_w else None,
@@ -153,7 +153,7 @@ def _adaln_linear(
     """Return (x_new [B,T,D], out [B,T,M], mean, rstd [B,T]); x_new is empty without a branch."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, weight.dtype)
-        out = torch.addmm(bias, _rows(y), weight.t())
+        out = torch.addmm(bias, _rows(y), weight.t())  # [N,M]
         return x_new, out.view(*x.shape[:2], weight.shape[0]), mean, rstd
 
 
@@ -181,7 +181,7 @@ def _adaln_linear_backward(
     """Return (dx, dbranch, dshift, dscale, dgate, dw, db); x is what was normalised."""
     need_w, need_b = needs
     with launch.without_autocast(x):
-        g = _rows(dout)
+        g = _rows(dout)  # [N,M]
         norm, dw = _first_gradients(
             g, dx_new, x, branch, gate, shift, scale, mean, rstd, weight, sums, need_w
         )
@@ -252,8 +252,8 @@ def _adaln_mlp(
     """Return (x_new, out, mean, rstd, a, h); a [N,F] is empty unless `keep`, h unless `keep_h`."""
     with launch.without_autocast(x):
         x_new, y, mean, rstd = _norm_modulate(x, branch, gate, shift, scale, eps, w1.dtype)
-        h, a = _linear_gelu(_rows(y), w1, b1, keep)
-        out = torch.addmm(b2, h, w2.t())
+        h, a = _linear_gelu(_rows(y), w1, b1, keep)  # [N,F]
+        out = torch.addmm(b2, h, w2.t())  # [N,M]
         h = h if keep_h else h.new_empty(0)
         return x_new, out.view(*x.shape[:2], w2.shape[0]), mean, rstd, a, h
 
@@ -288,8 +288,8 @@ def _adaln_mlp_backward(
     """Return (dx, dbranch, dshift, dscale, dgate, dw1, db1, dw2, db2); x was normalised."""
     need_w1, need_b1, need_w2, need_b2 = needs
     with launch.without_autocast(x):
-        g = _rows(dout)
-        dh = torch.mm(g, w2)
+        g = _rows(dout)  # [N,M]
+        dh = torch.mm(g, w2)  # [N,F]
         again = torch.empty_like(a) if need_w2 and h.shape != a.shape else None
         db1 = activate_backward(dh, a, dh, gelu=True, sums=need_b1, again=again)
         dw2 = w2.new_empty(0)

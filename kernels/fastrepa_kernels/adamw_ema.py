@@ -64,7 +64,7 @@ def adamw_ema_reference(
 ) -> tuple[Tensor, ...]:
     """The specification, out of place and in any dtype: (param, exp_avg, exp_avg_sq, *emas).
 
-    All tensors have param's shape, whatever it is; so have the results.
+    All tensors have param's shape [...]; so have the results.
     """
     g = grad.to(param.dtype) * grad_scale
     m = betas[0] * exp_avg + (1 - betas[0]) * g
@@ -381,7 +381,7 @@ def adamw_ema_(
 ) -> None:
     """Take one AdamW step (decoupled weight decay, as torch.optim.AdamW) and its EMAs, in place.
 
-    params, exp_avg, exp_avg_sq, ema: a flat tensor or a list, fp32, contiguous; ema may be None.
+    params, exp_avg, exp_avg_sq, ema: [...] or a list of such, fp32, contiguous; ema may be None.
     With a list of up to MAX_EMAS decays, ema is a list of as many of these.
     grads: the same shapes, any floating dtype, multiplied by `grad_scale` (the clip factor, the
     inverse loss scale). step: the number of this step, from 1. skip: a one-element tensor; nonzero

@@ -46,13 +46,13 @@ _PROJECTOR = (nn.Linear, nn.SiLU, nn.Linear, nn.SiLU, nn.Linear)
 
 def _block_forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-    attended = self.attn(layernorm_modulate(x, shift1, scale1, eps=self.norm1.eps))
+    attended = self.attn(layernorm_modulate(x, shift1, scale1, eps=self.norm1.eps))  # [B,T,D]
     x, y = gated_residual_layernorm_modulate(x, attended, gate1, shift2, scale2, eps=self.norm2.eps)
     return gated_residual(x, self.mlp(y), gate2)
 
 
 def _final_forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
-    shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # [B,D]
     return self.linear(layernorm_modulate(x, shift, scale, eps=self.norm_final.eps))
 
 
@@ -61,7 +61,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _attention_forward(self: Any, x: Tensor) -> Tensor:
-    qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+    qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B,T,3,H,d]
     q_norm, k_norm = (
         (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
         for norm in (getattr(self, "q_norm", None), getattr(self, "k_norm", None))
@@ -75,7 +75,7 @@ def _projector_forward(self: Any, x: Tensor) -> Tensor:
     if target is None:
         return type(self).forward(self, x)
     weights = [p for layer in (self[0], self[2], self[4]) for p in (layer.weight, layer.bias)]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # [N,D]
     loss = projector_alignment(rows, weights, target.reshape(-1, target.shape[-1]))
     return loss.expand(*x.shape[:-1], 1)  # the caller reshapes it: any element is the loss
 

@@ -62,7 +62,7 @@ _DTYPES = {
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply Philox4x32-10 to int64 tensors of 32-bit words (0 <= word < 2^32), of any one shape.
+    """Apply Philox4x32-10 to int64 tensors [...] of 32-bit words (0 <= word < 2^32), of one shape.
 
     Source: Salmon et al. 2011; agrees with the known answers of their Random123 library.
     """
@@ -86,10 +86,10 @@ def keyed_random_reference(
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The specification, with the arguments of `keyed_random`: [B, count]."""
-    sample = samples[:, None]
-    block = torch.arange(-(-count // _EACH[draw]), device=samples.device)[None, :]
-    zero = torch.zeros_like(sample) + torch.zeros_like(block)
+    """The specification, with the arguments of `keyed_random`: samples [B] -> [B, count]."""
+    sample = samples[:, None]  # [B, 1]
+    block = torch.arange(-(-count // _EACH[draw]), device=samples.device)[None, :]  # [1, blocks]
+    zero = torch.zeros_like(sample) + torch.zeros_like(block)  # [B, blocks]
     counter = (
         zero + block,
         zero + (sample & _WORD),
@@ -110,7 +110,7 @@ def values_of(
         lanes = [_cell(w0, w1, dtype), _cell(w2, w3, dtype)]
     else:
         lanes = [w0, w1, w2, w3]
-    return torch.stack(lanes, -1).flatten(1)[:, :count].to(dtype)
+    return torch.stack(lanes, -1).flatten(1)[:, :count].to(dtype)  # from [B, blocks, 2 or 4]
 
 
 def _cell(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def use_triton(x: Tensor, width: int = 1) -> bool:
-    """Tell whether an operation on x, whose row kernels span `width`, runs Triton kernels.
+    """Tell whether an operation on x [...], whose row kernels span `width`, runs Triton kernels.
 
     Raises ValueError where x is on a CUDA device that is not the current one.
     """
@@ -69,7 +69,7 @@ def generation(device: torch.device) -> int:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype torch.autocast wants for products on x's device; None outside autocast."""
+    """Return the dtype torch.autocast wants for products where x [...] is; None where it is off."""
     kind = x.device.type
     if kind == "meta":  # shapes without numbers, which torch.autocast does not know
         return None
@@ -77,12 +77,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Turn autocast off: inside an op's body the dtypes are decided and must not change again."""
+    """Turn autocast off where x [...] is: an op's dtypes are decided and must not change again."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def arithmetic_dtype(*operands: Tensor | None) -> torch.dtype:
-    """Return the dtype arithmetic runs in: float64 where any operand is, float32 otherwise."""
+    """Return the dtype arithmetic runs in: float64 where any operand [...] is, else float32."""
     any64 = any(t is not None and t.dtype == torch.float64 for t in operands)
     return torch.float64 if any64 else torch.float32
 

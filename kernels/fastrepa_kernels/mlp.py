@@ -32,7 +32,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Return (y, a), [N,F] each, of x [N,D]; a is empty unless `keep`."""
     with launch.without_autocast(x):
-        a = torch.addmm(bias, x, weight.t())
+        a = torch.addmm(bias, x, weight.t())  # [N,F]
         y = torch.empty_like(a) if keep else a
         activate(a, y, gelu=True)
         return y, a if keep else x.new_empty(0)
@@ -54,7 +54,7 @@ def _linear_gelu_backward(
     """Return (dx [N,D], dw [F,D], db [F]) of dy [N,F]; what `needs` leaves out is empty."""
     need_x, need_w, need_b = needs
     with launch.without_autocast(x):
-        da = torch.empty_like(a)
+        da = torch.empty_like(a)  # [N,F]
         sums = activate_backward(dy, a, da, gelu=True, sums=need_b)
         dx = torch.mm(da, weight) if need_x else x.new_empty(0)
         dw = torch.mm(da.t(), x) if need_w else x.new_empty(0)

@@ -48,7 +48,7 @@ NAMES = ("w1", "b1", "w2", "b2", "w3", "b3")
 def projector_reference(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Project x [..., D] by the three Linears: z [..., Z], in the weights' dtype."""
     w1, b1, w2, b2, w3, b3 = weights
-    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))
+    h = F.silu(F.linear(x.to(w1.dtype), w1, b1))  # [..., P]
     return F.linear(F.silu(F.linear(h, w2, b2)), w3, b3)
 
 
@@ -63,10 +63,10 @@ def projector_alignment_reference(
 ) -> Tensor:
     """The specification, vectorised eager, in whatever dtype it is given (float64 in tests).
 
-    Arguments, shapes and result as in `projector_alignment`, but rows must be weighted by
-    something: `row_weight` sums to more than 0.
+    Arguments and result as in `projector_alignment`, x [..., D] and target [..., Z] -> [], but
+    rows must be weighted by something: `row_weight` sums to more than 0.
     """
-    z = projector_reference(x, weights)
+    z = projector_reference(x, weights)  # [..., Z]
     wide = launch.arithmetic_dtype(x, *weights)
     y = target.to(wide)
     if target_scale is not None:
@@ -122,7 +122,7 @@ def _cosine_torch_(z, rows, cos, eps, grad, parts):
     zw, y = z.to(wide), rows.target.to(wide)
     if rows.scale is not None:
         y = y * rows.scale[:, None]
-    length = torch.linalg.vector_norm(zw, dim=-1)
+    length = torch.linalg.vector_norm(zw, dim=-1)  # [N], as all but zw, y and dz
     rz = length.clamp_min(eps).reciprocal_()
     ry = torch.linalg.vector_norm(y, dim=-1).clamp_min_(eps).reciprocal_()
     c = torch.linalg.vecdot(zw, y).mul_(rz).mul_(ry)
@@ -151,7 +151,7 @@ def _cosine_of_last_product(
         GROUP_M=table.group_m, BLOCK_M=table.block_m, BLOCK_N=table.block_n,
         BLOCK_K=table.block_k, num_warps=table.num_warps, num_stages=table.num_stages,
     )  # fmt: skip
-    zz, zy, yy = sums.sum(1)
+    zz, zy, yy = sums.sum(1)  # [N] each
     c = zy / (zz.sqrt_().clamp_min_(eps) * yy.sqrt_().clamp_min_(eps))
     cos.copy_(c if rows.weight is None else c.mul_(rows.weight))
 
@@ -221,14 +221,14 @@ class _Chunks:
         m = x.shape[0]
         x = x.to(w1.dtype)
         a1, h1, a2, h2, z = (t[:m] for t in (self.a1, self.h1, self.a2, self.h2, self.z))
-        torch.addmm(b1, x, w1.t(), out=a1)
+        torch.addmm(b1, x, w1.t(), out=a1)  # [rows,P], as h1, a2 and h2
         activate(a1, h1, gelu=False)
         torch.addmm(b2, h1, w2.t(), out=a2)
         activate(a2, h2, gelu=False)
         if not self.grad and launch.use_triton(h2) and h2.dtype != torch.float32:
             _cosine_of_last_product(h2, w3, b3, rows, cos, eps)
             return
-        torch.addmm(b3, h2, w3.t(), out=z)
+        torch.addmm(b3, h2, w3.t(), out=z)  # [rows,Z]
         parts = [
             t[i * count : (i + 1) * count] if need else None
             for t, count, need in zip(self.parts, self.part_rows, self.needs[2::2], strict=True)
@@ -436,7 +436,7 @@ def projector_alignment(
     any floating dtype or int8; `target_scale` [...] multiplies its rows (only the eps clamp can
     tell). `row_weight` [...]: weights or a mask; the mean is weighted, and 0 if they sum to 0.
     `chunk_rows`: rows per chunk, by default launch.py's. Under torch.autocast the weights are cast
-    as nn.Linear's would be. Returns a scalar in fp32 (float64 for float64); no rows give 0.
+    as nn.Linear's would be. Returns [] in fp32 (float64 for float64); no rows give 0.
     Gradients reach x and the weights, not target, row_weight or target_scale.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """

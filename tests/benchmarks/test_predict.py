@@ -116,7 +116,7 @@ def test_launches_of_a_block_are_the_codes():
 
 
 def test_ours_is_fast_enough_and_both_sides_are_printed():
-    """By aot.py's estimates of what was compiled, in a process that has the compiler."""
+    """It is, by aot.py's estimates of what was compiled, in a process that has the compiler."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.predict", "--json"],

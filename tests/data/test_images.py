@@ -38,7 +38,7 @@ def cubic(x: float, a: float = -0.5) -> float:
 
 
 def weights(n_in: int, n_out: int, kernel, support: float) -> np.ndarray:
-    """[n_out, n_in]: the kernel widened by the scale when shrinking (antialiasing)."""
+    """Return [n_out, n_in]: the kernel widened by the scale when shrinking (antialiasing)."""
     scale = n_in / n_out
     widen = max(scale, 1.0)
     matrix = np.zeros((n_out, n_in))

@@ -1,4 +1,4 @@
-"""Which samples are mirrored: frozen, because a run is resumed and compared across versions."""
+"""The mirrored samples are frozen, because a run is resumed and compared across versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIRRORED = {
 
 
 def views(tmp_path, step, micro_batch, *, image):
-    """0 or 1 of each of a step's samples, as the moments say; images are checked beside them."""
+    """Return 0 or 1 of each of a step's samples, by the moments; images are checked beside them."""
     data = written.write_set(tmp_path / f"{step}-{micro_batch}-{image}", latents=2)
     config = DataConfig(path=str(data.path), resolution=data.resolution, flip=True, window=2)
     found = []

@@ -41,7 +41,7 @@ def make_set(tmp_path: Path) -> MakeSet:
 
 @pytest.fixture
 def full_set(make_set: MakeSet) -> ShardSet:
-    """With latents and the features of two encoders, mirrored ones too."""
+    """A set with latents and the features of two encoders, mirrored ones too."""
     return make_set(latents=2, encoders={"one": 2, "two": 2})
 
 
@@ -355,7 +355,7 @@ def test_no_thread_outlives_close(full_set: ShardSet, image: bool) -> None:
 def test_close_does_not_wait_for_all_that_was_asked_for(
     full_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a slow file system: the reads under way end, the rest is not begun."""
+    """The reads under way end, the rest is not begun: on a slow file system."""
     from fastrepa.data.format.store import ShardStore
 
     fill = ShardStore.fill

@@ -8,7 +8,7 @@ from tests.runs import ROOT
 
 
 def emoji() -> list[tuple[int, bytes]]:
-    """(label, JPEG) of the 120 held-out emoji."""
+    """Return (label, JPEG) of the 120 held-out emoji."""
     files: dict[str, dict[str, bytes]] = {}
     with tarfile.open(ROOT / "configs/quickstart/emoji/validation/shard-00000.tar") as tar:
         for member in tar:
@@ -20,7 +20,7 @@ def emoji() -> list[tuple[int, bytes]]:
 
 
 def write_tar_of_tars(images: list[tuple[int, bytes]], path: Path) -> None:
-    """As ImageNet comes: one tar that holds a tar for every class."""
+    """Write one tar that holds a tar for every class, as ImageNet comes."""
     with tarfile.open(path, "w") as outer:
         for label in sorted({label for label, _ in images}):
             buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What README and docs tell people to type: the fenced commands and the Python snippets."""
+"""The fenced commands and Python snippets that README and docs tell people to type."""
 
 import re
 import shlex
@@ -46,7 +46,7 @@ def snippets() -> list[Snippet]:
 
 
 def commands() -> list[Command]:
-    """In the order of the pages; what is there twice comes once."""
+    """List them in the order of the pages; what is there twice comes once."""
     found: dict[str, Command] = {}
     for snippet in snippets():
         if snippet.language not in SHELL:

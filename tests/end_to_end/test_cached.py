@@ -96,7 +96,7 @@ def resolved(*overrides: str) -> Config:
 
 
 def check(folder: Path, config: Config) -> None:
-    """What the trainer asks of the set before its first step."""
+    """Ask of the set what the trainer does before its first step."""
     targets = Targets(
         config.vision, resolution=config.data.resolution, grid=8, dtype=torch.float32,
         device=torch.device("cpu"), random_weights=False,

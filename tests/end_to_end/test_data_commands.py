@@ -1,4 +1,4 @@
-"""From an archive, or REPA's own layout, to training, by the commands that README gives."""
+"""Training from an archive, or REPA's own layout, by the commands that README gives."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ FEATURES = f"tf_efficientnet_lite0={LITE0}@64"
 
 
 def fastrepa(words: list[str]) -> str:
-    """In this process, through the command line's own parser."""
+    """Run it in this process, through the command line's own parser."""
     assert words[0] == "fastrepa"
     return run(*words[1:])
 
@@ -92,7 +92,7 @@ def pip(words: list[str]) -> str:
 
 
 def module(words: list[str]) -> str:
-    """`python -m NAME ARGUMENTS`, in this process."""
+    """Run `python -m NAME ARGUMENTS` in this process."""
     assert words[:2] == ["python", "-m"]
     code: object = None
     with mock.patch.object(sys, "argv", words[2:]):
@@ -105,7 +105,7 @@ def module(words: list[str]) -> str:
 
 
 def carried(words: list[str]) -> str:
-    """What is installed is what `make gpu-wheels` makes, as the rehearsal installs it."""
+    """Check that `make gpu-wheels` makes what is installed, as the rehearsal installs it."""
     assert words[:3] == ["python3", "-m", "pip"]
     assert words[-1] == f"{WHEELS}/*.whl"
     assert set(words[3:-2]) <= set(INSTALL)
@@ -113,7 +113,7 @@ def carried(words: list[str]) -> str:
 
 
 def kit(words: list[str]) -> str:
-    """Its options are read; the rehearsal runs it."""
+    """Read its options; the rehearsal runs it."""
     gpu_suite.options().parse_args(words[3:])
     return ""
 
@@ -154,7 +154,7 @@ def tensorboard(words: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """`swap` replaces words, `add` comes after them (the last of an option or key counts)."""
+    """A rule: `swap` replaces words, `add` follows them (the last of an option or key counts)."""
 
     begins: str
     how: Callable[[list[str]], str]
@@ -217,7 +217,7 @@ def rule_of(words: list[str]) -> Rule:
 
 
 def without_launcher(words: list[str]) -> list[str]:
-    """What every process of torchrun's runs; its own options are checked by its own parser."""
+    """Return what each of torchrun's processes runs; its own parser checks its own options."""
     if words[0] != "torchrun":
         return words
     parsed = get_args_parser().parse_args(words[1:])
@@ -247,7 +247,7 @@ class Workshop:
         self.done = 0
 
     def run_up_to(self, command: str) -> None:
-        """This command, after those before it; raises its error."""
+        """Run this command, after those before it; raise its error."""
         place = [str(c) for c in self.commands].index(command)
         while self.done <= place:
             current = self.commands[self.done]
@@ -298,7 +298,7 @@ def test_every_fence_says_what_it_is():
 
 
 def script_of_others() -> dict[str, object]:
-    """What a SiT + REPA training script has at hand."""
+    """Return what a SiT + REPA training script has at hand."""
     torch.manual_seed(0)
     return {
         "model": test_drop_in.Stock(),
@@ -322,7 +322,7 @@ def test_python(snippet):
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """Return the anchors of its headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

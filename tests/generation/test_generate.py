@@ -446,7 +446,7 @@ def test_sample_run_again_with_classes(loaded, tmp_path):
 
 
 def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatch):
-    """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
+    """The compiled graph is run by torch's own kernels: what Inductor makes of it is its affair."""
     compile_, compiled, products = torch.compile, [], []
 
     def by_torch(function, *, backend, **options):
@@ -532,7 +532,7 @@ with open(report + os.environ["RANK"], "w") as file:
 
 
 def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
-    """Under torch.distributed.run, and a refusal reaches every process."""
+    """They do under torch.distributed.run, and a refusal reaches every process."""
     alone, pair, foreign = tmp_path / "alone", tmp_path / "pair", tmp_path / "foreign"
     sample_run("run", alone, num=10, batch_size=4, npz=True, seed=7)
     foreign.mkdir()

@@ -104,7 +104,7 @@ def metrics(count: int, **changes: float) -> list[dict[str, float]]:
 
 
 def coloured(path) -> np.ndarray:
-    """Which pixels are neither grey nor white: the curves."""
+    """Return the pixels that are neither grey nor white: the curves."""
     pixels = read(path).astype(int)
     return pixels.max(-1) - pixels.min(-1) > 60
 

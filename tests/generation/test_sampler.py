@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 def coefficients(path: str, t: float) -> tuple[float, float, float, float]:
-    """alpha, sigma, alpha', sigma' of REPA's two paths, in Python's floats."""
+    """Return alpha, sigma, alpha', sigma' of REPA's two paths, in Python's floats."""
     if path == "linear":
         return 1 - t, t, -1.0, 1.0
     half = math.pi / 2
@@ -47,7 +47,7 @@ class Gaussian:
         return slope * x + offset
 
     def data(self, noise: Tensor) -> Tensor:
-        """Where the exact flow ends: it keeps the standardised value."""
+        """Return where the exact flow ends: it keeps the standardised value."""
         return self.mean + self.std * noise
 
 

@@ -1,4 +1,4 @@
-"""Where the kernel tests run, and buffers that show what was never written.
+"""The places where kernel tests run, and buffers that show what was never written.
 
 `pytest -m gpu` runs the same tests on a CUDA device (T3), as they have run on an H200
 (benchmarks/records/gpu_suite_h200.jsonl).
@@ -119,7 +119,7 @@ def unpoisoned(launches: list[str]) -> list[str]:
 
 @pytest.fixture
 def another_machine():
-    """What was found out about one machine's attention is not true of the next test's."""
+    """Forget what was found out about attention: the next test's machine is another."""
     torch.manual_seed(22)
     refusal, loaded = choice._refusal, dict(backends._loaded)
     refusal.cache_clear()

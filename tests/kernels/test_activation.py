@@ -87,7 +87,7 @@ def test_column_sums(place, shape):
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (1030, 5), (0, 4)])
 def test_sum_of_parts(place_fp32, shape):
-    """In either way to sum, which MOST_PARTS divides."""
+    """It sums in either way, which MOST_PARTS divides."""
     parts = place_fp32.randn(*shape)
     sums = activation.sum_of_parts(parts)
     assert_as_good_as_eager("sums", sums, parts.sum(0), parts.double().sum(0))

@@ -31,7 +31,7 @@ def doubles(*shapes):
 
 
 def operands(place, shape, residual_dtype):
-    """x, branch, gate, shift, scale: the last three are chunks of one [B, 3D], as in a block."""
+    """Make x, branch, gate, shift, scale: the last three are chunks of one [B, 3D]."""
     b, t, d = shape
     x = place.randn(b, t, d, dtype=residual_dtype)
     x[0, 0] = 0  # a row that eps alone keeps finite

@@ -29,7 +29,7 @@ mlps = pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
 
 @dataclass
 class Cpu:
-    """Where no path of the kernels is forced."""
+    """A place where no path of the kernels is forced."""
 
     dtype: torch.dtype
 
@@ -38,7 +38,7 @@ class Cpu:
 
 
 def operands(place, size, mlp):
-    """x, shift, scale, branch, gate, then weights and biases."""
+    """Make x, shift, scale, branch, gate, then weights and biases."""
     b, t, d, f, m = size
     x, branch = place.randn(b, t, d), place.randn(b, t, d)
     shift, scale, gate = (place.randn(b, d) for _ in range(3))
@@ -50,7 +50,7 @@ def operands(place, size, mlp):
 
 
 def functions(mlp, residual, **options):
-    """(ours, with `options`, and reference) of flat arguments in the order of `operands`."""
+    """Return (ours, with `options`, and reference) of flat arguments in the order of `operands`."""
 
     def flat(function, **options):
         def call(x, shift, scale, branch, gate, *products):

@@ -47,7 +47,7 @@ DECAYS = (0.99, 0.5, 0.9999, 0.0)
 
 
 def with_averages(place, size, count):
-    """params, grads and moments as `state` makes them, and `count` averages."""
+    """Make params, grads and moments as `state` makes them, and `count` averages."""
     p, g, m, v, _ = state(place, size)
     return p, g, m, v, [place.randn(size, dtype=p.dtype) for _ in range(count)]
 
@@ -90,7 +90,7 @@ def test_decays_on_the_device_and_a_bad_step_moves_none(place_fp32, flag):
 
 
 def test_one_of_several_averages_is_the_one_alone(place_fp32):
-    """To the bit, so a second average changes no run."""
+    """They agree to the bit, so a second average changes no run."""
     alone, several = state(place_fp32, 900), with_averages(place_fp32, 900, 2)
     for t, source in zip((*several[:4], several[4][0]), alone, strict=True):
         t.copy_(source)

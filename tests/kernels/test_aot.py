@@ -50,7 +50,7 @@ def test_every_row_of_every_table_is_compiled(reports):
 
 
 def test_programs_that_waves_are_counted_by(reports):
-    """What launch.py says is resident is what the registers of the widest variant allow."""
+    """As many are resident, as launch.py says, as the registers of the widest variant allow."""
     programs = {r["name"]: r["programs"] for r in reports}
     rows = launch.ROWS["norm_backward"][90]
     counted = {width: row.resident for width, row in rows.items() if row.resident}
@@ -88,7 +88,7 @@ def test_the_checks_can_fail():
 
 
 def test_every_kernel_launches_as_far_as_the_device():
-    """By Triton's own launcher, which takes other keywords than the interpreter's."""
+    """They do by Triton's own launcher, which takes other keywords than the interpreter's."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
     program = Path(__file__).parents[1] / "programs" / "bound_launches.py"

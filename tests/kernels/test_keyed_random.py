@@ -72,7 +72,7 @@ def _values_kernel(
 
 
 def padded(rows, device):
-    """[BLOCK, 4] int64, filled up with zeros to a power of two."""
+    """Return [BLOCK, 4] int64, filled up with zeros to a power of two."""
     size = triton.next_power_of_2(len(rows))
     return torch.tensor([*rows, *[[0] * 4] * (size - len(rows))], device=device)
 
@@ -89,7 +89,7 @@ def philox(rows, key, device):
 
 
 def made_of(words, draw, device):
-    """float64 values of the blocks `words`, a list of lists of four: [N, 2 or 4]."""
+    """Return float64 values of the blocks `words`, a list of lists of four: [N, 2 or 4]."""
     given, each = padded(words, device), _EACH[draw]
     if not launch.use_triton(given):
         blocks = tuple(w[:, None] for w in given.unbind(1))
@@ -134,7 +134,7 @@ def test_the_layout_of_key_and_counter(place_fp32):
 
 
 def test_normals_have_the_bits_of_plain_ieee_arithmetic(place_fp32):
-    """What makes them equal on every device: no operation but sums, products and quotients."""
+    """They are equal on every device: no operation but sums, products and quotients."""
     rng = random.Random(2)
     blocks = [[w, rng.choice(WORDS), rng.getrandbits(32), w] for w in WORDS]
     blocks += [[rng.getrandbits(32) for _ in range(4)] for _ in range(2000)]

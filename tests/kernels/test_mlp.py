@@ -38,7 +38,7 @@ def test_without_gradients(place, size):
 
 
 def test_what_is_saved(place_fp32):
-    """x, weight and the pre-activation: by identity."""
+    """Backward keeps x, weight and the pre-activation: by identity."""
     x, weight, bias = operands(place_fp32, SIZES[1])
     weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     saved = []

@@ -355,7 +355,7 @@ def test_cost():
 
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu():
-    """At SiT-XL/2's shape: dx, weight gradients, the chunk's buffers, partial sums, no more."""
+    """SiT-XL/2's shape takes dx, weight gradients, the chunk's buffers, partial sums, no more."""
     n, d, p, z = 65536, 1152, 2048, 768
     place_cuda = {"device": "cuda", "dtype": torch.bfloat16}
     x = torch.randn(n, d, **place_cuda).requires_grad_()

@@ -39,7 +39,7 @@ def position_embedding(width, side):
 
 
 def patchify(x, patch):
-    """[C,S,S] -> [T, C*p*p], the layout of a convolution's weight."""
+    """Cut [C,S,S] -> [T, C*p*p], the layout of a convolution's weight."""
     side = x.shape[-1] // patch
     return torch.stack(
         [
@@ -125,7 +125,7 @@ def interpolate(path, z, noise, t):
 
 
 def losses(s, z, noise, t, labels, targets, *, path, heads, patch, block):
-    """(velocity [B,C,S,S], velocity loss, alignment loss) of a batch, one sample at a time."""
+    """Return (velocity [B,C,S,S], its loss, alignment loss) of a batch, one sample at a time."""
     velocities, hiddens, squares = [], [], []
     for i in range(len(z)):
         x, wanted = interpolate(path, z[i], noise[i], t[i].item())

@@ -55,7 +55,7 @@ def test_encoders(name):
 
 
 def test_gradients_that_nobody_wants_are_not_counted():
-    """Those of the noisy latent and of the time's sines."""
+    """They are those of the noisy latent and of the time's sines."""
     shape = {"width": 32, "depth": 1, "heads": 2, "patch": 4, "num_classes": 8}
     config = config_of(None, model=shape)
     model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])

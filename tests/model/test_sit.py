@@ -88,7 +88,7 @@ def by_kind(values):
 
 
 def scale_of(name, exact):
-    """Where a value is the small remainder of a cancellation, what it is measured against."""
+    """Return what a value is measured against that is the small remainder of a cancellation."""
     if name == "alignment":
         return torch.ones(())  # a mean of cosines
     if name.endswith("k_norm.bias"):

@@ -1,4 +1,4 @@
-"""On any number of ranks, in every stage: what is saved is what the engine holds, and comes back.
+"""Checks, on any number of ranks and in every stage, that what is saved is held, and comes back.
 
 python -m torch.distributed.run --nproc-per-node 3 -m tests.programs.saved_fragments RUN
 """

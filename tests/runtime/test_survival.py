@@ -104,7 +104,7 @@ def two_processes(run, fault, *overrides, stop_after=150):
 
 
 def last_line_before(log, words):
-    """When the last line with these words was written to a rank's log."""
+    """Return when the last line with these words was written to a rank's log."""
     line = next(x for x in reversed(log.splitlines()) if words in x)
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 

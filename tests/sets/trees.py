@@ -12,12 +12,12 @@ CLASS_SIZES = {"ant": 9, "bee": 14, "cat": 11}  # 34 images
 
 
 def noise(seed: int, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3]"""
+    """Make noise uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def write_tree(root: Path, sizes: dict[str, int] | None = None) -> Path:
-    """root/CLASS/NN.png: noise, most of it exactly RESOLUTION wide, some larger and oblong."""
+    """Write root/CLASS/NN.png: noise, most of it RESOLUTION wide, some larger and oblong."""
     for number, (name, count) in enumerate((sizes or CLASS_SIZES).items()):
         (root / name).mkdir(parents=True)
         for i in range(count):

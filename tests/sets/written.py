@@ -42,18 +42,18 @@ def label(number: int) -> int:
 
 
 def moments(number: int, view: int) -> np.ndarray:
-    """fp16 [2 * CHANNELS, SIDE, SIDE]"""
+    """Return a sample's moments, fp16 [2 * CHANNELS, SIDE, SIDE]."""
     values = np.arange(2 * CHANNELS * SIDE**2).reshape(2 * CHANNELS, SIDE, SIDE)
     return (values / 16 + number + 100 * view).astype(np.float16)
 
 
 def scale(number: int, view: int) -> np.ndarray:
-    """fp16 [GRID^2]"""
+    """Return the scales of a sample's tokens, fp16 [GRID^2]."""
     return (np.arange(GRID**2) / 8 + number + 200 * view).astype(np.float16)
 
 
 def tokens(number: int, view: int) -> np.ndarray:
-    """int8 [GRID^2, WIDTH]"""
+    """Return a sample's tokens, int8 [GRID^2, WIDTH]."""
     return (np.arange(GRID**2 * WIDTH).reshape(GRID**2, WIDTH) + number - 100 * view).astype(
         np.int8
     )
@@ -70,7 +70,7 @@ def write_set(
     latents: int = 0,
     encoders: dict[str, int] | None = None,
 ) -> ShardSet:
-    """`samples` images in shards; moments of `latents` views, features of {encoder: views}."""
+    """Write a set of `samples` images: moments of `latents` views, features of {encoder: views}."""
     folder.mkdir(parents=True)
     numbers = [range(i, min(i + shard_size, samples)) for i in range(0, samples, shard_size)]
     moments_column = None
@@ -150,7 +150,7 @@ def _column(
 
 
 def write_reference(folder: Path, samples: int = SAMPLES, per_folder: int = 10) -> Path:
-    """The same images and (fp32) moments in the reference's layout, its list in no order."""
+    """Write the same images and (fp32) moments in the reference's layout, its list in no order."""
     labels = []
     for number in range(samples):
         below = f"{number // per_folder:05d}"

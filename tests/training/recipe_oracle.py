@@ -122,8 +122,8 @@ def shapes(case: str) -> dict[str, tuple[int, ...]]:
 
 
 def sample(case: str, step: int, number: int) -> dict[str, Any]:
-    """What is stored of a sample: moments [2C,S,S] float32, its label, and of each encoder a scale
-    [T] fp16 and tokens [T,Z] int8.
+    """Return what is stored of a sample: moments [2C,S,S] float32, its label, and of each encoder a
+    scale [T] fp16 and tokens [T,Z] int8.
     """
     draws = np.random.RandomState(1000 * step + number)
     mean, std = draws.standard_normal((2, CHANNELS, SIDE, SIDE)) * 4
@@ -172,7 +172,7 @@ def time(recipe: dict[str, Any], step: int, number: int) -> float:
 def step_losses(
     case: str, weights: dict[str, Tensor], step: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, velocity loss, alignment loss or None) of a step's samples."""
+    """Return (loss, velocity loss, alignment loss or None) of a step's samples."""
     recipe, latent = CASES[case], (CHANNELS, SIDE, SIDE)
     squares, hiddens, targets = [], [], []
     for number in range(BATCH):
@@ -218,7 +218,7 @@ def rate(recipe: dict[str, Any], step: int) -> float:
 
 
 def losses(case: str, dtype: torch.dtype) -> dict[str, list[float]]:
-    """loss, velocity_loss and, with encoders, alignment_loss of each of the ten steps."""
+    """Return loss, velocity_loss and, with encoders, alignment_loss of each of the ten steps."""
     recipe = CASES[case]
     fixed = {"pos_embed": oracle.position_embedding(WIDTH, SIDE // PATCH)[None].float().to(dtype)}
     trained = {

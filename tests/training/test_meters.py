@@ -198,7 +198,7 @@ def traced(trainer):
 
 
 def places(syncs, *, of_deepspeed):
-    """Where a GPU would be waited for, as (file, function)."""
+    """Return where a GPU would be waited for, as (file, function)."""
     found = {(s.file, s.function) for s, _ in syncs.waiting}
     return {p for p in found if p[0].startswith("deepspeed/") == of_deepspeed}
 

@@ -42,7 +42,7 @@ def test_every_stage_and_every_resume_against_float64(tmp_path):
 
 @pytest.mark.parametrize("kernels", ["fused", "eager"])
 def test_a_flag_on_the_device_moves_none_of_them(kernels, monkeypatch):
-    """As a GPU's step does it: the flag is read by the operations, from the first step on."""
+    """The flag is read by the operations, from the first step on, as in a GPU's step."""
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(50))
     optimizer = AdamWEMA([param], OptimizerConfig(), emas=(FIXED, POWER), kernels=kernels)

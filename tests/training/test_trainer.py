@@ -22,7 +22,7 @@ SIGMAS = 4.5  # the draws are keyed: what passes once passes always
 
 @pytest.fixture(scope="module")
 def trainer(world):
-    """Of 4 x 4 pixels, aligned to stored features: nothing of an encoder is built."""
+    """A trainer of 4 x 4 pixels, aligned to stored features: nothing of an encoder is built."""
     config = load_config(
         QUICKSTART,
         ["run=nowhere", *SMALL, "training.micro_batch=4", "kernels=eager", "data.codec.side=4",

@@ -306,7 +306,7 @@ def test_missing_weights_say_what_to_do(weights, monkeypatch, tmp_path):
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch):
-    """At once where weights are to be loaded; random ones are missed when they are used."""
+    """It is at once where weights are to be loaded; random ones are missed when they are used."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
     codec = build_codec(SD_VAE, resolution=64, random_weights=True)
     for use in (

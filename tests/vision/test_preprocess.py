@@ -85,7 +85,7 @@ def test_rows_against_the_definition(name, stride, resolution, side, photo, as_g
 
 @pytest.mark.parametrize(("resolution", "side"), [(64, 256), (96, 112), (300, 224)])
 def test_an_input_of_any_side(resolution, side, photo, as_good_as):
-    """Up, down and not in whole ratios: what `input` in the configuration asks for."""
+    """It is resized up, down and not in whole ratios, as `input` in the configuration asks."""
     recipe = REGISTRY["dinov2-vit-b"]
     args = photo(resolution).numpy(), recipe.mean, recipe.std, side, False
     ours = Preprocess(recipe, side)(photo(resolution))

@@ -23,7 +23,7 @@ from fastrepa.vision.codec import Codec
 
 
 def recorded(emas: Sequence[EmaConfig]) -> dict[str, Any]:
-    """State name -> average, for state.json."""
+    """Return state name -> average, for state.json."""
     return {key: ema.as_written() for key, ema in zip(ema_keys(emas), emas, strict=True)}
 
 
@@ -49,7 +49,7 @@ def choose_ema(stored: Mapping[str, EmaConfig], name: str | None, *, source: Pat
 def resumed_emas(
     wanted: Sequence[EmaConfig], stored: Mapping[str, EmaConfig], step: int
 ) -> tuple[dict[str, str], list[str]]:
-    """(state name -> the stored kind it starts from, what there is to say of it, in lines).
+    """Return (state name -> the stored kind it starts from, what there is to say of it, in lines).
 
     An average finds itself wherever it is stored; a fixed decay that was changed goes on from the
     average that there is; any other starts from the weights.
@@ -85,6 +85,7 @@ def ema_model(
 
     Gathered tensor by tensor, in the dtype that training computes in and without projectors, by
     the ranks that say it is `needed`; the others get None. It is gone when the context ends.
+    fixed: what is not trained, by name, each [...] as the model has it.
     """
     with torch.device("meta"):
         model = SiT.from_config(config, side=codec.side, channels=codec.channels, encoder_widths=())

@@ -91,7 +91,7 @@ def fingerprint(run: Path, step: int) -> str:
 
 
 def read_state(path: Path) -> RunState:
-    """state.json of a checkpoint folder."""
+    """Read state.json of a checkpoint folder."""
     try:
         fields = json.loads((path / "state.json").read_text())
         state = RunState(**fields)
@@ -197,7 +197,7 @@ def _best(found: Mapping[Path, RunState], rule: KeepBestConfig) -> Path | None:
 
 
 def rng_state(world: World) -> dict[str, Tensor]:
-    """Torch's generators of this rank."""
+    """Return the states of this rank's generators: uint8 [n] on the host, by device type."""
     out = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         out["cuda"] = torch.cuda.get_rng_state()

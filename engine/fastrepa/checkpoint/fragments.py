@@ -24,7 +24,7 @@ WAIT = timedelta(minutes=30)  # for another rank's fragments; its loss is notice
 
 
 class Fragments:
-    """Who holds what of every tensor, and who writes it (collective to make).
+    """Knows which rank holds what of every tensor, and which writes it (collective to make).
 
     `mine` are the tensors that this rank writes. Beside their memory it holds in host memory what
     it sends: at most its own partition again.
@@ -67,7 +67,7 @@ class Fragments:
         self._group: Any = dist.new_group(backend="gloo", timeout=WAIT)
 
     def copy(self, host: Mapping[str, HostTensors]) -> None:
-        """This rank's fragments to host memory, without waiting for a GPU or another rank."""
+        """Copy this rank's fragments to host memory, without waiting for a GPU or another rank."""
         for kind, tensors in host.items():
             for name in self.whole.params:
                 start, values = self.whole.local(name, kind)
@@ -82,7 +82,7 @@ class Fragments:
         self.whole.let_go()
 
     def exchange(self, host: Mapping[str, HostTensors]) -> None:
-        """In a thread, once the copies are there: the rest of the tensors in `host`."""
+        """Fetch the rest of the tensors in `host`: in a thread, once the copies are there."""
         for i, kind in enumerate(host):
             works: list[Any] = []
             for name, source, start, count in self._received:

@@ -25,8 +25,8 @@ CHUNK = 8 << 20  # bytes written and hashed at a time
 class HostTensors:
     """Named float32 tensors side by side in one piece of host memory, pinned on a GPU's behalf.
 
-    `put` copies one in without waiting for a GPU; `file_chunks` is the whole as a safetensors file.
-    Torch rounds pinned memory up to a power of two.
+    `put` copies one [...] in without waiting for a GPU; `file_chunks` is the whole as a safetensors
+    file. Torch rounds pinned memory up to a power of two.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, pin: bool) -> None:

@@ -39,7 +39,7 @@ class Whole(Protocol):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
+        """The kinds: weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
 
     @property
     def emas(self) -> Sequence[EmaConfig]:
@@ -50,13 +50,13 @@ class Whole(Protocol):
         """Updates taken before an average began, of those that began later."""
 
     def get(self, name: str, kind: str) -> Tensor:
-        """The whole tensor, on the engine's device."""
+        """The whole tensor [...], of the parameter's shape, on the engine's device."""
 
     def set(self, name: str, kind: str, value: Tensor) -> None:
-        """Overwrite the whole tensor from `value`, float32, the parameter's shape."""
+        """Overwrite the whole tensor from `value` [...], float32, the parameter's shape."""
 
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
-        """This rank's fragment: where it begins in the flattened whole, and its values [n]."""
+        """Return this rank's fragment: its start in the flattened whole, and its values [n]."""
 
     def let_go(self) -> None:
-        """After the last get, set or local and before the next step: free what they hold."""
+        """Free what get, set and local hold: after the last of them and before the next step."""

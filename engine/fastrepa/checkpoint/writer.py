@@ -100,7 +100,7 @@ class CheckpointWriter:
         self._thread = in_background(partial(self._write, copied, rng_state(self.world)))
 
     def poll(self) -> None:
-        """Once a step: finish the save in flight where every rank has written its part.
+        """Finish the save in flight where every rank has written its part; called once a step.
 
         Never waits for a disk. A save that failed is a warning: the run goes on, and what was
         saved before stays.
@@ -137,7 +137,7 @@ class CheckpointWriter:
         return bool(flag)
 
     def _next_stage(self, required: bool) -> None:
-        """All wrote: the first rank finishes. It finished: say so."""
+        """Let the first rank finish once all have written, and say so once it has."""
         assert self._thread is not None
         mine: Any
         try:
@@ -174,7 +174,7 @@ class CheckpointWriter:
     # In the thread ----------------------------------------------------------------------------
 
     def _write(self, copied: Any, rng: dict[str, Tensor]) -> dict[str, Any]:
-        """This rank's files; returns their digests by name."""
+        """Write this rank's files; return their digests by name."""
         if copied is not None:
             copied.synchronize()
         with timed(self.seconds, "exchange"):

@@ -86,7 +86,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_profile, here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Where every millisecond of a training step goes: by region, part and kernel, with idle gaps.
+    """Show where every millisecond of a step goes: by region, part and kernel, with idle gaps.
 
     Takes real steps and writes a trace, two pictures and profile.json into a folder; the run's own
     folder is not touched. Data and encoder weights that are not here are replaced by random ones.

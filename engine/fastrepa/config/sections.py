@@ -155,7 +155,7 @@ class ModelConfig(_Section):
 
 
 class AlignmentConfig(_Section):
-    """REPA: which block, through which projector, how strongly."""
+    """REPA's alignment: of which block, through which projector, how strongly."""
 
     weight: Annotated[float, Field(ge=0.0)] = 0.5
     block: Positive = Field(description="1-based; if not given: 4 for S/B, 8 for L/XL")
@@ -216,13 +216,13 @@ class EmaConfig(_Section):
         return self.decay if self.sigma_rel is None else {"sigma_rel": self.sigma_rel}
 
     def __str__(self) -> str:
-        """As the command line names it: 0.9999, or sigma_rel=0.05."""
+        """Return what the command line calls it: 0.9999, or sigma_rel=0.05."""
         return str(self.decay) if self.sigma_rel is None else f"sigma_rel={self.sigma_rel}"
 
 
 class KeepBestConfig(_Section):
-    """Which checkpoint is the best: by a key of metrics.jsonl, as last logged before the save, or
-    by an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
+    """The rule of the best checkpoint: a key of metrics.jsonl, as last logged before the save, or
+    an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
     """
 
     metric: str
@@ -402,7 +402,7 @@ class AttentionConfig(_Section):
 
 
 class SurvivalConfig(_Section):
-    """When a run that is in trouble says so, and when it stops."""
+    """The times after which a run that is in trouble says so, and stops."""
 
     timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
         60.0, description="within this time of a rank's loss the run has ended on all others"

@@ -45,7 +45,7 @@ class Gallery:
         return self._store("image").name(*place).rpartition(" ")[2]
 
     def image(self, number: int) -> np.ndarray:
-        """uint8 [R,R,3]"""
+        """Read an image: uint8 [R,R,3]."""
         encoded: list[Any] = [None]
         self._fill("image", number, encoded=encoded)
         try:
@@ -56,7 +56,7 @@ class Gallery:
             raise DataError(f"{name}: cannot be decoded ({error})") from None
 
     def latent_mean(self, number: int) -> np.ndarray:
-        """float32 [C,h,w]; only where the set has moments."""
+        """Read a latent's mean: float32 [C,h,w]; only where the set has moments."""
         column = self.moments
         assert column is not None
         kind = np.float16 if column.files else np.float32  # in the reference's layout
@@ -65,7 +65,7 @@ class Gallery:
         return moments[0, : column.channels].astype(np.float32)
 
     def tokens(self, encoder: FeaturesColumn, number: int) -> np.ndarray:
-        """float32 [T,Z]"""
+        """Read an image's tokens: float32 [T,Z]."""
         scale = np.empty((1, encoder.grid**2), dtype=np.float16)
         tokens = np.empty((*scale.shape, encoder.width), dtype=np.int8)
         self._fill(encoder.name, number, features=((scale, tokens),))
@@ -121,7 +121,7 @@ class Gallery:
 def choose(
     labels: np.ndarray, num: int, seed: int, allowed: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Up to `num` places in `labels` [N], a seeded draw that takes the classes in turn.
+    """Choose up to `num` places in `labels` [N], a seeded draw that takes the classes in turn.
 
     No class has two more than another that still has images left. The first k of a draw are the
     draw of k.

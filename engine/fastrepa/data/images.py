@@ -35,7 +35,7 @@ _BASELINE, _PROGRESSIVE = 0xC0, 0xC2  # JPEG's start-of-frame markers that every
 
 
 class UnreadableImageError(Exception):
-    """Why one image cannot be used, in a few words."""
+    """Says why one image cannot be used, in a few words."""
 
 
 @dataclass(frozen=True)

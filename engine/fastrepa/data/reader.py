@@ -22,7 +22,7 @@ from fastrepa.errors import ConfigError
 
 
 class Order(Protocol):
-    """Which sample stands at a position of an endless stream. Asked from one thread."""
+    """Knows the sample at every position of an endless stream. Asked from one thread."""
 
     @property
     def num_samples(self) -> int: ...
@@ -62,7 +62,7 @@ class SampleOrder:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(shard, sample within the shard) at a global position >= 0 of the endless stream."""
+        """Return (shard, sample within it) at a global position >= 0 of the endless stream."""
         epoch, index = divmod(position, self.epoch_samples)
         _, starts = self._epoch(epoch)
         window = bisect_right(starts, index) - 1
@@ -81,7 +81,7 @@ class SampleOrder:
         return self._epochs[epoch]
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
-        """(shard, sample) of every place in a window: int64 [samples in the window, 2]."""
+        """Return (shard, sample) of every place in a window: int64 [samples in the window, 2]."""
         if (epoch, window) not in self._windows:
             shards = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
             sizes = self.shard_sizes[shards]
@@ -104,7 +104,7 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class RankBatches:
-    """Which positions of the stream are whose.
+    """Knows which rank takes which positions of the stream.
 
     With A = global_batch / (world * micro_batch) forward passes per step, batch k of rank r belongs
     to step start_step + k // A and is its pass m = k % A; its i-th sample is number

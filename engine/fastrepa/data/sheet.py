@@ -133,7 +133,7 @@ def _draw_caption(
 
 
 def false_colours(maps: np.ndarray) -> np.ndarray:
-    """uint8 of maps [..., C], C up to 3: each channel stretched over all maps, missing ones grey.
+    """Colour maps [..., C], C up to 3: uint8, channels stretched over all maps, missing ones grey.
 
     The 2nd percentile becomes 0 and the 98th 255, so that a few outliers do not leave the rest one
     colour. A constant channel is grey.

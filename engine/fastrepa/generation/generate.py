@@ -96,7 +96,7 @@ def choose_classes(
 
 
 def rank_batches(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Tensor]:
-    """The image numbers of each batch that a rank makes: batches of 0 .. num - 1, dealt in turn.
+    """The image numbers [n] int64 of each batch of a rank: batches of 0 .. num - 1, dealt in turn.
 
     Which images share a batch, and where in it they stand, is the same for every world_size.
     """
@@ -117,7 +117,7 @@ def generate(
     null_label: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """uint8 images [N,3,H,W] on the host, for labels [N] int64 and sample_ids [N] int64.
+    """Draw uint8 images [N,3,H,W] on the host, for labels [N] int64 and sample_ids [N] int64.
 
     `model` maps (x [B,C,h,w] float32, t [B], labels [B]) to a velocity; a module is put in eval
     mode meanwhile. It runs on batches of exactly `batch_size`: a last, shorter one is filled up
@@ -187,7 +187,7 @@ def ready_to_sample(
 
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
-    """float32 products in TF32 where `precision` is that, and as they were afterwards."""
+    """Take float32 products in TF32 where `precision` is that, and as they were afterwards."""
     before = torch.get_float32_matmul_precision()
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -198,7 +198,7 @@ def _products(precision: str) -> Iterator[None]:
 
 
 def _fill(values: Tensor, length: int) -> Tensor:
-    """values [n] lengthened to [length] by repeating the last."""
+    """Lengthen values [n] to [length] by repeating the last."""
     return torch.cat((values, values[-1:].expand(length - len(values))))
 
 
@@ -385,15 +385,15 @@ def image_path(folder: Path, number: int) -> Path:
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every level,
-    and level 1 is the quick one.
+    """Write uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every
+    level, and level 1 is the quick one.
     """
     with aside(path, path.with_suffix(".png.partial")) as partial:
         to_image(image).save(partial, "PNG", compress_level=1)
 
 
 def read_png(path: Path) -> Tensor:
-    """uint8 image [3,H,W] from a PNG."""
+    """Read uint8 image [3,H,W] from a PNG."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 

@@ -99,7 +99,7 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _points(
     metrics: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(steps [n], values [n]) float64 of the lines that hold the key."""
+    """Return (steps [n], values [n]) float64 of the lines that hold the key."""
     pairs = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
     steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return steps, values

@@ -1,4 +1,4 @@
-"""From noise to latents: probability-flow ODE (Euler, Heun) and reverse SDE (Euler-Maruyama).
+"""Samplers of latents: probability-flow ODE (Euler, Heun) and reverse SDE (Euler-Maruyama).
 
 The network's velocity v(x, t) carries noise at t = 1 to data at t = 0 (SiT: Ma et al. 2024, section
 2; REPA: Yu et al. 2025, appendix on sampling). The state is float64 throughout; only the network

@@ -1,4 +1,4 @@
-"""Which attention a run computes with: the configuration's wish, and what this device can do."""
+"""The attention that a run computes with: the configuration's wish, and what this device can."""
 
 from __future__ import annotations
 

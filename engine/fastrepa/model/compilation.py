@@ -72,13 +72,13 @@ def copy_gradients(model: nn.Module) -> None:
 
 
 def compile_forward(model: nn.Module, **options: Any) -> None:
-    """`model.compile` would take in the hooks that DeepSpeed sets around a whole model's forward,
-    whose timers break the graph.
+    """Compile the forward alone: `model.compile` would take in the hooks that DeepSpeed sets around
+    a whole model's, whose timers break the graph.
     """
     model.forward = torch.compile(model.forward, dynamic=False, **options)
 
 
 def next_graph(way: str) -> None:
-    """Before each forward: what the graphs of the one before still hold may be overwritten."""
+    """Let the graphs of the next forward overwrite what those of the one before still hold."""
     if way == "graphs":
         torch.compiler.cudagraph_mark_step_begin()

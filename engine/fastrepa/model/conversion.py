@@ -107,13 +107,16 @@ def _tensors(stored: Any, source: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `state` into `model`, strictly; CheckpointError names the first tensor that differs."""
+    """Copy `state`, [...] by name, into `model`, strictly. Raises as `check_weights`."""
     check_weights(model, state, source=source)
     model.load_state_dict(dict(state), strict=True)
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """CheckpointError where names or shapes differ; the model may be on the meta device."""
+    """Compare `state`, [...] by name, with a model, which may be on the meta device.
+
+    Raises CheckpointError, naming the first tensor whose name or shape differs.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
@@ -138,7 +141,8 @@ def save_reference(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write what the reference's own scripts read: {model, ema, opt, args, steps}, or bare EMA
-    safetensors with `metadata`. `opt` is a torch AdamW's state dict over the model's parameters.
+    safetensors with `metadata`. `model`, `ema`: [...] by parameter name. `opt` is a torch AdamW's
+    state dict over the model's parameters.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

@@ -68,7 +68,7 @@ def model_flops(
 def counted_flops(
     build: Callable[[], nn.Module], run: Callable[[Any], object]
 ) -> tuple[int, nn.Module]:
-    """(FLOPs of `run(network)` as torch's counter sees them, the network on the meta device)."""
+    """Return (FLOPs of `run(network)` by torch's counter, the network on the meta device)."""
     with torch.device("meta"), torch.no_grad():
         network = build().eval()
         # The counter knows attention's products best where they are written out.

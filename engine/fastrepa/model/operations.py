@@ -37,13 +37,13 @@ class Operations:
 def per_sample_alignment(x: Tensor, weights: Sequence[Tensor], target: Tensor) -> Tensor:
     """Return the same loss as REPA takes it, in a Python loop over the batch: a rival.
 
-    x [B,T,D], target [B,T,Z]; weights as projector_alignment's. Returns a scalar.
+    x [B,T,D], target [B,T,Z] -> []; weights as projector_alignment's.
     """
-    projected = projector_reference(x, weights)
+    projected = projector_reference(x, weights)  # [B,T,Z]
     wide = torch.promote_types(projected.dtype, torch.float32)
     loss = torch.zeros((), device=x.device, dtype=wide)
     for ours, theirs in zip(projected, target, strict=True):
-        a, b = F.normalize(ours.to(wide), dim=-1), F.normalize(theirs.to(wide), dim=-1)
+        a, b = F.normalize(ours.to(wide), dim=-1), F.normalize(theirs.to(wide), dim=-1)  # [T,Z]
         loss = loss - (a * b).sum(-1).mean()
     return loss / x.shape[0]
 

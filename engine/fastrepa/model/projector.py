@@ -30,7 +30,7 @@ class Projector(nn.Sequential):
         self.out_features = out
 
     def forward(self, hidden: Tensor, target: Tensor, operations: Operations) -> Tensor:  # type: ignore[override]
-        """-mean cosine of the projection of hidden [B,T,D] with target [B,T,Z]."""
+        """-mean cosine [] of the projection of hidden [B,T,D] with target [B,T,Z]."""
         layers = [layer for layer in self if isinstance(layer, nn.Linear)]
         weights = [p for layer in layers for p in (layer.weight, layer.bias)]
         return operations.projector_alignment(hidden, weights, target)
@@ -41,7 +41,7 @@ def alignment_loss(
 ) -> Tensor:
     """The mean over encoders of -mean cosine(projector(hidden), target), float32 or wider.
 
-    hidden [B,T,D], targets[k] [B,T,Z_k].
+    hidden [B,T,D], targets[k] [B,T,Z_k] -> []. Raises ValueError where they do not fit.
     """
     if len(targets) != len(projectors):
         raise ValueError(f"targets: got {len(targets)} for {len(projectors)} projectors")

@@ -55,7 +55,7 @@ class Annotating(Meter):
 
 
 def profiler(device: torch.device) -> Any:
-    """torch.profiler of the host and, where that is a GPU, of `device`."""
+    """Make torch.profiler of the host and, where that is a GPU, of `device`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks on stderr
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -129,7 +129,7 @@ def summary(events: Sequence[FunctionEvent], steps: int, *, on_gpu: bool) -> dic
 
 
 def _by_name(items: Sequence[tuple[str, float]], steps: int) -> list[dict[str, Any]]:
-    """name, count and us per step of (name, us), the longest together first."""
+    """Return name, count and us per step of (name, us), the longest together first."""
     found: dict[str, list[float]] = defaultdict(list)
     for name, us in items:
         found[name].append(us)

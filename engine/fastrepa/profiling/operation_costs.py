@@ -132,7 +132,7 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 class OperationCosts(TorchDispatchMode):
-    """While entered: `counted` by (operation, region, part), what is done below autograd."""
+    """Counts what is done below autograd, by (operation, region, part), while entered."""
 
     def __init__(self, region: Callable[[], str], parts: Parts) -> None:
         super().__init__()

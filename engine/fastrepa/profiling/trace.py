@@ -56,7 +56,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Trace:
-    """Per step: operations and gaps, the longest first; seconds, slowed down by the profiler;
+    """A step's operations and gaps, the longest first; seconds, slowed down by the profiler;
     busy_seconds: of these, while anything ran.
     """
 
@@ -178,7 +178,7 @@ def on_device(e: FunctionEvent) -> bool:
 
 
 def _annotation(e: FunctionEvent) -> bool:
-    """On a GPU the annotations come again, as spans of the stream."""
+    """Tell whether it is an annotation: on a GPU they come again, as spans of the stream."""
     return e.is_user_annotation or e.name.startswith((REGION, PART, STEP))
 
 
@@ -229,7 +229,7 @@ def idle_gaps(
     running: Sequence[Span],
     region_at: Callable[[float], str],
 ) -> tuple[list[Gap], float]:
-    """(gaps, the longest together first; seconds in which anything ran), per window."""
+    """Return (gaps, the longest together first; seconds in which anything ran), per window."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     idle, at = 0.0, 0
     for start, end in windows:

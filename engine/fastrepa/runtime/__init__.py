@@ -1,1 +1,1 @@
-"""Needed by every process, whatever it does: its life, its files, the machine."""
+"""The parts that every process needs, whatever it does: its life, its files, the machine."""

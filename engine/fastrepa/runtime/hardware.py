@@ -102,8 +102,10 @@ class Links:
     network_latency: float = 15e-6
 
     def bandwidth(self, world: int) -> float:
-        """That of rings over `world` GPUs. Across servers there is a ring per adapter, each with
-        its share of the data: a server's adapters together are what NVLink is compared with.
+        """Return the bandwidth of rings over `world` GPUs.
+
+        Across servers there is a ring per adapter, each with its share of the data: a server's
+        adapters together are what NVLink is compared with.
         """
         if world <= self.per_node:
             return self.nvlink

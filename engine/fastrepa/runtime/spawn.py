@@ -47,7 +47,7 @@ def clean_start() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """In a worker: exit at once when the process that started it is gone, even by SIGKILL.
+    """Let a worker exit at once when the process that started it is gone, even by SIGKILL.
 
     A worker waits on semaphores that nobody would ever post again. Does nothing in a process
     that multiprocessing did not start.
@@ -69,7 +69,7 @@ class StoppedError(Exception):
 
 
 def go_on() -> None:
-    """In a job: call it often. Raises StoppedError once the jobs were given up."""
+    """Raise StoppedError once the jobs were given up; a job calls this often."""
     if _stop.value:
         raise StoppedError
 

@@ -32,7 +32,7 @@ log = logging.getLogger("fastrepa")
 
 
 class Limits(Protocol):
-    """Seconds: a rank silent for `timeout_seconds` is lost, a step of `stall_seconds` stalls."""
+    """Limits: a rank silent for `timeout_seconds` is lost, a step of `stall_seconds` stalls."""
 
     @property
     def timeout_seconds(self) -> float: ...
@@ -89,7 +89,7 @@ class RankLog:
         log.info("joined, %d ranks, process %d", world.size, os.getpid())
 
     def stacks(self, why: str) -> None:
-        """Where every thread of this process is."""
+        """Log where every thread of this process is."""
         log.error("%s; every thread's stack:", why)
         with suppress(OSError):  # a full disk must not stop what comes after
             self.file.flush()

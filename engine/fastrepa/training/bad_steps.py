@@ -36,11 +36,11 @@ class BadSteps:
         self._seen = 0
 
     def add(self, loss: Tensor) -> None:
-        """A micro-batch's loss, a scalar of this rank."""
+        """Take note of a micro-batch's loss [] on this rank."""
         self._loss = self._loss | ~loss.detach().isfinite()
 
     def agree(self) -> Tensor:
-        """Tell if any rank's loss of this step is not finite: bool, on the device (collective)."""
+        """Tell if any rank's loss of this step is not finite: bool [] on the device; collective."""
         flag = self._loss.float()
         if self.world.size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -48,7 +48,7 @@ class BadSteps:
         return self._loss
 
     def taken(self, norm: Tensor | float) -> Tensor:
-        """The step is over, with this global gradient norm; whether it was skipped, 0 or 1."""
+        """End the step, with this global gradient norm; tell if it was skipped: [], 0 or 1."""
         bad = (self._loss | bad_norm(norm).to(self.world.device)).float()
         self._loss = torch.zeros_like(self._loss)
         self._in_row = (self._in_row + 1) * bad

@@ -36,7 +36,7 @@ def diagnosis(
     """Repeat step number `step`, which was skipped, and say what in it is not finite (collective).
 
     repeat: the forward and backward of this rank's n-th micro-batch of that step once more, with
-    the same weights, batch and noise; returns its losses. names: of the samples of each
+    the same weights, batch and noise; returns its losses [] by name. names: of the samples of each
     micro-batch. group: a gloo group of all ranks. Everything found is written to
     RUN/bad_step_*.json. The engine cannot go on afterwards.
     """
@@ -148,7 +148,7 @@ def _told(
 
 
 def _bad_samples(x: Tensor) -> Tensor:
-    """bool [B]: which samples of x [B, ...] hold a value that is not finite."""
+    """Tell which samples of x [B, ...] hold a value that is not finite: bool [B]."""
     return ~x.detach().isfinite().flatten(1).all(1)
 
 

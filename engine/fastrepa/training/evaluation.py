@@ -42,7 +42,7 @@ MakeEvaluator = Callable[[Config, World, Codec, list[str]], Evaluator]
 
 
 class Evaluations:
-    """When a run is evaluated, as `evaluation` in its configuration says, and what came of it."""
+    """A run's evaluations: when they are due, by its `evaluation` section, and their scores."""
 
     def __init__(
         self, config: Config, world: World, codec: Codec, evaluator: Evaluator | None
@@ -75,7 +75,8 @@ class Evaluations:
     ) -> dict[str, float]:
         """Scores of the averaged weights, by name, on all ranks (collective).
 
-        `alive` is called after every batch. Raises DataError for features that are not finite.
+        fixed: what is not trained, by name, each [...] as the model has it. `alive` is called after
+        every batch. Raises DataError for features that are not finite.
         """
         evaluator, settings, world = self.evaluator, self.settings, self.world
         assert evaluator is not None

@@ -40,7 +40,7 @@ class _Begun:
 
 
 class LookAhead:
-    """At most one micro-batch ahead of the trainer.
+    """Makes targets at most one micro-batch ahead of the trainer.
 
     wanted: `vision.look_ahead`. active: what came of it.
     """
@@ -71,7 +71,7 @@ class LookAhead:
             self._begun = _Begun(batches, batch, self.targets(batch), self._side.record_event())
 
     def take(self, batches: Batches, region: Region) -> tuple[Batch, list[Tensor] | None]:
-        """The batch that was begun, with its targets; otherwise the next one, still without."""
+        """Return (the batch that was begun, its targets [B,T,Z]), or (the next batch, None)."""
         begun, self._begun = self._begun, None
         if self._side is not None and begun is not None:
             with region("encoder"):

@@ -35,7 +35,7 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
 
 
 def first_line(trainer: Trainer) -> str:
-    """One line: what a run computes on and which paths are active."""
+    """Say in one line what a run computes on and which paths are active."""
     c, w, codec = trainer.config, trainer.world, trainer.codec
     where = (
         torch.cuda.get_device_name(w.device)

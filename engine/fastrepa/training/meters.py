@@ -145,7 +145,7 @@ class Meter:
             self._pool.append(event)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """One step's means of this rank, on the device; `skipped` is 1 where it was left out."""
+        """Add a step's means [] of this rank, on the device; `skipped`: 1 where it was left out."""
         self.steps += 1
         skipped = metrics["skipped"]
         for name, value in metrics.items():
@@ -158,8 +158,8 @@ class Meter:
         """The log line of the steps since the last reading: means over steps and ranks, per-device
         rates, peak_memory_bytes of the fullest rank (collective; waits for the device).
 
-        peak_memory_bytes: of torch's allocator since the last line; on the CPU the process's
-        largest resident set so far.
+        norm: a number or []. peak_memory_bytes: of torch's allocator since the last line; on the
+        CPU the process's largest resident set so far.
         """
         self._mark(self._stack[-1] if self._stack else OTHER)
         if self._marks:

@@ -18,7 +18,7 @@ from fastrepa.interpolant import path_coefficients, velocity_from_data
 
 
 def lognormal_time(path: str, normal: Tensor) -> Tensor:
-    """t whose noise-to-signal ratio sigma/alpha is exp(normal), normal [B] ~ N(mean, std^2)."""
+    """Return t [B] whose noise to signal, sigma/alpha, is exp(normal), normal [B] Gaussian."""
     ratio = normal.exp()
     return ratio / (1 + ratio) if path == "linear" else torch.atan(ratio) * (2 / math.pi)
 
@@ -39,7 +39,7 @@ class Objective:
     config: ObjectiveConfig
 
     def interpolate(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, velocity target), both [B,C,h,w] float32, from z and noise [B,C,h,w] and t [B].
+        """Return (x_t, velocity target), [B,C,h,w] float32, of z and noise [B,C,h,w] and t [B].
 
         Where the network predicts z, the target is clamped below t = 0.05 as its velocity is.
         """
@@ -53,6 +53,6 @@ class Objective:
 
     @staticmethod
     def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error in float32 (float64 stays): the mean over C,h,w, then over B."""
+        """Mean squared error [] of two [B,C,h,w], over all elements, in float32 (float64 stays)."""
         dtype = torch.promote_types(velocity.dtype, torch.float32)
         return (velocity.to(dtype) - target.to(dtype)).square().mean()

@@ -25,8 +25,8 @@ NORM_PIECE = 1 << 16  # elements
 
 
 def power_gamma(sigma_rel: float) -> float:
-    """gamma of the power function with this relative standard deviation: the real root above 0 of
-    sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (Karras et al. 2024, algorithm 2).
+    """Return gamma of the power function with this relative standard deviation: the real root above
+    0 of sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (Karras et al. 2024, algorithm 2).
     """
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
@@ -73,7 +73,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.bad_loss: Tensor | None = None
 
     def prepare(self, param: Tensor) -> None:
-        """Create the states of one parameter where they are missing."""
+        """Create the states of one parameter [...], in its shape, where they are missing."""
         if not self.state[param]:
             self.state[param] = {
                 "step": torch.zeros((), dtype=torch.float32, device=param.device),
@@ -96,9 +96,10 @@ class AdamWEMA(torch.optim.AdamW):
     def update(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], low: Sequence[Tensor] | None = None
     ) -> None:
-        """Update `params`, of one parameter group, by `grads` of any floating dtype.
+        """Update `params` [...], of one parameter group, by `grads` of any floating dtype.
 
-        low: tensors of another dtype that receive the new weights in the same pass.
+        grads have the shapes of params, and low too: tensors of another dtype that receive the new
+        weights in the same pass.
         """
         for p in params:
             self.prepare(p)
@@ -122,7 +123,7 @@ class AdamWEMA(torch.optim.AdamW):
         return param.device.type == "cpu"
 
     def _norm(self, grads: Sequence[Tensor]) -> tuple[Any, Any]:
-        """(the gradients' global norm, the factor that clips them or None)."""
+        """Return (the gradients' global norm, the factor that clips them or None)."""
         if self.max_norm is None:
             return self.engine_norm(), None
         norm = _norm_of(grads)
@@ -174,7 +175,7 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
     def _eager_update(self, params, grads, low, bad, scale) -> None:
-        """As torch does it, pass by pass."""
+        """Update as torch does it, pass by pass."""
         theirs = [p.grad for p in params]  # where states are offloaded, DeepSpeed's own buffers
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(p.dtype)
@@ -205,8 +206,8 @@ def _norm_of(grads: Sequence[Tensor]) -> Tensor:
 
 
 def bad_norm(norm: Tensor | float) -> Tensor:
-    """Tell whether a gradient norm is NaN, infinite or DeepSpeed's -1 for either: a bool scalar on
-    its device.
+    """Tell whether a gradient norm, a number or [], is NaN, infinite or DeepSpeed's -1 for either:
+    bool [] on its device.
     """
     value = torch.as_tensor(norm).reshape(())
     return ~((value >= 0) & (value < float("inf")))  # a NaN compares as false

@@ -106,7 +106,7 @@ class Targets:
         ]
 
     def describe(self) -> str:
-        """For a run's first line."""
+        """Name the encoders, for a run's first line."""
 
         def how(name: str) -> str:
             words = ["cached"] if self.cached else []

@@ -194,7 +194,7 @@ class Telemetry:
             self.say(f"step {step}/{self.steps} · {figures} · ETA {rest / 60:.1f} min")
 
     def _append(self, line: str) -> None:
-        """To metrics.jsonl; on a full disk lines wait, whole, until there is room again."""
+        """Append to metrics.jsonl; on a full disk lines wait, whole, until there is room again."""
         waiting, self._unwritten = self._unwritten, self._unwritten + line
         path = self.metrics_path
         size = path.stat().st_size if path.exists() else 0

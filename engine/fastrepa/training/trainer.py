@@ -114,9 +114,10 @@ class Trainer:
         self.last_batches: list[Batch] = []  # of the last step, to explain it with
 
     def train_step(self, batches: Batches) -> dict[str, Tensor]:
-        """One update from `forwards` micro-batches; this rank's means, left on the device.
+        """Take one update from `forwards` micro-batches; return this rank's means [] by name.
 
-        `skipped` is 1 where a loss or gradient was not finite and the update was left out.
+        They stay on the device. `skipped` is 1 where a loss or gradient was not finite and the
+        update was left out.
         """
         totals: dict[str, Tensor] = {}
         region = self.meter.region
@@ -146,10 +147,10 @@ class Trainer:
     def forward_losses(
         self, batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """loss, velocity_loss and, with encoders, alignment_loss of one micro-batch.
+        """Return loss, velocity_loss and, with encoders, alignment_loss of a micro-batch, [] each.
 
         samples [B] int64: the samples' numbers within the step's global batch, which key their
-        noise, time and label dropout. targets: made here unless given.
+        noise, time and label dropout. targets [B,T,Z] by encoder: made here unless given.
         """
         region = self.meter.region
         if targets is None:
@@ -173,7 +174,7 @@ class Trainer:
         return {"loss": loss, "velocity_loss": velocity_loss, "alignment_loss": alignment}
 
     def sample_numbers(self, forward: int) -> Tensor:
-        """This rank's samples of its forward-th micro-batch, numbered within the global batch."""
+        """Number the samples [B] of this rank's forward-th micro-batch within the global batch."""
         first = (self.world.rank * self.forwards + forward) * self.micro
         return torch.arange(first, first + self.micro, device=self.world.device)
 

@@ -1,4 +1,4 @@
-"""Between images and what the generator sees: pixels in [-1, 1], or Stable Diffusion's latents.
+"""Codecs between images and what the generator sees: pixels in [-1, 1], or SD's latents.
 
     pixel    z = area_average(image / 127.5 - 1)                      [B,3,R,R] -> [B,3,side,side]
     sd-vae   mean, std = vae(image / 127.5 - 1)                       [B,3,R,R] -> [B,8,R/8,R/8]
@@ -48,19 +48,22 @@ class Codec(Protocol):
     scale: float
 
     def encode(self, image_u8: Tensor) -> Tensor | None:
-        """Moments [B,2C,h,w] fp32 of image_u8 [B,3,R,R]; None where a codec has none."""
+        """Return moments [B,2C,h,w] fp32 of image_u8 [B,3,R,R]; None where a codec has none."""
 
     def latents(
         self, image_u8: Tensor | None, moments: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        """z [B,C,h,w] fp32 from moments where given, otherwise from the image."""
+        """Return z [B,C,h,w] fp32 of moments [B,2C,h,w] where given, else of image_u8 [B,3,R,R].
+
+        noise [B,C,h,w]: where stochastic. Raises ValueError for what is missing or misfits.
+        """
 
     def decode(self, z: Tensor) -> Tensor:
-        """image_u8 [B,3,R',R'] uint8, rounded and clamped."""
+        """Return image_u8 [B,3,R',R'] uint8 of z [B,C,h,w], rounded and clamped."""
 
 
 def codec_shape(config: CodecConfig, resolution: int) -> tuple[int, int]:
-    """(channels, side) of the latents for images of `resolution` px; nothing is built.
+    """Return (channels, side) of the latents for images of `resolution` px; nothing is built.
 
     ConfigError when the resolution is not a multiple of what the codec needs.
     """
@@ -132,14 +135,14 @@ def encoder_digest(vae: Any) -> str:
 
 
 def image_to_unit(image_u8: Tensor) -> Tensor:
-    """uint8 [B,3,R,R] in 0..255 -> fp32 in [-1, 1]."""
+    """Scale uint8 [B,3,R,R] in 0..255 to fp32 in [-1, 1]."""
     if image_u8.dtype != torch.uint8:
         raise TypeError(f"image_u8 must be uint8, not {image_u8.dtype}")
     return image_u8.to(torch.float32) / 127.5 - 1
 
 
 def unit_to_image(x: Tensor) -> Tensor:
-    """Float [B,3,R,R] in [-1, 1] -> uint8, rounded to nearest (half to even) and clamped."""
+    """Scale float [B,3,R,R] in [-1, 1] to uint8, rounded to nearest (half to even) and clamped."""
     return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -147,7 +147,7 @@ class FrozenEncoder(nn.Module):
         return self._run(image_u8)
 
     def use_graphs(self) -> None:
-        """From now on compiled and replayed as a CUDA graph (vision/replays.py)."""
+        """Compile the forward and replay it as a CUDA graph from now on (vision/replays.py)."""
         self._run = Replays(torch.compile(self._tokens, dynamic=False))
 
     def _tokens(self, image_u8: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: a checkpoint of a model that holds the encoder does not hold its weights."""
+        """Return nothing: a model's checkpoint does not hold its encoder's weights."""
         return {} if destination is None else destination
 
 
@@ -221,7 +221,7 @@ class CachedFeatures(nn.Module):
 def cached_features(
     config: EncoderConfig, *, resolution: int, grid: int, dtype: torch.dtype = torch.float32
 ) -> CachedFeatures:
-    """`build_encoder` without the encoder: nothing of its weights is read or downloaded.
+    """Do as `build_encoder` without the encoder: nothing of its weights is read or downloaded.
 
     ConfigError as there: an unknown name, or grids that `config.grid` cannot reconcile.
     """
@@ -254,7 +254,7 @@ def blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:
 
 
 def _tap(model: Any, where: str) -> tuple[int, int, bool]:
-    """Which block or stage is taken, its stride in pixels, and whether it is a plain transformer's.
+    """Return the block or stage taken, its stride in pixels, and if it is a plain transformer's.
 
     A plain transformer (patch tokens of one size in every block) is taken at its last block; any
     other network at its deepest feature map of stride 16.
@@ -351,5 +351,5 @@ def _load_network(config: EncoderConfig, plan: EncoderPlan) -> nn.Module:
 
 
 def _offer_own_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Before a load: a parent's state dict holds none of these, so the module offers its own."""
+    """Offer the module's own weights to a load: a parent's state dict holds none of them."""
     state_dict.update(nn.Module.state_dict(module, prefix=prefix))

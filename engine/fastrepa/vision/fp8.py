@@ -28,7 +28,7 @@ LIKENESS = 0.999
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N,D] -> (e4m3 [N,D], scale fp32 [N,1]), x = e4m3 * scale but for rounding.
+    """Quantise x [N,D] to (e4m3 [N,D], scale fp32 [N,1]): x = e4m3 * scale but for rounding.
 
     In eager mode several passes; under torch.compile one, joined to what made x.
     """

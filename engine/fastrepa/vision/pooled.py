@@ -80,7 +80,9 @@ def plan_pooled(config: EncoderConfig) -> PooledPlan:
 
 
 class PooledEncoder(nn.Module):
-    """`forward(image_u8 [B,3,H,W] uint8) -> [B,Z]` fp32, outside autograd, for any H and W.
+    """An encoder with one feature an image, outside autograd.
+
+    `forward(image_u8 [B,3,H,W] uint8) -> [B,Z]` fp32, for any H and W.
 
     Like a FrozenEncoder it stays in eval mode. width: Z; side: pixels the network sees; digest:
     SHA-256 of its fp32 weights; name: how results call its space.
@@ -126,5 +128,5 @@ def _pooled(network: Any, x: Tensor) -> Tensor:
 
 
 def _drop_classifier(network: Any) -> None:
-    """In place; the pooled feature passes all the rest."""
+    """Drop it in place; the pooled feature passes all the rest."""
     network.reset_classifier(0)

@@ -1,4 +1,4 @@
-"""From a uint8 image to an encoder's input, exactly as REPA prepares it, on the device.
+"""Makes an encoder's input of a uint8 image, exactly as REPA prepares it, on the device.
 
     x = image / 255;  x = (x - mean) / std;  x = bicubic(x, side)      order "normalise-resize"
     x = image / 255;  x = bicubic(x, side);  x = (x - mean) / std      order "resize-normalise"
@@ -17,7 +17,7 @@ from fastrepa.vision.registry import Recipe
 
 
 class Preprocess(nn.Module):
-    """image_u8 [B,3,R,R] uint8 -> [B,3,S,S] fp32, where S is `side`."""
+    """Prepares image_u8 [B,3,R,R] uint8 -> [B,3,S,S] fp32, where S is `side`."""
 
     mean: Tensor
     std: Tensor

@@ -21,7 +21,7 @@ _FP16_MIN, _FP16_MAX = 2.0**-24, 65504.0
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale fp16 [B,T], tokens int8 [B,T,Z]) of x [B,T,Z]; a token of zeros stays one.
+    """Return (scale fp16 [B,T], tokens int8 [B,T,Z]) of x [B,T,Z]; a token of zeros stays one.
 
     Raises ValueError for values that are not finite, or too large for an fp16 scale.
     """
@@ -38,7 +38,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(scale: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [B,T,Z] in `dtype`: the fp32 product, rounded once."""
+    """Return x [B,T,Z] in `dtype`: the fp32 product of scale [B,T] and tokens, rounded once."""
     return (tokens.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 

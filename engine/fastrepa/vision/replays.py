@@ -25,7 +25,7 @@ class _Recording:
 
 
 class Replays:
-    """`work`, a function of one CUDA tensor, replayed: one recording for each shape and layout.
+    """Replays `work`, a function of one CUDA tensor: one recording for each shape and layout.
 
     What is returned is the caller's own, on the stream that is current. Calls must not overlap.
     """

@@ -149,7 +149,7 @@ def unwrap(checkpoint: Any, path: Path) -> StateDict:
 
 
 def rename(state: StateDict, model: nn.Module, path: Path, by_order: bool = False) -> StateDict:
-    """`state` under timm's names for `model`, the whole timm model, not yet cut.
+    """Return `state` under timm's names for `model`, the whole timm model, not yet cut.
 
     timm's checkpoint filter renames and resamples position tables to the model's size. With
     `by_order` the tensors may carry foreign names when their count and shapes, in order, are those
@@ -184,7 +184,7 @@ def load(state: StateDict, network: nn.Module, path: Path) -> None:
 
 
 def _by_order(state: StateDict, whole: Mapping[str, Tensor], path: Path) -> StateDict:
-    """The same tensors under `whole`'s names, when count and every shape agree in order."""
+    """Return the same tensors under `whole`'s names, when count and every shape agree in order."""
     for (theirs, value), (ours, tensor) in zip(state.items(), whole.items(), strict=False):
         if value.shape != tensor.shape:
             raise WeightsError(

@@ -1,4 +1,4 @@
-"""python -m fastrepa_kernels.aot"""
+"""Compile every kernel: python -m fastrepa_kernels.aot"""
 
 import sys
 

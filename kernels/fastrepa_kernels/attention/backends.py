@@ -66,7 +66,7 @@ def attention_reference(
         q = F.layer_norm(q, q.shape[-1:], *q_norm, eps=eps)
     if k_norm is not None:
         k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps)
-    probabilities = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    probabilities = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # [B,H,T,T]
     return (probabilities @ v).transpose(1, 2)
 
 
@@ -113,7 +113,7 @@ def run(
     if k_norm is not None:
         k = F.layer_norm(k, k.shape[-1:], *k_norm, eps=eps).to(v.dtype)
     if name in ("math", "sdpa"):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,T,d]
         if name == "math":
             return torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0].transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -149,7 +149,7 @@ def _packed_attention(
     if name == "math-chunked":
         b, t, _, h, _ = qkv.shape
         return _chunked(qkv), qkv.new_empty(_sums_shape(name, b, t, h), dtype=torch.float32)
-    q, k, v = qkv.unbind(2)
+    q, k, v = qkv.unbind(2)  # [B,T,H,d], views
     if name in SDPA:
         out, sums = _aten(name, *(x.transpose(1, 2) for x in (q, k, v)))
         return out.transpose(1, 2).contiguous(), sums.contiguous()
@@ -175,7 +175,7 @@ def _packed_attention_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (dqkv [B,T,3,H,d], its column sums [3 H d], fp32 or float64, empty if not needed)."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = qkv.unbind(2)  # [B,T,H,d], views
     if name in SDPA or name == "xformers":
         if name in SDPA:
             by_head = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
@@ -324,7 +324,7 @@ def _chunked(qkv: Tensor) -> Tensor:
     b, t, _, h, d = qkv.shape
     out = qkv.new_empty((b, t, h, d))
     for part, into in _parts(qkv, out):
-        probabilities, _, _, v = _probabilities(part)
+        probabilities, _, _, v = _probabilities(part)  # [b h,T,T] and [b h,T,d]
         _write(into, probabilities @ v)
     return out
 
@@ -333,7 +333,7 @@ def _chunked_backward(grad: Tensor, qkv: Tensor) -> Tensor:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     for part, grad_part, into in _parts(qkv, grad, dqkv):
         probabilities, q, k, v = _probabilities(part)
-        dout = _by_head(grad_part)
+        dout = _by_head(grad_part)  # [b h,T,d], as q, k and v
         dscores = torch._softmax_backward_data(dout @ v.mT, probabilities, -1, v.dtype)
         _write(into[:, :, 0], (dscores @ k).mul_(part.shape[-1] ** -0.5))
         _write(into[:, :, 1], dscores.mT @ q)  # q is scaled already

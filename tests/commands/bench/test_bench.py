@@ -270,7 +270,7 @@ NAME = "blocks.1.mlp.fc1.weight"
     [(tiny, "fp32", 1e-5), (tiny, "bf16", 2e-2), (published, "fp32", 1e-5)],
 )
 def test_the_plain_loop_takes_the_same_steps(given, precision, off, monkeypatch, world):
-    """On our draws; under autocast as one graph, whatever Inductor would make of it."""
+    """It does on our draws; under autocast as one graph, whatever Inductor would make of it."""
     compile_ = torch.compile if precision == "bf16" else lambda f, **_: f
     monkeypatch.setattr(torch, "compile", lambda f, **o: compile_(f, **o, backend="eager"))
     given = given(
@@ -317,7 +317,7 @@ ABSENT = ("nvidia", "diffusers", "torch_fidelity", "open_clip", "wandb", "clip")
 
 
 def test_a_turn_on_stored_latents_needs_few_packages(monkeypatch, tmp_path):
-    """Of a published recipe, where neither the autoencoder's package nor DALI is installed."""
+    """The turn is of a published recipe, without the autoencoder's package and DALI."""
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
     (tmp_path / "sitecustomize.py").write_text(blocked)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -337,7 +337,7 @@ def test_a_turn_on_stored_latents_needs_few_packages(monkeypatch, tmp_path):
     [("blocks", "cpu", 1), ("blocks", "cuda", 3), ("graphs", "cuda", 1)],
 )
 def test_compiled_generators_train_alike(way, device, modules, recompute, monkeypatch, world):
-    """What is compiled, run by torch's own kernels: what Inductor makes of it is its own affair."""
+    """The compiled graph is run by torch's own kernels: what Inductor makes of it is its affair."""
     compiled, compile_ = [], torch.compile
 
     def by_torch(function, *, mode=None, backend=None, **options):

@@ -64,7 +64,7 @@ def test_the_combination_is_the_average_that_was_not_kept(tmp_path):
 
 
 def test_a_stored_average_is_itself(tmp_path):
-    """And what began in the middle, or is damaged, does not count."""
+    """An average that began in the middle, or is damaged, does not count."""
     short, *_ = trained_run(tmp_path)
     tensors, missed = posthoc_ema(tmp_path, checkpoint_path(tmp_path, STEPS), 0.05)
     assert missed < 1e-6

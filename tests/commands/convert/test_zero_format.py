@@ -1,4 +1,4 @@
-"""To DeepSpeed's checkpoint folders and back, with real DeepSpeed engines on two ranks."""
+"""Checkpoints go to DeepSpeed's folders and back, with real DeepSpeed engines on two ranks."""
 
 import argparse
 import shutil

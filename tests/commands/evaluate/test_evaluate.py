@@ -151,7 +151,7 @@ def test_images_come_in_any_batches_on_any_number_of_ranks(two_sets):
 
 
 def test_features_that_are_kept_are_of_images_from_all_over_the_set(two_sets, monkeypatch):
-    """In the images' order, whatever the batches; the moments are of all images."""
+    """They are in the images' order, whatever the batches; the moments are of all images."""
     root, sets = two_sets
     monkeypatch.setattr("fastrepa.commands.evaluate.feature_sets.KEPT", 5)
     wanted = Wanted(frozenset({"clip.image"}), frozenset({"clip.image"}))

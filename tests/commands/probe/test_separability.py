@@ -22,7 +22,7 @@ from fastrepa.commands.probe.separability import (
 
 
 def classes(seed, counts=(40, 40, 40), d=10, apart=1.5):
-    """x [N,D] around a centre for each class, and labels [N]."""
+    """Return x [N,D] around a centre for each class, and labels [N]."""
     draw = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(counts)), counts)
     centres = np.random.default_rng(99).normal(size=(len(counts), d)) * apart
@@ -92,7 +92,7 @@ def test_folds_keep_groups_whole_and_are_even():
 
 
 def test_the_error_of_a_gain_covers_the_truth():
-    """Of 300 draws of images, about 95% have the true gain within two errors; groups count once."""
+    """About 95% of 300 draws of images have the true gain within two errors; groups count once."""
     draw = np.random.default_rng(0)
     labels, groups = np.repeat([0, 1], [60, 180]), np.repeat(np.arange(80), 3)
     inside = {"groups": 0, "images": 0}

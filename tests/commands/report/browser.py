@@ -13,7 +13,7 @@ KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9, "Esc
 
 
 def find():
-    """(path of a browser that starts, None), or (None, why there is none)."""
+    """Return (path of a browser that starts, None), or (None, why there is none)."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         return None, f"no browser: none of {', '.join(NAMES)} is on PATH"

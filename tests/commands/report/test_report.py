@@ -57,7 +57,7 @@ class Parsed(HTMLParser):
         return next(e for e in self.elements if e.get("id") == name)
 
     def rows(self, label):
-        """{head: cells} of the table in the region of that label."""
+        """Return {head: cells} of the table in the region of that label."""
         out, on = {}, False
         for e in self.elements:
             if "aria-label" in e and "wide" in (e.get("class") or ""):

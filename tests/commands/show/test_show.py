@@ -1,4 +1,4 @@
-"""What `data show` draws is what the set holds, where it says, chosen evenly."""
+"""The pictures of `data show` are what the set holds, where it says, chosen evenly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pixels(picture: Image.Image | Path) -> np.ndarray:
 
 
 def places(sheet: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
-    """(row, column) of every place in `sheet` where `part` lies, pixel for pixel."""
+    """Return (row, column) of every place in `sheet` where `part` lies, pixel for pixel."""
     height, width = part.shape[:2]
     found = np.argwhere((sheet[: -height + 1, : -width + 1] == part[0, 0]).all(-1))
     return [

@@ -99,7 +99,7 @@ def lines(folder: Path, **options: Any) -> list[str]:
 
 @dataclass
 class Damage:
-    """`quick`: those of the lines that need no contents."""
+    """A damage and the lines that name it; `quick`: those that need no contents."""
 
     do: Callable[[Path], Any]
     lines: list[str]

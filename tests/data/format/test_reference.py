@@ -161,7 +161,7 @@ def test_first_latents_that_are_none(folder: Path, array: np.ndarray, words: str
     ],
 )
 def test_latents_of_the_right_size_alone(folder: Path, array: np.ndarray, words: str) -> None:
-    """What its size does not tell at opening is said, with the file's name, when it is read."""
+    """A fault that its size does not tell at opening is named, with the file, when it is read."""
     path = folder / "vae-sd/00002/img-mean-std-00000024.npy"
     np.save(path, array)
     data = ReferenceSet.open(folder)

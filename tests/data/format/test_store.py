@@ -1,4 +1,4 @@
-"""What the readers put into a batch is what is stored, checked, through few descriptors."""
+"""The readers put into a batch what is stored, checked, through few descriptors."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_a_bias_is_refused_where_its_gradient_is_not_made(stand_in):
 
 @pytest.mark.parametrize("name", SDPA)
 def test_torch_takes_the_calls_for_a_gpu(name):
-    """Their arguments and results' shapes, by torch's own shape functions: nothing is computed."""
+    """Arguments and results' shapes fit, by torch's own shape functions: nothing is computed."""
     b, t, h, d = 2, 40, 3, 24
     qkv = torch.empty(b, t, 3, h, d, dtype=torch.bfloat16, device="meta")
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -208,7 +208,7 @@ def test_nothing_is_summed_for_a_bias_that_is_frozen(monkeypatch):
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 37, 3, 24), (3, 100, 2, 72)])
 def test_one_pass_stacks_and_sums(place, shape, sums):
-    """Also from strides that no backend gives."""
+    """It does so also from strides that no backend gives."""
     b, t, h, d = shape
     grads = [place.randn(b, h, t, d).transpose(1, 2), place.randn(*shape), place.randn(*shape)]
     dqkv, dbias = backends._stacked(grads, sums)
@@ -226,13 +226,13 @@ def test_one_pass_stacks_and_sums(place, shape, sums):
 
 
 def as_flash_attn(q, k, v):
-    """[B,T,H,d] each -> (out [B,T,H,d], log-sums [B,H,T])."""
+    """Compute [B,T,H,d] each -> (out [B,T,H,d], log-sums [B,H,T])."""
     scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
 def grads_of(q, k, v, out, grad, sums):
-    """From what the forward saved, as flash does: P from the log-sums."""
+    """Compute them from what the forward saved, as flash does: P from the log-sums."""
     scale = q.shape[-1] ** -0.5
     p = (torch.einsum("bthd,bshd->bhts", q, k) * scale - sums[..., None]).exp()
     dp = torch.einsum("bthd,bshd->bhts", grad, v)

@@ -12,7 +12,7 @@ BOUND = 10 * 2.0**-7
 
 
 def trial(monkeypatch, factor):
-    """Of a backend whose output is `factor` times the exact one, and whose gradient is with it."""
+    """Try a backend whose output, and its gradient with it, is `factor` times the exact one."""
 
     def run(name, qkv, *_):
         return factor * choice.attention_reference(qkv)

@@ -1,4 +1,4 @@
-"""What auto becomes: h kept where it fits with nothing recomputed, else the fewest blocks again."""
+"""auto keeps h where it fits with nothing recomputed, else runs the fewest blocks again."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def peak_gb(**training):
 
 @pytest.mark.parametrize(("gib", "keep"), [(139, "h"), (78, "none")], ids=["H200", "80 GB"])
 def test_xl_at_batch_256(world, gib, keep):
-    """By what torch says that the cards have, less the reserve; nothing is recomputed on either."""
+    """Nothing is recomputed on either card, by what torch says it has, less the reserve."""
     recipe = ROOT / "configs/imagenet256_sit_xl2_dinov2b.yaml"
     budget = (gib * 2**30 - decision.RESERVE) / 1e9
     overrides = ["data.path=nowhere", "data.latents=cached", "vision.targets=cached",

@@ -95,7 +95,7 @@ def measured():
 
 
 def predicted(case):
-    """(sharding, parameters) of a case, by what `plan` would make of its configuration."""
+    """Return (sharding, parameters) of a case, by what `plan` would make of its configuration."""
     config = config_of(case)
     with torch.device("meta"):
         model = SiT.from_config(config, side=SIDE, channels=CHANNELS, encoder_widths=WIDTHS)

@@ -41,7 +41,7 @@ def trainer_of(world, *overrides):
 def test_launches_reads_and_bytes_of_the_optimisers_phase(
     world, as_on_a_gpu, monkeypatch, stage, divided
 ):
-    """divided: as several ranks would run that stage, DeepSpeed's partitions and all."""
+    """divided: it runs as several ranks would run that stage, DeepSpeed's partitions and all."""
     if divided:
         for module in (zero, settings):
             monkeypatch.setattr(module, "as_run", lambda zero, training, ranks: zero)
@@ -80,7 +80,7 @@ def test_launches_reads_and_bytes_of_the_optimisers_phase(
 
 
 def test_the_end_of_backward_orders_streams(monkeypatch):
-    """As on several GPUs: DeepSpeed's epilogue, whose wait for the device is none any more."""
+    """DeepSpeed's epilogue, as on several GPUs, waits for the device no more."""
     accelerator, waits = get_accelerator(), []
     compute = SimpleNamespace(wait_stream=waits.append)
     monkeypatch.setattr(accelerator, "current_stream", lambda: compute)

@@ -108,7 +108,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Milliseconds."""
+        """The median time, in milliseconds."""
         return 1000 * statistics.median(self.seconds)
 
     @property

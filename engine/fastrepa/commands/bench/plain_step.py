@@ -90,7 +90,7 @@ class PlainLoop:
         self.averages = [[p.detach().clone() for p in self.params] for _ in config.training.ema]
 
     def train_step(self, batches: Batches) -> dict[str, Tensor]:
-        """One update from one batch; its loss, left on the device."""
+        """Take one update from one batch; return its loss [], left on the device."""
         batch = next(batches)
         x_t, t, velocity_target, drop = self.example(batch)
         targets = self.targets(batch)
@@ -113,7 +113,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def example(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t, t, velocity target, which labels are dropped) of a batch's latents."""
+        """Return x_t [B,C,h,w], t [B], velocity [B,C,h,w] and bool [B]: is the label dropped?"""
         draw, step, o = self.random, self.steps, self.config.objective
         samples = torch.arange(len(batch.label), device=self.device)
         shape = (self.codec.channels, self.codec.side, self.codec.side)

@@ -27,7 +27,7 @@ REFERENCE = replace(EAGER, projector_alignment=per_sample_alignment)
 
 
 class ReferenceEngine:
-    """Stands for a Trainer's DeepSpeed engine and optimiser; one process."""
+    """Stands for a Trainer's DeepSpeed engine and optimiser; one process. Loss and norm are []."""
 
     def __init__(
         self, module: nn.Module, training: TrainingConfig, precision: str, forwards: int

@@ -138,8 +138,8 @@ def sampling_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
 
 
 def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, Any]:
-    """seconds, and how they were taken: on a GPU one mean, as a sync after each step would show
-    every launch that a run hides behind the step before.
+    """Return seconds, and how they were taken: on a GPU one mean, as a sync after each step would
+    show every launch that a run hides behind the step before.
     """
     if world.device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -193,7 +193,7 @@ def import_reference(
 
 
 def _empty_model(config: Config, state: RunState) -> SiT:
-    """For its names, shapes and their order: no memory."""
+    """Build the model on the meta device, for its names, shapes and their order."""
     with torch.device("meta"):
         return SiT.from_config(
             config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths

@@ -38,7 +38,7 @@ class Snapshot:
 
 
 def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
-    """Those of every undamaged checkpoint up to `until`, kept from the first update on."""
+    """Find the snapshots of every undamaged checkpoint up to `until`, kept from the start on."""
     found = []
     paths = [p for p in checkpoints(run) if p.name <= until.name]
     for path in counted(paths, "verifying"):
@@ -57,8 +57,8 @@ def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
 def combination(
     times: Sequence[float], gammas: Sequence[float], time: float, gamma: float
 ) -> tuple[np.ndarray, float]:
-    """(coefficients of the stored profiles, what the sum misses of the wanted one: the L2 norm of
-    the difference over that of the wanted).
+    """Return (coefficients of the stored profiles, what the sum misses of the wanted one: the L2
+    norm of the difference over that of the wanted).
     """
     t, g = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
     inner = _inner(t[:, None], g[:, None], t[None], g[None])
@@ -79,9 +79,10 @@ def _inner(t_a, gamma_a, t_b, gamma_b):
 
 
 def posthoc_ema(run: Path, newest: Path, sigma_rel: float) -> tuple[dict[str, Tensor], float]:
-    """(the average of this relative deviation at the newest checkpoint, what its profile misses).
+    """Return (the average of this relative deviation at the newest checkpoint, what it misses).
 
-    Warns where much is missing. Tensors that are not trained are the newest checkpoint's.
+    Tensors are float32 [...], by parameter name; what is not trained is the newest checkpoint's.
+    Warns where much is missing.
     Raises CheckpointError where no power-function average is stored.
     """
     stored = snapshots(run, until=newest)

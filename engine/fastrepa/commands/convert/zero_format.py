@@ -149,7 +149,7 @@ def read_zero(folder: Path) -> Reference:
 def _read_universal(
     zero: Path, shapes: Mapping[str, torch.Size]
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """(whole tensors by state and parameter, updates taken)."""
+    """Return (whole tensors by state and parameter, updates taken)."""
     states: dict[str, dict[str, Tensor]] = {key: {} for key in STATES}
     step = _load(zero / "optimizer_state.pt")
     count = step.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step", 0)
@@ -169,7 +169,7 @@ def _read_universal(
 def _read_partitions(
     main: Mapping[str, Any], files: list[Path]
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """The same of ZeRO's own files, one per rank: flat, concatenated in the order of the ranks."""
+    """Return the same of ZeRO's own files, one per rank: flat, laid end to end as the ranks are."""
     shapes = _shapes(main)
     pieces: dict[str, dict[str, list[Tensor]]] = {key: {n: [] for n in shapes} for key in STATES}
     step: Any = 0
@@ -204,7 +204,7 @@ def _shapes(main: Mapping[str, Any]) -> dict[str, torch.Size]:
 def _spans_of_stage_3(
     shapes: Mapping[str, tuple[int, ...]], ranks: int
 ) -> dict[str, tuple[int, int]]:
-    """Where each parameter lies in a rank's flat group: stage 3 cuts every one by itself."""
+    """Return where a parameter lies in a rank's flat group: stage 3 cuts every one by itself."""
     spans, start = {}, 0
     for name, shape in shapes.items():
         numel = -(-torch.Size(shape).numel() // ranks)

@@ -58,7 +58,7 @@ def print_doctor(as_json: bool = False, console: Console | None = None) -> None:
 
 
 def to_json(findings: list[Finding]) -> str:
-    """{"findings": [{section, name, status, detail, remedy}, ...]}"""
+    """Return {"findings": [{section, name, status, detail, remedy}, ...]}"""
     return json.dumps({"findings": [asdict(f) for f in findings]}, indent=2, ensure_ascii=False)
 
 
@@ -130,7 +130,7 @@ def _try(probe: Probe, timeout: float) -> list[Finding]:
 
 
 def _answer(key: str) -> None:
-    """In the probe's process: print the findings as JSON, and leave at once."""
+    """Print the findings as JSON, and leave at once: in the probe's process."""
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes elsewhere
     probe = PROBES[key]

@@ -42,7 +42,7 @@ class RunEvaluator:
         self._evaluator.check(self._images(None), reference=False)
 
     def first_words(self) -> list[str]:
-        """Which metrics come out too great of so few images."""
+        """Name the metrics that come out too great of so few images."""
         return [
             f"{metric.name}: {self.settings.num:,} images are few for "
             f"{self._evaluator.width(metric):,} dimensions, so it comes out too great; compare it "

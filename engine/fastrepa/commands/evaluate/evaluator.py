@@ -69,7 +69,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Metric:
-    """`feature`: what it compares, as "space.feature"."""
+    """A metric by name; `feature` is what it compares, as "space.feature"."""
 
     name: str
     kind: Kind
@@ -170,7 +170,7 @@ class SetEvaluator:
                 make(space)
 
     def wanted(self, *, reference: bool, kept: frozenset[str] = frozenset()) -> Wanted:
-        """Which features the metrics need of the reference, or of the samples."""
+        """Return the features that the metrics need of the reference, or of the samples."""
 
         def features(*kinds: Kind) -> frozenset[str]:
             return frozenset(m.feature for m in self.metrics if m.kind in kinds)

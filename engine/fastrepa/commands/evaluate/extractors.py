@@ -1,4 +1,4 @@
-"""From images to the features that metrics compare: Inception, any encoder, CLIP.
+"""The networks that give the features which metrics compare: Inception, any encoder, CLIP.
 
 An extractor has a `name` (the space), `widths` of the features it gives by name, an `identity` that
 says all that the features depend on (network, weights, preprocessing), and maps uint8 [B,3,H,W] of
@@ -93,7 +93,7 @@ def _torch_fidelity() -> Any:
 
 
 def inception_file(weights: str | None) -> Path:
-    """Where Inception's weights are, downloaded where need be.
+    """Return where Inception's weights are, downloaded where need be.
 
     WeightsError, which says what to put where, if they are not there and cannot be had.
     """
@@ -190,7 +190,7 @@ class Clip(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub's tale of its retries: what it comes to is in the error."""
+    """Silence the hub's tale of its retries: what it comes to is in the error."""
     logging.disable(logging.CRITICAL)
     try:
         yield

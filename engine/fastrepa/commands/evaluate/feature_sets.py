@@ -37,7 +37,7 @@ VERSION = 1  # of a cached file
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which features, as "space.feature" ("inception.pool"): their moments, and they themselves."""
+    """Names of wanted features ("inception.pool"): those whose moments, and those that are kept."""
 
     moments: frozenset[str]
     kept: frozenset[str]

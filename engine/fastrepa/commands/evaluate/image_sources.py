@@ -42,13 +42,17 @@ Gaussian = tuple[Tensor, Tensor]
 
 
 class ImageSource(Protocol):
+    """Images by number; labels [num] int64, where they are known."""
+
     @property
     def num(self) -> int: ...
     @property
     def labels(self) -> Tensor | None: ...
     @property
     def classes(self) -> Sequence[str]: ...
-    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]: ...
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield uint8 [n,3,H,W] for each of numbers [n] int64: one, or n where sizes differ."""
+
     def digest(self) -> str | None: ...
 
 
@@ -173,7 +177,7 @@ class AdmImages:
         self.num = self.shape[0]
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """In rising order: what lies between them is skipped."""
+        """Yield uint8 [n,3,H,W] for each of numbers [n], rising: what lies between is skipped."""
         at, size = 0, int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             npy_header(member)

@@ -45,7 +45,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Those of features [N,D] of any float dtype, N > 0."""
+        """Take the moments of features [N,D] of any float dtype, N > 0."""
         x = features.double()
         mean = x.mean(0)
         deviations = x - mean
@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """[D,D], divided by N - 1. Raises ValueError for less than two features."""
+        """The covariance [D,D], divided by N - 1. Raises ValueError for less than two features."""
         if self.count < 2:
             raise ValueError(f"a covariance needs two features, got {self.count}")
         return self.scatter / (self.count - 1)
@@ -154,7 +154,7 @@ def kernel_distance(
     seed: int = SEED,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """(mean, deviation) over subsets of the unbiased squared MMD, kernel (x.y / D + 1)^3.
+    """Return (mean, deviation) over subsets of the unbiased squared MMD, kernel (x.y / D + 1)^3.
 
     samples [N,D], reference [M,D]. Subsets have `subset_size` features of each set, or as many as
     the smaller one has. It has no bias, so it may come out a little below zero.
@@ -174,7 +174,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased, of x [m,D] and y [m,D]."""
+    """Return the unbiased squared MMD of x [m,D] and y [m,D]."""
     m, width = x.shape
     within = 0.0
     for z in (x, y):
@@ -187,7 +187,7 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 def inception_score(
     logits: Tensor, *, splits: int = INCEPTION_SPLITS, seed: int = SEED
 ) -> tuple[float, float]:
-    """(mean, deviation) over splits of exp(mean KL(p(y|x) || p(y))), of logits [N,K].
+    """Return (mean, deviation) over splits of exp(mean KL(p(y|x) || p(y))), of logits [N,K].
 
     The images are shuffled first. With less images than splits there is one split an image, whose
     score is 1. Raises ValueError for none.

@@ -154,7 +154,7 @@ class CapacityPlan:
 
 
 def parse_gpus(text: str) -> list[int]:
-    """ "8,64,512" -> numbers of GPUs, ascending; ConfigError names what is not allowed."""
+    """Parse "8,64,512" to numbers of GPUs, ascending; ConfigError names what is not allowed."""
     counts = []
     for word in text.split(","):
         try:

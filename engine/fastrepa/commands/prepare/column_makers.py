@@ -35,7 +35,9 @@ class Maker(Protocol):
     reads_images: bool
 
     def rows(self, images: Tensor | None, shard: int, samples: range) -> Any:
-        """Structured rows [len(samples), views] without their CRC; and the lowest cosine."""
+        """Return (structured rows [n, views] without their CRC, the lowest cosine) of n samples:
+        the first of images uint8 [B,3,R,R], a full batch.
+        """
 
 
 class MakesMoments:

@@ -80,11 +80,11 @@ class _Images(Bar):
         self.move(self._before + self._own + self._elsewhere)
 
     def tick(self) -> None:
-        """While this rank waits for the others."""
+        """Move on while this rank waits for the others."""
         self.show(self._own)
 
     def finish(self) -> None:
-        """When every rank is ready."""
+        """Move to the end, when every rank is ready."""
         self._elsewhere += sum(len(self._plan.keys(shard)) for shard in self._others)
         self._others = []
         self.show(self._own)

@@ -1,4 +1,4 @@
-"""Will this encoder help on these images? What its features are like, before any GPU-week is spent.
+"""The probe of a data set: whether an encoder will help on it, before any GPU-week is spent.
 
 Every encoder is measured beside two controls on the same sample: a network of its shape with random
 weights, and raw pixels cut into its token grid. What is measured is in similarity.py (spatial
@@ -226,7 +226,7 @@ def probe_data(
 def verdict(
     features: Measured, gains: dict[str, tuple[float, float]], no_labels: str
 ) -> tuple[str, str]:
-    """(one of VERDICTS, why in words), by the rule at the head of this module."""
+    """Return (one of VERDICTS, why in words), by the rule at the head of this module."""
     if features.lds <= ERRORS * features.lds_error:
         return "unclear", "its tokens do not vary over the image: there is nothing to align to"
     if no_labels:

@@ -17,7 +17,7 @@ ROWS = 256  # compared with all others at a time
 
 
 def difference_hash(image: np.ndarray) -> np.ndarray:
-    """bool [256]: whether a pixel of the 17 x 16 grey thumbnail is brighter than its left one.
+    """Return bool [256]: is a pixel of the 17 x 16 grey thumbnail brighter than its left one?
 
     image uint8 [H,W,3]. "dHash" (Krawetz 2013, "Kind of Like That"), with 16 x 16 comparisons: it
     keeps under scaling, compression and changes of brightness.

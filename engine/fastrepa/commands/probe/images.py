@@ -32,8 +32,9 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class ImageSample:
-    """images: uint8 [N,3,R,R]. labels: int64 [N], 0 .. C-1 of `classes`; None: why, in `no_labels`.
+    """Some images uint8 [N,3,R,R] and their labels.
 
+    labels: int64 [N], 0 .. C-1 of `classes`, or None, with the reason in `no_labels`.
     names: what the set calls each. said: what was left out, in words.
     """
 
@@ -57,7 +58,7 @@ def draw_sample(
     resolution: int | None = None,
     progress: Progress | None = None,
 ) -> ImageSample:
-    """Up to `num` images of the set or folder at `path`, the classes in turn, the same for a seed.
+    """Read up to `num` images of the set or folder at `path`, by classes in turn and by seed.
 
     Where there are more classes than leave WANTED_OF_CLASS images to each, some are drawn; classes
     of fewer than LEAST_OF_CLASS images are passed over, unless that leaves no two. `resolution`:
@@ -82,7 +83,7 @@ def draw_sample(
 
 
 def read_images(gallery: Gallery, places: np.ndarray, progress: Progress) -> Tensor:
-    """uint8 [N,3,R,R] of the samples with these numbers."""
+    """Read the samples with these numbers: uint8 [N,3,R,R]."""
     side = gallery.resolution
     images = np.empty((len(places), side, side, 3), dtype=np.uint8)
     for row, place in enumerate(places):
@@ -94,7 +95,7 @@ def read_images(gallery: Gallery, places: np.ndarray, progress: Progress) -> Ten
 def choose_classes_of(
     labels: np.ndarray, num: int, seed: int
 ) -> tuple[list[int] | None, list[str]]:
-    """(classes to draw `num` images from, or None where no two can be told apart; words on it)."""
+    """Return (classes to draw `num` images from, None where no two can be told apart; words)."""
     counts = np.bincount(labels)
     present, enough = np.flatnonzero(counts), np.flatnonzero(counts >= LEAST_OF_CLASS)
     if len(enough) < 2:
@@ -119,7 +120,7 @@ def _sample(
     allowed: list[int] | None,
     said: list[str],
 ) -> ImageSample:
-    """With labels numbered anew, 0 .. C-1, or without any."""
+    """Make the sample, with labels numbered anew, 0 .. C-1, or without any."""
     if allowed is None:
         why = (
             f"no two classes of at least {LEAST_OF_CLASS} images"

@@ -115,7 +115,7 @@ def print_probe(probed: Probed, *, as_json: bool = False) -> None:
 
 
 def kind_of(target: Path) -> str:
-    """ "run" or "data set" by what the folder holds; DataError for neither."""
+    """Return "run" or "data set" by what the folder holds; DataError for neither."""
     if target.is_dir():
         if (target / "config.yaml").is_file():
             return "run"

@@ -19,7 +19,7 @@ COLOURS = {"helps": "green", "unclear": "yellow", "no better than raw pixels": "
 
 
 def run_record(probe: RunProbe) -> dict[str, Any]:
-    """For probe.json; nan is null."""
+    """Return a run's probe.json; nan is null."""
     return {
         "run": str(probe.run),
         "encoders": probe.encoders,
@@ -75,7 +75,7 @@ def print_run_probe(probe: RunProbe, console: Console) -> None:
 
 
 def data_record(probe: DataProbe) -> dict[str, Any]:
-    """For probe.json."""
+    """Return a data set's probe.json."""
     sample = probe.sample
     return {
         "data": str(probe.data),

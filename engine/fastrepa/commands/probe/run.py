@@ -208,7 +208,7 @@ def block_features(model: SiT, x_t: Tensor, time: float, batch_size: int) -> lis
 
 
 def _leading(encoder: str, table: np.ndarray, steps: Sequence[int]) -> str:
-    """Which block agrees most with the encoder at the last step; table [blocks, steps]."""
+    """Name the block that agrees most with the encoder at the last step; table [blocks, steps]."""
     if not np.isfinite(table[:, -1]).any():
         return f"no block's features can be compared with {encoder}'s"
     block = int(np.nanargmax(table[:, -1]))
@@ -240,7 +240,7 @@ def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) 
 
 @dataclass(frozen=True)
 class _Images:
-    """Those a probe is fitted to, then those that everything is measured on (rest [N] bool).
+    """Images that a probe is fitted to, then those that everything is measured on (rest [N] bool).
 
     galleries, places: where each part comes from. labels: [N], or None without two classes.
     """
@@ -354,7 +354,7 @@ def _noised(
     device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """x_t [N,C,h,w] float32 on the CPU; image i has the noise of number i of the seed."""
+    """Return x_t [N,C,h,w] float32 on the CPU; image i has the noise of number i of the seed."""
     resolution = data.images.shape[-1]
     codec: Codec = build_codec(codec_config, resolution=resolution, device=device)
     draw, interpolate = KeyedRandom(seed), Objective(objective).interpolate

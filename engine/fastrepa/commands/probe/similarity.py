@@ -66,7 +66,7 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def effective_rank(x: np.ndarray) -> float:
-    """exp of the entropy of the singular values of x [N,D], scaled to sum 1: 1 .. min(N, D).
+    """Return exp of the entropy of the singular values of x [N,D], scaled to sum 1: 1 .. min(N, D).
 
     As given: centre x where its mean is not to count. 0 for a matrix of zeros.
     """
@@ -145,7 +145,7 @@ def _cosine_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def _nearest(kernel: np.ndarray, k: int) -> np.ndarray:
-    """bool [N,N]: whether column j is one of the k most similar to row i, itself excluded."""
+    """Return bool [N,N]: is column j one of the k most similar to row i, itself excluded?"""
     similar = kernel.copy()
     np.fill_diagonal(similar, -np.inf)
     order = np.argsort(-similar, axis=1, kind="stable")[:, :k]

@@ -1,4 +1,4 @@
-"""Where the host reads a tensor's value, which on a GPU means to wait for all work before it.
+"""Finds where the host reads a tensor's value, which on a GPU waits for all work before it.
 
 torch.cuda.set_sync_debug_mode finds these on a GPU. `HostSyncs` finds them anywhere: it sees the
 methods that read (`item`, `tolist`, `cpu`, `numpy`, `bool()`, ...), also where C++ calls them, and
@@ -54,7 +54,7 @@ class HostSync:
 
     @property
     def reason(self) -> str | None:
-        """Why this one waits for no GPU; None where it would."""
+        """The reason why this one waits for no GPU; None where it would."""
         return IN_HOST_MEMORY.get((self.file, self.function))
 
     @property
@@ -63,7 +63,7 @@ class HostSync:
 
 
 class HostSyncs(TorchDispatchMode):
-    """While entered: counts every place that reads values, in `found`.
+    """Counts every place that reads values, in `found`, while entered.
 
     region: tells the name of what is being done. Tensors that are not on `device` are in host
     memory already and do not count.
@@ -78,7 +78,7 @@ class HostSyncs(TorchDispatchMode):
 
     @property
     def waiting(self) -> list[tuple[HostSync, int]]:
-        """Those that wait for a GPU, with how often, the most frequent first."""
+        """The places that wait for a GPU, with how often, the most frequent first."""
         return [(s, n) for s, n in self.found.most_common() if s.reason is None]
 
     def __enter__(self) -> HostSyncs:

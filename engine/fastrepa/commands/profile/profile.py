@@ -308,8 +308,8 @@ def _ms(seconds: float) -> str:
 
 @contextmanager
 def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, list[str]]]:
-    """(trainer, its batches, what is real): data and weights are the real ones where they are here;
-    otherwise the weights are random and the images noise, as in a dry run.
+    """Yield (trainer, its batches, what is real): data and weights are the real ones where they
+    are here; otherwise the weights are random and the images noise, as in a dry run.
     """
     vision, said = _with_weights_that_are_here(config.vision)
     config = config.model_copy(update={"vision": vision})

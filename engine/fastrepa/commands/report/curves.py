@@ -46,7 +46,7 @@ class Panel:
 
 
 def panels(runs: Sequence[RunRecord]) -> list[Panel]:
-    """Those that some run has numbers for."""
+    """Return the panels that some run has numbers for."""
     there = {key for run in runs for line in run.lines for key in line}
     evaluation = sorted(key for key in there if is_evaluation(key))
     groups = {

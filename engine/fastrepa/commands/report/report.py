@@ -110,7 +110,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(what, a text for each run) of what some run has."""
+    """Return (name, a text for each run) of what some run has."""
     rows: dict[str, list[str]] = {
         "state": [_state(run) for run in runs],
         "model": [_model(run) for run in runs],
@@ -280,7 +280,7 @@ def _shown_environment(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of the steps, and PICTURES, evenly spread, first and last among them."""
+    """Choose at most so many of the steps, and PICTURES, evenly spread, with first and last."""
     most = min(most, PICTURES)
     if len(steps) <= most:
         return list(steps)
@@ -289,7 +289,7 @@ def _chosen(steps: Sequence[int], most: int) -> list[int]:
 
 
 def _grids(run: RunRecord, steps: Sequence[int]) -> list[dict[str, Any]]:
-    """`step`, `uri`, `width` and `height` of every grid of these steps that can be read."""
+    """Return `step`, `uri`, `width` and `height` of every grid of these steps that can be read."""
     out = []
     for step in steps:
         try:

@@ -45,7 +45,7 @@ class RunRecord:
 
     @property
     def steps(self) -> int | None:
-        """training.steps, where the configuration says it."""
+        """The run's training.steps, where the configuration says it."""
         steps = self.setting("training.steps")
         return steps if isinstance(steps, int) else None
 
@@ -143,8 +143,8 @@ def _by_step(folder: Path) -> dict[int, Path]:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf: lists of values are leaves, those of mappings are not, and
-    of what is empty there is nothing.
+    """Yield (dotted key, value) of every leaf: lists of values are leaves, those of mappings are
+    not, and of what is empty there is nothing.
     """
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(v, dict) for v in value):

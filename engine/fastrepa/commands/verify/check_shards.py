@@ -281,7 +281,7 @@ class RowsCheck:
 
 
 def _of_moments(rows: np.ndarray, column: MomentsColumn) -> dict[str, np.ndarray]:
-    """Where [n, V] each problem is found."""
+    """Return where [n, V] each problem of moments is found."""
     moments: Any = rows["moments"].astype(np.float32).reshape(*rows.shape, 2 * column.channels, -1)
     deviation = moments[:, :, column.channels :]
     return {
@@ -336,7 +336,7 @@ def _row_checks(
 
 
 def _header_problem(block: bytes, name: str, size: int | None) -> Iterator[str]:
-    """At most one: the tar header at the place of member `name` is not its header."""
+    """Yield a problem where the tar header at the place of member `name` is not its header."""
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

@@ -69,7 +69,7 @@ def owned(out: Path) -> Iterator[Path]:
 
 
 def join_writers(folder: Path) -> None:
-    """In every further process that writes into the folder: before its first file."""
+    """Join those that write into the folder: in every further process, before its first file."""
     # Never closed: the lock ends with the process.
     fcntl.flock(_open(folder / _WRITERS), fcntl.LOCK_SH)
 

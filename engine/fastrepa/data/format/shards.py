@@ -467,7 +467,7 @@ def size_problem(folder: Path, record: FileRecord) -> str | None:
 
 
 def _first_damaged(path: Path, index: np.ndarray) -> str:
-    """', sample KEY' for the first sample of a damaged shard whose CRC-32 is not the index's."""
+    """Return ', sample KEY' of a damaged shard's first sample whose CRC-32 is not the index's."""
     with path.open("rb") as file:
         for record in index:
             file.seek(int(record["image_offset"]))

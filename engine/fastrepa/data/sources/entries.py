@@ -92,7 +92,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_range(path: str | Path, offset: int, size: int, inflated: int = -1) -> bytes:
-    """`size` bytes at `offset` of a file; inflated >= 0: raw deflate of exactly that many bytes.
+    """Read `size` bytes at `offset` of a file; inflated >= 0: raw deflate of just so many bytes.
 
     The process keeps the last files open; threads may share it. Raises OSError as the system
     does, and DataError for a range beyond the end, more than MAX_IMAGE_BYTES, or a stream that is

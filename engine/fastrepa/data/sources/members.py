@@ -24,7 +24,7 @@ ReportByte = Callable[[int], None]  # gets the byte of the archive that was reac
 
 
 class UnsafeNameError(Exception):
-    """Why a member's name is not accepted."""
+    """Says why a member's name is not accepted."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def picture_extensions() -> frozenset[str]:
 
 
 def extension_of(name: str) -> str:
-    """ ".png" of "a/b.c.PNG"."""
+    """Return the extension: ".png" of "a/b.c.PNG"."""
     return os.path.splitext(name)[1].lower()
 
 

@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, by its headers alone.
+"""Finds where the members of a tar lie, by its headers alone.
 
 Standard `tarfile` makes an object for each member and reads the archive as a stream of them; of a
 150 GB archive of 1.3 million images we want three integers and a name each. Understood are ustar,
@@ -65,7 +65,7 @@ class _Scan:
         self._count = 0
 
     def run(self, start: int, end: int, folder: str | None) -> None:
-        """One tar; `folder`: what its members lie in, when it is itself a member."""
+        """Read one tar; `folder`: what its members lie in, when it is itself a member."""
         position, long_name, pax = start, None, dict[str, str]()
         while True:
             at = position
@@ -175,7 +175,7 @@ class _Scan:
         return position
 
     def _after_zeros(self, at: int, end: int) -> int | None:
-        """After a block of zeros: the next header (archives that were joined), or None at the end.
+        """Find the next header after a block of zeros (archives that were joined); None at the end.
 
         A download with a hole has zeros in its middle, and no header after them.
         """

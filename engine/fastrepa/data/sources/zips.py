@@ -1,4 +1,4 @@
-"""Where the members of a zip lie: stored ones as they are, deflated ones as compressed ranges."""
+"""Finds where a zip's members lie: stored ones as they are, deflated ones as compressed ranges."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _wrong(info: zipfile.ZipInfo) -> str | None:
 
 
 def _data_offset(file: FileIO, header: int) -> int | None:
-    """Where a member's data begins, by its own header; None when there is none."""
+    """Return where a member's data begins, by its own header; None when there is none."""
     raw = os.pread(file.fileno(), _LOCAL.size, header) if header >= 0 else b""
     if len(raw) < _LOCAL.size:
         return None

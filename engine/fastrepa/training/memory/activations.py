@@ -150,7 +150,7 @@ def _trace(
     channels: int,
     encoder_widths: Sequence[int],
 ) -> tuple[list[int], list[int]]:
-    """(highest bytes per interval, gradient elements complete before it)."""
+    """Return (highest bytes per interval, gradient elements complete before it)."""
     dtype = config.training.dtype
     peaks: list[int] = []
     done = [0]

@@ -66,7 +66,7 @@ def _budget(training: TrainingConfig, world: World) -> float | None:
 def _decide(
     config: Config, world_size: int, budget: float | None
 ) -> tuple[tuple[int, bool], str | None]:
-    """((recompute, whether h is kept), warning)."""
+    """Return ((recompute, whether h is kept), warning)."""
     every = config.training.recompute
     open_ = every == "auto" or (every == "none" and config.fused)
     if budget is None or not open_:
@@ -146,7 +146,7 @@ def _fits(w: Workload, s: Sharding, capacity: float, reserve: float) -> bool:
 
 
 def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, float], str]:
-    """(bytes per GPU by part, the moment they are the most)."""
+    """Return (bytes per GPU by part, the moment they are the most)."""
     p = w.parameters
     always = resident(s, p)
     always["encoders"] = sum(f.weights for _, f in w.encoders)

@@ -32,7 +32,7 @@ def frozen_flops(
 
 
 def encoder_network(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callable[..., Any]]:
-    """(build, run), as the engine builds and runs it."""
+    """Return (build, run), as the engine builds and runs it."""
 
     def build() -> nn.Module:
         network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)

@@ -86,12 +86,12 @@ class Sharding:
 
     @property
     def keep(self) -> str:
-        """training.keep: h or none."""
+        """The value of training.keep: h or none."""
         return "h" if self.keep_h else "none"
 
     @property
     def offload(self) -> str:
-        """none, cpu or nvme."""
+        """The value of zero.offload: none, cpu or nvme."""
         return str(self.zero.get("offload_optimizer", {}).get("device", "none"))
 
     @property
@@ -104,7 +104,7 @@ class Sharding:
         return 2 if self.bf16 else 4
 
     def share(self, since: int) -> int:
-        """By how many GPUs what ZeRO divides from stage `since` on is divided."""
+        """Return the number of GPUs that share what ZeRO divides from stage `since` on."""
         return self.world if self.stage >= since else 1
 
     @property

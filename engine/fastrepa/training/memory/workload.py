@@ -174,7 +174,7 @@ def _input(
     image: bool,
     latents: bool,
 ) -> tuple[float, str]:
-    """(bytes per image, what they are)."""
+    """Return (bytes per image, what they are)."""
     size, parts = 0.0, []
     if image:
         if image_bytes is not None:

@@ -18,7 +18,7 @@ COLLECTIVES = (
 
 
 def time_collectives(region: Region) -> None:
-    """From now on DeepSpeed's collectives of this process, and its waiting for them, happen inside
+    """Make DeepSpeed's collectives of this process, and its waiting for them, happen inside
     `region("communication")`: a bound method, whose object is not kept alive.
     """
     backend = deepspeed_comm.cdb

@@ -134,7 +134,7 @@ def _parameters_saved() -> Iterator[None]:
 
 
 def grad_norm(engine: Any) -> float | Tensor:
-    """The gradient's global norm before clipping, of the last step taken."""
+    """Return the gradient's global norm before clipping, of the last step taken: a number or []."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else norm
 
@@ -163,7 +163,7 @@ class WholeTensors:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
+        """The kinds: weight, exp_avg, exp_avg_sq, ema and the states of further EMAs."""
         return (WEIGHT, *MOMENTS, *self.optimizer.ema_keys)
 
     @property
@@ -196,7 +196,7 @@ class WholeTensors:
         return flat.view(whole.detach(), p)
 
     def get(self, name: str, kind: str) -> Tensor:
-        """The whole tensor of `kind`, one of `kinds`, on the engine's device."""
+        """The whole tensor [...] of `kind`, one of `kinds`, on the engine's device."""
         p = self.params[name]
         if self._flat is not None:
             return self._unsharded(self._flat, p, kind)
@@ -207,8 +207,8 @@ class WholeTensors:
         return safe_get_full_optimizer_state(p, kind).detach()
 
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
-        """This rank's fragment of a tensor: where it begins in the flattened whole, and its float32
-        values [n], n = 0 where it has none. Asks no other rank.
+        """Return this rank's fragment of a tensor: where it begins in the flattened whole, and its
+        float32 values [n], n = 0 where it has none. Asks no other rank.
         """
         p = self.params[name]
         if self._flat is not None:
@@ -230,7 +230,7 @@ class WholeTensors:
 
     @torch.no_grad()
     def set(self, name: str, kind: str, value: Tensor) -> None:
-        """Overwrite the whole tensor of `kind` from `value`, float32, the parameter's shape."""
+        """Overwrite the whole tensor of `kind` from `value` [...], of the parameter's shape."""
         p = self.params[name]
         if self._flat is not None:
             self._unsharded(self._flat, p, kind).copy_(value)
@@ -256,7 +256,7 @@ class WholeTensors:
             safe_set_full_optimizer_state(p, value, kind)
 
     def let_go(self) -> None:
-        """After the last get, local or set and before the next step: what came from NVMe goes."""
+        """Free what came from NVMe: after the last get, local or set and before the next step."""
         if self._swapped is not None:
             self._swapped.let_go()
 

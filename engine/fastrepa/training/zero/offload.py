@@ -116,12 +116,12 @@ class SwappedStates:
         self.let_go()
 
     def get(self, p: Tensor, kind: str | None) -> Tensor:
-        """The whole state `kind` of a parameter, None: its master; float32, on its device."""
+        """Return the whole state `kind` [...] of a parameter, None: its master; float32."""
         whole: Tensor = self.zero._fp32_state_allgather(p, self.local(p, kind).to(p.device))
         return whole
 
     def local(self, p: Tensor, kind: str | None) -> Tensor:
-        """This rank's slice, padding included, until the next call or `let_go`; no collective."""
+        """Return this rank's slice [n], padded, until the next call or `let_go`; no collective."""
         group, part = self._part(p)
         with self._group(group, change=False):
             return self._tensor(group, kind).narrow(0, *part)

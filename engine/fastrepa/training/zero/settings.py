@@ -65,7 +65,7 @@ def block_elements(model: ModelConfig) -> int:
 
 
 def trained_elements(parameters: Iterable[Tensor]) -> int:
-    """N, also of parameters that ZeRO-3 has taken apart."""
+    """Count the elements of what is trained, [...] each, also where ZeRO-3 has taken it apart."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
 
 

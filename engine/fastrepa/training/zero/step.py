@@ -94,7 +94,7 @@ def order_streams(zero: Any) -> None:
 
 
 def unsharded_step(flat: FlatWeights, optimizer: AdamWEMA) -> None:
-    """Stage 0: the whole update on every rank."""
+    """Update everything on every rank: stage 0."""
     optimizer.update([flat.master], [flat.gradients()], flat.low)
 
 
