@@ -8,6 +8,8 @@ import pytest
 from benchmarks import effect, report
 from benchmarks.effect import Curve, mean_and_interval, reached, records_of, speed_up
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model.width=48", "model.depth=2", "model.heads=3", "alignment.block=1",
     "alignment.projector_width=40", "training.steps=4", "training.schedule.warmup=1",
