@@ -1,4 +1,4 @@
-"""The commands of README, run as a stranger would on small settings, each once from a cold start."""
+"""The commands of README, run as a stranger would on small settings, each once a cold start."""
 
 import json
 import subprocess
