@@ -1,9 +1,9 @@
 """Commands in processes of their own that need not import torch, DeepSpeed and DALI first.
 
 `[*python(), "-m", "fastrepa", ...]` is a command line for subprocess and torchrun. What it starts
-is a small program that asks a server, which has imported everything once, for a fork of
-itself with that program's arguments, environment, folder, input and output. The program hands on
-the signals that it gets and ends as the fork ends; if it is killed, so is the fork.
+is a small program that asks a server, which has imported everything once, for a fork of itself
+with that program's arguments, environment, folder, input and output. The program hands on the
+signals that it gets and ends as the fork ends; if it is killed, so is the fork.
 
 Starts that a test is about stay cold, and all do where there is a GPU: a fork cannot use CUDA.
 """
@@ -61,7 +61,7 @@ def _server():
 
 
 def stop():
-    """End the server, and with it what still runs of its forks, where there is one."""
+    """End the server where there is one; a fork goes on as long as its client."""
     if _server.cache_info().currsize:
         process, path = _server()
         process.communicate()
@@ -75,8 +75,9 @@ def _serve(path):
     import fastrepa
 
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{path}~")
         listener.listen(64)
+        os.rename(f"{path}~", path)  # who finds it can connect, and waits for the imports
         for name in LAZY:
             importlib.import_module(name)
         for module in pkgutil.walk_packages(fastrepa.__path__, "fastrepa."):

@@ -32,7 +32,8 @@ def main(path, *words):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
         code = int(answers.readline())
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL's cannot be set
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
