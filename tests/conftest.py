@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import warm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,29 +25,15 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SEVERAL_RANKS = (
-    "tests/training/", "tests/checkpoint/", "tests/commands/convert/", "tests/runtime/",
-    "tests/end_to_end/test_resume.py", "tests/end_to_end/test_survival",
-    "tests/end_to_end/test_cached.py",
-    "tests/commands/profile/test_profile.py",  # it times, which four ranks beside it disturb
-)  # fmt: skip
-LONG = (
-    "test_gpu_suite.py", "test_plan.py", "test_wrong_inputs.py", "test_commands.py",
-    "test_documentation.py", "test_data_commands.py", "test_prepare_restart.py",
-    "test_evaluate.py", "test_encode.py", "test_effect_benchmark.py", "test_quantise.py",
-    "test_aot.py", "test_benchmarks.py",
-)  # fmt: skip
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that at the end no process is left with a long file."""
+    first = ("ranks", "slow")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in first])
 
-    def place(item: pytest.Item) -> int:
-        if item.nodeid.startswith(SEVERAL_RANKS):
-            return 0
-        return 1 + LONG.index(item.path.name) if item.path.name in LONG else 1 + len(LONG)
 
-    items.sort(key=place)
+def pytest_sessionfinish() -> None:
+    warm.stop()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,12 +52,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadScopeScheduling
 
+    @cache
+    def scope(file: str) -> str:
+        """This process collects no tests, so the marker is read from the text."""
+        return "ranks" if "pytest.mark.ranks" in (config.rootpath / file).read_text() else file
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ranks" if nodeid.startswith(SEVERAL_RANKS) else nodeid.partition("::")[0]
+            return scope(nodeid.partition("::")[0])
 
     config.option.loadscopereorder = False  # by number of tests
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The suite's two processes then do not fight over two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

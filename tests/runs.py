@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from fastrepa.runtime.world import outside_the_world
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -27,21 +28,40 @@ def environment():
     return env
 
 
-def command(*args, ranks=1):
-    python = [sys.executable, "-m"]
-    if ranks > 1:
-        python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return [*python, "fastrepa", *map(str, args)]
+def program(module, *words, ranks=1, cold=False):
+    """A command line that runs a module, under torchrun where in several processes: forks of what
+    has imported everything (tests/warm.py), or, cold, Python's own starts.
+    """
+    start = [sys.executable] if cold else warm.python()
+    command = [*start, "-m", module, *map(str, words)]
+    if ranks == 1:
+        return command
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, *launcher, "--no-python", *command]
 
 
-def train_command(run, *overrides, ranks=1):
-    config = ROOT / "configs/quickstart.yaml"
-    return command("train", config, f"run={run}", *SMALL, *overrides, ranks=ranks)
-
-
-def train(run, *overrides, ranks=1, check=True):
+def said_by(module, *words, ranks=2, timeout=900):
+    """What a program of tests/programs printed; it must succeed."""
     done = subprocess.run(
-        train_command(run, *overrides, ranks=ranks),
+        program(module, *words, ranks=ranks), env=environment(), capture_output=True, text=True,
+        timeout=timeout, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done.stdout
+
+
+def command(*args, **how):
+    return program("fastrepa", *args, **how)
+
+
+def train_command(run, *overrides, module="fastrepa", **how):
+    config = ROOT / "configs/quickstart.yaml"
+    return program(module, "train", config, f"run={run}", *SMALL, *overrides, **how)
+
+
+def train(run, *overrides, check=True, **how):
+    done = subprocess.run(
+        train_command(run, *overrides, **how),
         env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout + done.stderr

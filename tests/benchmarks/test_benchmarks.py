@@ -10,6 +10,8 @@ from benchmarks import cases, report, run, tune
 from fastrepa_kernels import launch
 from fastrepa_kernels.cost import Ceilings, Cost
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHAPE = cases.Shape("SiT-S/2", 2, 4)
 

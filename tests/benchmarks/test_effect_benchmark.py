@@ -7,6 +7,9 @@ import pytest
 
 from benchmarks import effect, report
 from benchmarks.effect import MetricCurve, mean_and_interval, reached, records_of, speed_up
+from tests import warm
+
+pytestmark = pytest.mark.slow
 
 TINY = [
     "model.width=48", "model.depth=2", "model.heads=3", "alignment.block=1",
@@ -62,8 +65,12 @@ def test_a_small_comparison_that_is_stopped_and_goes_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(effect, "DISTANCE", "fd_resnet10t")
     monkeypatch.setattr(effect, "MEASURES", (effect.LOSS, "fd_resnet10t"))
     # Statistics are kept beside a reference, and nothing is to be written into the repository.
-    reference = shutil.copytree(effect.EMOJI / "validation", tmp_path / "validation")
+    reference = shutil.copytree(effect.EMOJI / "validation", tmp_path / "emoji/validation")
     monkeypatch.setattr(effect, "_reference", lambda folder, config: reference)
+    # The held-out emoji, which are fewer, are trained on, too.
+    shutil.copytree(reference, tmp_path / "emoji/train")
+    monkeypatch.setattr(effect, "EMOJI", tmp_path / "emoji")
+    monkeypatch.setattr(effect, "PYTHON", warm.python())
     command = [str(tmp_path), *TINY, "--seeds", "0", "--arms", "none"]
     assert effect.main(command) == 0
     first = (tmp_path / "none_0/held_out.json").read_text()

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -34,7 +32,9 @@ from fastrepa.config import KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.sit import SiT
 from fastrepa.training.zero.engine import WholeTensors, start_engine
-from tests.runs import ROOT, SMALL, environment
+from tests.runs import ROOT, SMALL, said_by
+
+pytestmark = pytest.mark.ranks
 
 SHAPES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=6),
@@ -190,13 +190,8 @@ def test_nothing_is_removed_while_the_new_one_reads_back_damaged(
 
 def test_three_ranks_save_what_they_hold_in_every_stage(tmp_path):
     # Three: no tensor's size divides by it, so slices are padded and partitions cut tensors.
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
-         "-m", "tests.programs.saved_fragments", str(tmp_path)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("stage ") == 4
+    said = said_by("tests.programs.saved_fragments", tmp_path, ranks=3)
+    assert said.count("stage ") == 4
 
 
 def test_what_a_killed_process_left_is_cleared_away(engine, tmp_path):

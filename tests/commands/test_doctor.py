@@ -7,6 +7,7 @@ import io
 import json
 import re
 import resource
+import subprocess
 import sys
 from collections import namedtuple
 
@@ -18,13 +19,19 @@ from fastrepa.commands.doctor import examine, machine, probes
 from fastrepa.commands.doctor.examine import doctor, print_doctor, print_findings, to_json
 from fastrepa.commands.doctor.findings import SECTIONS, Finding
 from fastrepa.commands.doctor.probes import PROBES
+from tests.runs import command, environment
 
 WITHOUT_GPU = not torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
 def findings() -> list[Finding]:
-    return doctor()
+    """What the command says to programs: a process, which starts one for every probe."""
+    done = subprocess.run(
+        command("doctor", "--json", cold=True), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [Finding(**finding) for finding in json.loads(done.stdout)["findings"]]
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:

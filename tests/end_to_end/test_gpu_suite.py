@@ -14,6 +14,8 @@ from benchmarks.gpu_suite import __main__ as kit
 from benchmarks.gpu_suite import plan, records, rehearsal, steps, summary, supervise, tests, wheels
 from benchmarks.gpu_suite.plan import FULL, STAGES, Stage
 
+pytestmark = pytest.mark.slow
+
 HERE = {"git": "abc", "device": "a GPU", "code": "123", "dirty": False}
 
 

@@ -19,6 +19,8 @@ from tests.runs import (
     train_command,
 )
 
+pytestmark = pytest.mark.ranks
+
 # A model whose checkpoint takes long enough to write that a kill lands in it.
 LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_checkpoints=2")
 
@@ -47,7 +49,7 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
 def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_path, number, ranks):
     run, settings = tmp_path / "run", ("training.steps=60", "training.checkpoint_every=0")
     process = subprocess.Popen(
-        train_command(run, *settings, ranks=ranks), env=environment(), text=True,
+        train_command(run, *settings, ranks=ranks, cold=True), env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     while process.poll() is None and not (run / "metrics.jsonl").exists():

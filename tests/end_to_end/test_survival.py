@@ -13,6 +13,8 @@ import yaml
 
 from tests.runs import ROOT, environment, metrics, train_command
 
+pytestmark = pytest.mark.ranks
+
 CLUSTER = ROOT / "configs/cluster"
 
 
@@ -28,7 +30,7 @@ def on_path(folder, **programs):
 
 
 def arguments(run, *overrides):
-    command = train_command(run, "training.checkpoint_every=0", *overrides)
+    command = train_command(run, "training.checkpoint_every=0", *overrides, cold=True)
     return command[command.index("train") + 1 :]
 
 

@@ -6,6 +6,8 @@ from benchmarks.faults import disk_full_and_flipped_byte
 from benchmarks.two_hosts import EVERY, STEPS, TIMEOUT, lose_hosts, refusal
 from tests.runs import ROOT, SMALL
 
+pytestmark = pytest.mark.ranks
+
 REFUSAL = refusal()
 needs_namespaces = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 ARGUMENTS = [str(ROOT / "configs/quickstart.yaml"), *SMALL]

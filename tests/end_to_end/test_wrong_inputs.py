@@ -10,14 +10,16 @@ from PIL import Image
 
 from tests.runs import ROOT, SMALL, command, environment, tensors, train
 
+pytestmark = pytest.mark.slow
+
 SHARDS = ROOT / "configs/quickstart/emoji/train"
 
 
-def fails(args, *, ranks=1, preexec_fn=None, with_output=False):
+def fails(args, *, ranks=1, cold=False, preexec_fn=None, with_output=False):
     """The one-line error by which a command must fail, and on request what it said before."""
     done = subprocess.run(
-        command(*args, ranks=ranks), env=environment(), capture_output=True, text=True,
-        timeout=200, preexec_fn=preexec_fn,
+        command(*args, ranks=ranks, cold=cold or preexec_fn is not None), env=environment(),
+        capture_output=True, text=True, timeout=200, preexec_fn=preexec_fn,
     )  # fmt: skip
     assert done.returncode != 0, done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("fastrepa: error")]
@@ -58,7 +60,8 @@ def test_train_with_a_wrong_value(tmp_path, override, words):
 
 
 def test_no_such_configuration(tmp_path):
-    assert "quik.yaml: no such configuration file" in fails(["train", tmp_path / "quik.yaml"])
+    error = fails(["train", tmp_path / "quik.yaml"], cold=True)
+    assert "quik.yaml: no such configuration file" in error
 
 
 def test_batch_that_the_ranks_do_not_divide(tmp_path):
@@ -171,6 +174,7 @@ def test_sample_and_a_folder_that_is_no_run(tmp_path):
 
 
 def test_a_mistyped_command():
-    done = subprocess.run(command("trian"), capture_output=True, text=True, env=environment())
+    trian = command("trian", cold=True)
+    done = subprocess.run(trian, capture_output=True, text=True, env=environment())
     assert done.returncode == 2
     assert "No such command 'trian'" in done.stderr

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +31,8 @@ from fastrepa.generation.generate import (
 )
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.runtime.world import outside_the_world
 from fastrepa.vision.codec import PixelCodec
+from tests.runs import said_by
 
 SIDE, CLASSES = 16, ["Animals & Nature", "Food", "food", "Objects", "3"]
 SHAPE = (3, SIDE, SIDE)
@@ -504,31 +500,6 @@ def test_wrong_settings_are_named_before_anything_is_written(loaded, tmp_path, a
 
 
 ANSWERS = ("first ", "other ", "refused: ")
-RANK = r"""
-import os
-import sys
-here, report, *folders = sys.argv[1:]
-sys.path.insert(0, here)
-import test_generate
-from fastrepa.errors import FastrepaError
-from fastrepa.generation import generate as room
-from fastrepa.checkpoint import format as checkpoint
-checkpoint.load_ema_model = test_generate.fake_run
-checkpoint.fingerprint = lambda run, step: f"{run} {step}"
-plain, drawn, answers = room.generate, [], []
-def counting(*args, sample_ids, **kwargs):
-    drawn.extend(sample_ids.tolist())
-    return plain(*args, sample_ids=sample_ids, **kwargs)
-room.generate = counting
-for out in folders:
-    try:
-        result = room.sample_run("run", out, num=10, batch_size=4, npz=True, seed=7)
-        answers.append(f"{result.is_first} {drawn} {result.npz}")
-    except FastrepaError as error:
-        answers.append(f"refused: {error}")
-with open(report + os.environ["RANK"], "w") as file:
-    print(*answers, sep="\n", file=file)
-"""
 
 
 def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
@@ -537,7 +508,9 @@ def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
     sample_run("run", alone, num=10, batch_size=4, npz=True, seed=7)
     foreign.mkdir()
     (foreign / "precious").touch()
-    (refusal0, first), (refusal1, other) = two_processes(tmp_path, foreign, pair)
+    said_by("tests.programs.sampling_ranks", tmp_path / "rank_", foreign, pair)
+    lines = [(tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2)]
+    (refusal0, first), (refusal1, other) = lines
     assert first == f"True [0, 1, 2, 3, 8, 9] {pair}/samples_10x16x16x3.npz"
     assert other == "False [4, 5, 6, 7] None"
     assert refusal0.startswith(f"refused: {foreign}: holds files")
@@ -546,20 +519,3 @@ def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
     assert (pair / "grid.png").read_bytes() == (alone / "grid.png").read_bytes()
     with np.load(pair / "samples_10x16x16x3.npz") as archive:
         assert archive["arr_0"].shape == (10, 16, 16, 3)
-
-
-def two_processes(tmp_path: Path, *folders: Path) -> list[list[str]]:
-    """What each process has to say of each folder; in files, as a shared pipe mixes lines."""
-    script, report = tmp_path / "rank.py", tmp_path / "rank_"
-    script.write_text(RANK)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = outside_the_world() | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    command += [script, Path(__file__).parent, report, *folders]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [Path(f"{report}{rank}").read_text().splitlines() for rank in range(2)]

@@ -16,6 +16,8 @@ import pytest
 from fastrepa_kernels import aot, launch
 from fastrepa_kernels.aot import sass
 
+pytestmark = pytest.mark.slow
+
 KERNELS = Path(aot.__file__).parents[2]
 
 

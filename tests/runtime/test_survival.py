@@ -12,12 +12,13 @@ import torch
 from fastrepa.training.bad_steps import Spikes
 from tests.runs import environment, metrics, tensors, train_command
 
+pytestmark = pytest.mark.ranks
+
 TIMEOUT = 6.0  # survival.timeout_seconds
 
 
 def faulty(run, fault, *overrides, ranks=1):
-    args = train_command(run, *overrides, ranks=ranks)
-    args[len(args) - 1 - args[::-1].index("fastrepa")] = "tests.programs.faulty"
+    args = train_command(run, *overrides, ranks=ranks, module="tests.programs.faulty")
     return subprocess.run(
         args, env=environment() | {"FAULT": fault}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
@@ -77,8 +78,8 @@ def two_processes(run, fault, *overrides, stop_after=150):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    args = train_command(run, f"survival.timeout_seconds={TIMEOUT}", *overrides)
-    args[args.index("fastrepa")] = "tests.programs.faulty"
+    overrides = (f"survival.timeout_seconds={TIMEOUT}", *overrides)
+    args = train_command(run, *overrides, module="tests.programs.faulty")
     # As srun names them: rank 0 finds its world by torchrun's names, so both ways are walked.
     meet = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault}
     names = [

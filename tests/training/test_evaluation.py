@@ -1,8 +1,6 @@
 """Evaluation during training: what it measures, what it leaves alone, which checkpoint it keeps."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,20 +13,18 @@ from fastrepa.config import EncoderConfig, config_from_dict, load_config
 from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.training.run import Run
 from tests.programs.evaluated_runs import NUM, STEPS
-from tests.runs import ROOT, SMALL, environment, metrics, tensors
+from tests.runs import ROOT, SMALL, metrics, said_by, tensors
+
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Of evaluated_runs: one launch of two processes, two runs of 6 steps."""
     folder = tmp_path_factory.mktemp("evaluated")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.programs.evaluated_runs", folder],
-        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert f"step 2, {NUM} images: fd_resnet10t" in done.stdout
-    assert f"fd_resnet10t: {NUM} images are few for 512 dimensions" in done.stdout
+    said = said_by("tests.programs.evaluated_runs", folder)
+    assert f"step 2, {NUM} images: fd_resnet10t" in said
+    assert f"fd_resnet10t: {NUM} images are few for 512 dimensions" in said
     return folder
 
 

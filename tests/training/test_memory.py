@@ -1,8 +1,6 @@
 """Recomputation, h kept and offload across ZeRO stages; what `auto` becomes in a config.yaml."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from torch.nn import functional
@@ -19,7 +17,9 @@ from fastrepa.training.zero.settings import (
     deepspeed_config,
     resolve_zero,
 )
-from tests.runs import ROOT, SMALL, environment, metrics, train
+from tests.runs import ROOT, SMALL, metrics, said_by, train
+
+pytestmark = pytest.mark.ranks
 
 
 def config_of(name="SiT-XL/2", **zero):
@@ -30,14 +30,11 @@ def config_of(name="SiT-XL/2", **zero):
 
 @pytest.fixture(scope="module")
 def compared():
-    """Every comparison of memory_steps, by kind, stage and precision: one launch of two."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-         "--nproc-per-node", "2", "-m", "tests.programs.memory_steps"],
-        env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(x[9:]) for x in done.stdout.splitlines() if x.startswith("COMPARED ")]
+    """Every comparison of memory_steps, by kind, stage and precision: one launch of two processes,
+    11 pairs of engines of two to five steps each.
+    """
+    said = said_by("tests.programs.memory_steps").splitlines()
+    lines = [json.loads(line[9:]) for line in said if line.startswith("COMPARED ")]
     return {(r["kind"], r["stage"], r["precision"]): r for r in lines}
 
 

@@ -21,17 +21,10 @@ from fastrepa.training.zero import settings
 from fastrepa_kernels import launch
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH = 8
 CPU = World(0, 1, 0, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The suite's two processes then do not fight over two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Several averages: their power functions, skipped steps, and what a checkpoint says of them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,9 @@ from fastrepa.checkpoint.kinds import ema_keys
 from fastrepa.config import EmaConfig, OptimizerConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.training.optimizer import AdamWEMA, power_gamma
-from tests.runs import ROOT, environment, tensors
+from tests.runs import said_by, tensors
+
+pytestmark = pytest.mark.ranks
 
 FIXED, OTHER, POWER = EmaConfig(decay=0.9), EmaConfig(decay=0.5), EmaConfig(sigma_rel=0.1)
 
@@ -28,13 +28,7 @@ def test_gamma_is_that_of_the_paper(sigma_rel, gamma):
 
 def test_every_stage_and_every_resume_against_float64(tmp_path):
     """Two ranks, ZeRO 0-3, fused and eager; averages added, dropped and reordered on resume."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.programs.ema_stages", tmp_path],
-        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("EVERY LEG AGREES") == 2
+    assert said_by("tests.programs.ema_stages", tmp_path).count("EVERY LEG AGREES") == 2
     stored = {name.split("/")[0] for name in tensors(tmp_path, 6)}
     assert {"ema", "ema_sigma_rel_0.1", "ema_decay_0.5"} <= stored
     assert "ema_decay_0.5" not in {name.split("/")[0] for name in tensors(tmp_path, 9)}

@@ -14,6 +14,8 @@ from fastrepa.vision.features import build_encoder
 from fastrepa.vision.quantise import cosines, dequantise, quantise
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.integers(0, 2**32), st.floats(-6, 5), st.integers(1, 300))
 @settings(deadline=None, max_examples=40)

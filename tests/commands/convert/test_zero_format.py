@@ -2,8 +2,6 @@
 
 import argparse
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,9 @@ from fastrepa.commands.convert.zero_format import read_zero
 from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
 from tests.commands.convert.test_exchange import Payload, model_and_file
-from tests.runs import ROOT, SMALL, environment
+from tests.runs import ROOT, SMALL, said_by
+
+pytestmark = pytest.mark.ranks
 
 CASES = ("1-fp32", "1-bf16-sums", "2-bf16", "3-fp32")
 
@@ -37,7 +37,9 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(exported, tmp_path_factory):
-    """What the plain engines of every case saved, after they loaded ours."""
+    """What the plain engines of every case saved, after they loaded ours: one launch of two
+    processes, an engine and a step a case.
+    """
     run, folder, _ = exported
     out = tmp_path_factory.mktemp("engines")
     path = newest_checkpoint(run)
@@ -48,13 +50,7 @@ def saved(exported, tmp_path_factory):
         for name, value in StoredTensors(path, kind).items()
     }
     save_file(contents, out / "contents.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.programs.zero_engines", folder, out / "contents.safetensors", out,
-         *CASES],
-        env=environment(), capture_output=True, text=True, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said_by("tests.programs.zero_engines", folder, out / "contents.safetensors", out, *CASES)
     return out
 
 

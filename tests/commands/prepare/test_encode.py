@@ -33,6 +33,8 @@ from tests.runs import ROOT, command, environment
 from tests.sets.autoencoder import small_vae
 from tests.sets.trees import RESOLUTION
 
+pytestmark = pytest.mark.slow
+
 MakeSet = Callable[..., ShardSet]
 CPU = torch.device("cpu")
 # Stages of stride 16 at 32 px: a grid of 2 x 2 tokens.

@@ -18,7 +18,10 @@ import pytest
 from fastrepa.commands.prepare.prepare import prepare
 from fastrepa.data.format.shards import ShardSet
 from fastrepa.errors import DataError
+from tests import runs
 from tests.sets.trees import write_tree
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}/engine:{ROOT}/kernels"}
@@ -251,21 +254,16 @@ def test_columns_go_on_without_the_source(source: Path, tmp_path: Path) -> None:
 # --- several ranks -----------------------------------------------------------------------------
 
 
-def torchrun(*arguments: object) -> list[str]:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "fastrepa"]
-    return [sys.executable, *map(str, [*words, "prepare", *arguments])]
-
-
 def test_two_ranks_make_the_same_set(source: Path, tmp_path: Path) -> None:
     settings = ["--resolution", 16, "--shard-size", 8]
     arguments = [source, tmp_path / "together", *settings, "--workers", 2]
-    refused = subprocess.run(torchrun(*arguments), env=ENVIRONMENT, capture_output=True, text=True)
+    together = runs.command("prepare", *arguments, ranks=2)
+    refused = subprocess.run(together, env=ENVIRONMENT, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "unreadable image" in refused.stderr
     assert "Traceback" not in refused.stderr.split("ChildFailedError")[0].split("torch/")[0]
-    done = subprocess.run(
-        torchrun(*arguments, "--skip-bad"), env=ENVIRONMENT, capture_output=True, text=True
-    )
+    together.append("--skip-bad")
+    done = subprocess.run(together, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("67 images of 3 classes in 9 shards") == 1
     assert "69/69 images" in done.stderr

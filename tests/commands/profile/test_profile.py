@@ -27,17 +27,10 @@ from fastrepa_kernels.cost import Cost, matmul_cost
 from tests.profiling.trace_events import Events
 from tests.runs import ROOT
 
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("one_thread")]
+
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 SMALL = ("run=nowhere/run", "training.global_batch=4", "training.precision=fp32", "model.depth=3")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The suite's two processes then do not fight over two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.library.custom_op("planted::slow", mutates_args=())

@@ -1,8 +1,6 @@
 """Memory and messages by arithmetic against measured allocations and DeepSpeed's own log."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -24,7 +22,9 @@ from fastrepa.training.memory.sharding import (
     update_peak,
 )
 from tests.programs.measured_steps import CHANNELS, SIDE, WIDTHS, config_of
-from tests.runs import ROOT, environment
+from tests.runs import said_by
+
+pytestmark = pytest.mark.ranks
 
 # Buckets that are small beside these models, so that the rest shows.
 SMALL = {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 500_000}
@@ -75,19 +75,14 @@ def name(case):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Every case's measurements: one launch of one process, one of two."""
+    """Every case's measurements: one launch of one process, one of two; 11 engines in each, of a
+    step or two.
+    """
     results = {}
     for world in (1, 2):
         cases = [c for c in CASES if c["world"] == world]
-        python = [sys.executable, "-W", "ignore", "-m"]
-        if world > 1:
-            python += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        done = subprocess.run(
-            [*python, "tests.programs.measured_steps", *map(json.dumps, cases)],
-            env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+        said = said_by("tests.programs.measured_steps", *map(json.dumps, cases), ranks=world)
+        lines = [line for line in said.splitlines() if line.startswith("MEASURED ")]
         assert len(lines) == len(cases)
         for case, line in zip(cases, lines, strict=True):
             results[name(case)] = json.loads(line.removeprefix("MEASURED "))

@@ -1,15 +1,15 @@
 """One run, whatever computes it: ranks, ZeRO stages, kernels and accumulation agree to rounding."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 from itertools import product
 
 import pytest
 
 from fastrepa.runtime.regions import NAMES
-from tests.runs import ROOT, environment, metrics, train
+from tests.runs import metrics, said_by, train
+
+pytestmark = pytest.mark.ranks
 
 STEPS = 10
 BATCH = 8
@@ -35,7 +35,11 @@ def settings(ranks, stage, kernels, forwards, *more):
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """Of ranks: {(stage, kernels, forwards) or a name: the steps of that run}, in one launch."""
+    """Of ranks: {(stage, kernels, forwards) or a name: the steps of that run}.
+
+    A launch for each number of ranks, of so many processes: 4, 18 and 8 runs of 10 steps on 1, 2
+    and 4.
+    """
 
     @cache
     def launch(ranks):
@@ -44,16 +48,7 @@ def curves(tmp_path_factory):
         if ranks == 2:
             same = settings(2, 2, "fused", 2, "deterministic=true", "training.precision=bf16")
             runs |= {"first": same, "second": same}
-        python = [sys.executable, "-m"]
-        if ranks > 1:
-            python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            python += ["-m"]
-        program = "tests.programs.combinations"
-        done = subprocess.run(
-            [*python, program, str(folder), str(STEPS), *runs.values()],
-            env=environment(), capture_output=True, text=True, timeout=900, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        said_by("tests.programs.combinations", folder, STEPS, *runs.values(), ranks=ranks)
         return {c: json.loads((folder / f"{n}.json").read_text()) for n, c in enumerate(runs)}
 
     return launch

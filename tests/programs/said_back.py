@@ -1,0 +1,28 @@
+"""Say what this process was given, in JSON; then do as its first word says."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+modules = sorted({"torch", "deepspeed"} & sys.modules.keys())
+given = {"argv": sys.argv[1:], "folder": os.getcwd(), "path": sys.path[0], "modules": modules}
+print(json.dumps(given | {"pid": os.getpid(), "word": os.environ.get("WORD")}), flush=True)
+match sys.argv[1]:
+    case "read":
+        print(sys.stdin.read(), end="")
+    case "exit":
+        threading.Thread(target=lambda: (time.sleep(0.1), print("and its thread"))).start()
+        sys.exit(int(sys.argv[2]))
+    case "raise":
+        raise ValueError("planted")
+    case "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "wait":
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("interrupted")
+            sys.exit(130)
