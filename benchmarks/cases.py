@@ -121,7 +121,7 @@ def _randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _modulated(per_sample: int, branch: bool, outputs: str) -> Callable[..., OperationInputs]:
-    """x (and branch), then `per_sample` vectors [B,D] that are chunks of one tensor."""
+    """Make x (and branch), then `per_sample` vectors [B,D] that are chunks of one tensor."""
 
     def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> OperationInputs:
         b, t, d = shape.batch, shape.tokens, shape.width

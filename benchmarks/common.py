@@ -1,4 +1,4 @@
-"""What several measurements share: their command lines, and run folders seen from outside."""
+"""Parts that several measurements share: their command lines, and run folders seen from outside."""
 
 from __future__ import annotations
 

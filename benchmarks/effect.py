@@ -239,7 +239,7 @@ def _loss(model: SiT, x_t: Tensor, t: Tensor, labels: Tensor, velocity: Tensor) 
 
 
 def curves_of(run: Path) -> dict[str, MetricCurve]:
-    """What a finished run has come to, by measure; its losses are kept in RUN/held_out.json."""
+    """Return a finished run's curves, by measure; its losses are kept in RUN/held_out.json."""
     seconds, distances, before = {0: 0.0}, {}, 0
     for line in logged(run):
         step = line["step"]
@@ -277,8 +277,8 @@ def reached(at: Sequence[float], values: Sequence[float], level: float) -> float
 
 
 def speed_up(plain: MetricCurve, arm: MetricCurve, unit: str) -> float | None:
-    """What the plain run needs, in "steps" or "seconds", over what the arm needs, to the best level
-    that both reach.
+    """Divide what the plain run needs, in "steps" or "seconds", by what the arm needs, to the best
+    level that both reach.
     """
     level = max(min(plain.values), min(arm.values))
     needs = [reached(getattr(curve, unit), curve.values, level) for curve in (plain, arm)]
@@ -334,7 +334,7 @@ def records_of(
 
 
 def _at(curve: MetricCurve, seconds: float) -> float:
-    """The measure at a time within the run, on straight lines."""
+    """Return the measure at a time within the run, on straight lines."""
     return float(np.interp(seconds, curve.seconds, curve.values))
 
 

@@ -85,7 +85,7 @@ def _inputs(
 
 
 def _once(provider: Provider, inputs: OperationInputs) -> list[Tensor]:
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     outputs = provider(inputs.leaves, inputs.fixed)
     if not inputs.upstream:
         return [t.detach() for t in outputs]
@@ -169,7 +169,7 @@ def peak_bytes(provider: Provider, inputs: OperationInputs, device: torch.device
 
 
 def _copies(inputs: OperationInputs, device: torch.device) -> list[OperationInputs]:
-    """Enough input sets that none is still in L2 when its turn comes again (CUDA only)."""
+    """Make enough input sets that none is still in L2 when its turn comes again (CUDA only)."""
     if device.type == "cpu":
         return [inputs]
     size = sum(t.nbytes for t in (*inputs.leaves, *inputs.fixed, *inputs.upstream))
@@ -269,7 +269,7 @@ def times(
     device: torch.device,
     repeats: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """provider -> direction -> milliseconds, the providers taking turns."""
+    """Return provider -> direction -> milliseconds, the providers taking turns."""
     copies = _copies(inputs, device)
     works = {
         name: [

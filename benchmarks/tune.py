@@ -33,7 +33,7 @@ DO_NOT_LAUNCH = (
 
 
 class SweepSize(NamedTuple):
-    """Of the tensors that operations are tried on; flat: elements of the optimiser's."""
+    """The size of the tensors that operations are tried on; flat: elements of the optimiser's."""
 
     device: str = "cuda"
     images: int = 256

@@ -41,7 +41,7 @@ def program(module, *words, ranks=1, cold=False):
 
 
 def said_by(module, *words, ranks=2, timeout=900):
-    """What a program of tests/programs printed; it must succeed."""
+    """Return what a program of tests/programs printed; it must succeed."""
     done = subprocess.run(
         program(module, *words, ranks=ranks), env=environment(), capture_output=True, text=True,
         timeout=timeout, cwd=ROOT,

@@ -37,7 +37,7 @@ LAZY = (
 
 
 def python():
-    """What a command line begins with in place of `python`; `-m` and a module come next."""
+    """Return what a command line begins with in place of `python`; `-m` and a module come next."""
     import torch
 
     if torch.cuda.is_available():
@@ -99,7 +99,7 @@ def _serve(path):
 
 
 def _reap():
-    """Of what has ended, so that its seconds are counted as this process's."""
+    """Reap what has ended, so that its seconds are counted as this process's."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -61,7 +61,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> Iterator[Record]:
 
 
 def _sustained(size: SuiteSize, turns: int = 6) -> Iterator[Record]:
-    """fc1's forward product again and again: what power allows, where a short trial allows more."""
+    """Repeat fc1's forward product: power may allow less than a short trial shows."""
     device = torch.device(size.device)
     into, outof = (part * size.width for part in LAYERS["fc1"])
     work, _ = _product("bf16", "forward", size.rows, outof, into, device)

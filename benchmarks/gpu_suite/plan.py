@@ -70,7 +70,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class SuiteSize:
-    """What is measured with. model, tokens, batches: of operations; rows, width, recipes: of
+    """Sizes to measure with. model, tokens, batches: of operations; rows, width, recipes: of
     products.
     """
 

@@ -35,7 +35,7 @@ POISONED = 3
 
 @dataclass
 class SuiteRun:
-    """What the stages of one call share."""
+    """The state that the stages of one call share."""
 
     out: Path
     size: str

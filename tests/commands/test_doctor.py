@@ -26,7 +26,7 @@ WITHOUT_GPU = not torch.cuda.is_available()
 
 @pytest.fixture(scope="module")
 def findings() -> list[Finding]:
-    """What the command says to programs: a process, which starts one for every probe."""
+    """Return what the command says to programs: a process, which starts one for every probe."""
     done = subprocess.run(
         command("doctor", "--json", cold=True), env=environment(), capture_output=True, text=True
     )

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of evaluated_runs: one launch of two processes, two runs of 6 steps."""
+    """The folder of evaluated_runs: one launch of two processes, two runs of 6 steps."""
     folder = tmp_path_factory.mktemp("evaluated")
     said = said_by("tests.programs.evaluated_runs", folder)
     assert f"step 2, {NUM} images: fd_resnet10t" in said

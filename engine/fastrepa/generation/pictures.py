@@ -13,8 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastrepa.drawing import new_figure
-
 TILE = 128
 """Small images are enlarged to at most this many pixels a side."""
 
@@ -82,6 +80,8 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     metrics the picture says so.
     """
     measured = dict.fromkeys(key for line in metrics for key in line if EVALUATION.match(key))
+    from fastrepa.drawing import new_figure
+
     evaluated = [(k, k, EVALUATION_COLOUR) for k in measured if not k.endswith("_std")]
     panels = [*PANELS, *evaluated]
     series = {key: points for key, _, _ in panels if len((points := _points(metrics, key))[0])}

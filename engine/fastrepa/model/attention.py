@@ -37,7 +37,7 @@ def choose_attention(
 
 
 def attention_record(attention: AttentionConfig, choice: Choice) -> dict[str, Any]:
-    """For environment.json: what runs, who chose it, and why nothing better did."""
+    """Return what environment.json says: what runs, who chose it, and why nothing better did."""
     return {
         "attention": {
             "backend": choice.backend,

@@ -107,7 +107,7 @@ class Residual(NamedTuple):
 
     @property
     def pending(self) -> tuple[Tensor, Tensor] | None:
-        """What is still to be added, as the operations take it."""
+        """The branch [B,T,D] and gate [B,D] still to be added, as the operations take them."""
         if self.branch is None or self.gate is None:
             return None
         return self.branch, self.gate

@@ -63,6 +63,6 @@ def first_images(data: DataSet, config: DataConfig, seed: int, device: torch.dev
 
 
 def _noise_of(resolution: int, seed: int) -> Callable[[], Tensor]:
-    """In place of images, for a run without data: uint8 [B,3,R,R]."""
+    """Stand in for the images of a run without data: noise, uint8 [B,3,R,R]."""
     generator, shape = torch.Generator().manual_seed(seed), (LOOKED_AT, 3, resolution, resolution)
     return lambda: torch.randint(256, shape, dtype=torch.uint8, generator=generator)

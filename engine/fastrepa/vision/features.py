@@ -277,7 +277,7 @@ def cut(model: Any, index: int, norm: bool) -> None:
 
 
 def feature_map(network: Any, x: Tensor, index: int, norm: bool) -> Tensor:
-    """[B,3,S,S] -> the taken feature map [B,Z,h,w], prefix tokens (class, registers) dropped."""
+    """Compute [B,3,S,S] -> the taken map [B,Z,h,w], prefix tokens (class, registers) dropped."""
     (maps,) = network.forward_intermediates(
         x, indices=[index], norm=norm, output_fmt="NCHW", intermediates_only=True
     )

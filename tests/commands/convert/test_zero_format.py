@@ -37,7 +37,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(exported, tmp_path_factory):
-    """What the plain engines of every case saved, after they loaded ours: one launch of two
+    """Return what the plain engines of every case saved, after they loaded ours: one launch of two
     processes, an engine and a step a case.
     """
     run, folder, _ = exported

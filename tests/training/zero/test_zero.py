@@ -35,7 +35,7 @@ def settings(ranks, stage, kernels, forwards, *more):
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """Of ranks: {(stage, kernels, forwards) or a name: the steps of that run}.
+    """Return {(stage, kernels, forwards) or a name: the steps of that run} of ranks.
 
     A launch for each number of ranks, of so many processes: 4, 18 and 8 runs of 10 steps on 1, 2
     and 4.

@@ -201,7 +201,7 @@ def _empty_model(config: Config, state: RunState) -> SiT:
 
 
 def _shape_of(model: Mapping[str, Tensor], patch: int, file: Path) -> dict[str, Any]:
-    """side, channels and encoder_widths, from the tensors themselves."""
+    """Read side, channels and encoder_widths from the tensors themselves."""
     try:
         tokens, channels = model["pos_embed"].shape[1], model["x_embedder.proj.weight"].shape[1]
         count = len({n.split(".")[1] for n in model if n.startswith("projectors.")})

@@ -208,8 +208,8 @@ def make_plan(
 
 
 def _others(training: TrainingConfig, s: Sharding) -> Iterator[Sharding]:
-    """The same way with h kept or not, where nothing is recomputed; and with the other extreme of
-    recomputation, where training.keep auto keeps nothing.
+    """Yield the same way with h kept or not, where nothing is recomputed; and with the other
+    extreme of recomputation, where training.keep auto keeps nothing.
     """
     if not s.eager and not s.recompute:
         yield replace(s, keep_h=not s.keep_h)
@@ -327,7 +327,7 @@ def _option(field: str) -> str:
 
 
 def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
-    """For programs: bytes, seconds, and everything that was assumed."""
+    """Return a plan for programs: bytes, seconds, and everything that was assumed."""
     a, gpu = plan.assumptions, plan.gpu
     links = a.links(gpu)
 
@@ -386,7 +386,7 @@ def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
 
 
 def assumed(plan: CapacityPlan) -> list[tuple[str, str, str]]:
-    """(option or name, value, what it means and where it is from) of every assumption."""
+    """Return (option or name, value, its meaning and where it is from) of every assumption."""
     a, gpu, w = plan.assumptions, plan.gpu, plan.workload
     bf16 = plan.config.training.bf16
     peak = gpu.bf16 if bf16 else gpu.fp32

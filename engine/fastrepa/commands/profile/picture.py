@@ -111,8 +111,8 @@ def _bars(
 
 
 def save_roofline(report: ProfileReport, path: Path) -> None:
-    """Left: achieved FLOP/s over FLOPs per byte, under the measured ceilings. Right: the longest
-    operations, their time and what of it the roofline asks for.
+    """Draw, left, achieved FLOP/s over FLOPs per byte, under the measured ceilings; right, the
+    longest operations, their time and what of it the roofline asks for.
     """
     figure = new_figure(13.0, 6.2)
     _heading(figure, report, f"{report.profiles[0].kernels} kernels against the roofline")

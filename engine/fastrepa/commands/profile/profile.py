@@ -76,7 +76,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """profiles: as configured, then what it is compared with. said: what was real and what not."""
+    """A profile and what it is compared with.
+
+    profiles: as configured, then the others. said: what was real and what not.
+    """
 
     config: Config
     device: str
@@ -256,7 +259,7 @@ def findings(report: ProfileReport) -> list[str]:
 
 
 def report_as_dict(report: ProfileReport) -> dict[str, Any]:
-    """For programs: seconds, FLOPs and bytes per step."""
+    """Return a profile for programs: seconds, FLOPs and bytes per step."""
     c = report.ceilings
 
     def measures(row: OperationGroup) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Workload:
     input_is: str
 
     def curve(self, recompute: int, keep_h: bool) -> MemoryCurve:
-        """With every `recompute`-th block run again in backward, 0: none, and h kept or not."""
+        """Return it where every `recompute`-th block runs again (0: none), with h kept or not."""
         t = TrainingConfig(
             precision=self.config.training.precision,
             recompute=recompute or "none",

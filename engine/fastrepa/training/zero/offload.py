@@ -43,7 +43,7 @@ def swap_folder(zero: ZeroConfig, run: str) -> Path:
 
 
 def check_offload(zero: ZeroConfig, run: str) -> None:
-    """Before anything is built: raises ConfigError where `zero.offload: nvme` cannot work here.
+    """Raise ConfigError, before anything is built, where `zero.offload: nvme` cannot work here.
 
     DeepSpeed's async_io op is compiled at its first use, which takes minutes, once.
     """

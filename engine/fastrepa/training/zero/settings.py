@@ -74,7 +74,7 @@ def _even(n: int) -> int:
 
 
 def micro_batch(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """(images per rank per forward, forwards per step) for the global batch.
+    """Return (images per rank per forward, forwards per step) for the global batch.
 
     Raises ConfigError where the batch does not divide.
     """
