@@ -249,8 +249,8 @@ def test_prepare_goes_on_with_the_columns(
             shard_size=8,
             workers=0,
             progress=False,
-            encode=lambda folder, ranks: encode_columns(
-                folder, encoders=[LITE], batch_size=5, progress=False, ranks=ranks
+            encode=lambda folder, world: encode_columns(
+                folder, encoders=[LITE], batch_size=5, progress=False, world=world
             ),
         )
 
