@@ -325,7 +325,7 @@ class _WithStrides(nn.Module):
 
 
 def test_maps_that_are_not_square_are_refused(monkeypatch):
-    monkeypatch.setattr(features, "_features", lambda *_: torch.empty(1, 64, 8, 4, device="meta"))
+    monkeypatch.setattr(features, "feature_map", lambda *_: torch.empty(1, 64, 8, 4, device="meta"))
     with pytest.raises(ConfigError, match=r"\[1, 64, 8, 4\] .* a square token grid is needed"):
         plan_encoder(LITE0, resolution=128)
 
