@@ -37,7 +37,9 @@ def encode(path: Path, *args: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 emoji with the features of EfficientNet-Lite0 and the latents of a small autoencoder."""
+    """120 emoji with the features of EfficientNet-Lite0 and the latents of a small autoencoder:
+    one process encodes them.
+    """
     folder = tmp_path_factory.mktemp("cached")
     shutil.copytree(ROOT / "configs/quickstart/emoji/validation", folder / "set")
     vae = small_vae()

@@ -229,7 +229,9 @@ def without_launcher(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """The folder in which commands run, with what they expect to find."""
+    """The folder in which commands run, with what they expect to find; they run in this process
+    but for the turns of `bench` and the probes of `doctor`.
+    """
     folder = tmp_path_factory.mktemp("workshop")
     (folder / "configs").symlink_to(ROOT / "configs")
     images = emoji()[:24]

@@ -58,6 +58,7 @@ def whole(engine):
 
 def main(exported, contents, out, *cases):
     world = join_world()
+    deepspeed.ops.__compatible_ops__ = {}  # or it compiles collectives of its own first
     expected = load_file(contents)
     for case in cases:
         stage, precision, *sums = case.split("-")
