@@ -21,7 +21,7 @@ import torch
 
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.run import Run
 
 
@@ -30,7 +30,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     out.
     """
     resolved = load_config(config, [*overrides, f"run={folder / 'run'}"])
-    world = join_world()
+    world = init_world()
     began: list[float] = []
     saves: list[tuple[float, dict[str, float]]] = []
     with watched(Path(resolved.run), resolved.survival, world) as watch:
@@ -52,7 +52,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
         trainer.train_step, run.save = timed_step, timed_save  # type: ignore[method-assign]
         run.train(watch)
         parameters = sum(p.numel() for p in trainer.whole.params.values())
-    leave_world()
+    destroy_world()
     iterations = list(itertools.pairwise(began[1:]))  # the first one is no normal one
     costs, seconds, calm = [], [], []
     windows = [(at, at + parts["save"], parts) for at, parts in saves[:-1]]

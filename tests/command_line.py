@@ -14,7 +14,7 @@ from fastrepa.cli import app
 
 @contextmanager
 def kept_world():
-    with mock.patch("fastrepa.runtime.world.leave_world", return_value=None):
+    with mock.patch("fastrepa.runtime.world.destroy_world", return_value=None):
         yield
 
 

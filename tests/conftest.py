@@ -79,9 +79,9 @@ def world() -> Any:
     """This process alone. Its group stays to the end, and so does the environment it was made
     with: DeepSpeed holds on to both, and cannot meet again in the same process.
     """
-    from fastrepa.runtime.world import join_world
+    from fastrepa.runtime.world import init_world
 
-    return join_world()
+    return init_world()
 
 
 @pytest.fixture(scope="session")

@@ -87,10 +87,10 @@ def _rate(size: SuiteSize, decode: str) -> Iterator[Record]:
 def _step(size: SuiteSize) -> Iterator[Record]:
     """A step whose images DALI decodes for the encoder, against the same step fed with noise."""
     from fastrepa.profiling.random_batches import RandomBatches
-    from fastrepa.runtime.world import join_world, leave_world
+    from fastrepa.runtime.world import destroy_world, init_world
     from fastrepa.training.trainer import Trainer
 
-    config, world = _config(size), join_world()
+    config, world = _config(size), init_world()
     try:
         trainer = Trainer(config, world)
         noise = RandomBatches(trainer, world.device, trainer.micro)
@@ -99,7 +99,7 @@ def _step(size: SuiteSize) -> Iterator[Record]:
             with _pipeline(size, decode, trainer.micro, moments=trainer.cached_latents) as pipeline:
                 seconds[decode] = _steps(trainer, pipeline, size)
     finally:
-        leave_world()
+        destroy_world()
     yield {
         "case": "fed_step", "batch": trainer.micro, "steps": size.steps, "seconds_a_step": seconds,
     }  # fmt: skip

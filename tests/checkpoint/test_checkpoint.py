@@ -81,7 +81,7 @@ def test_a_save_holds_its_step_though_training_goes_on(writer, tmp_path):
     writer.save(state(5))
     for name in whole.params:
         whole.set(name, "weight", torch.zeros_like(whole.get(name, "weight")))
-    writer.settle(required=True)
+    writer.wait(required=True)
     path = checkpoint_path(tmp_path, 5)
     assert damage(path) is None
     assert newest_checkpoint(tmp_path) == path
@@ -129,18 +129,18 @@ def test_polls_between_steps_finish_a_save_and_never_wait_for_it(writer, tmp_pat
 def test_the_next_save_waits_for_the_one_before_and_old_ones_go(writer, tmp_path):
     for step in (1, 2, 3, 4):
         writer.save(state(step))
-    writer.settle(required=True)
+    writer.wait(required=True)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_0000003", "step_0000004"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_a_failed_save_is_a_warning_and_an_error_only_at_the_end(writer, tmp_path, capsys):
     writer.save(state(1))
-    writer.settle(required=True)
+    writer.wait(required=True)
     in_the_way = tmp_path / "checkpoints" / ".partial_step_0000002"
     in_the_way.write_text("a file where the folder should be")
     writer.save(state(2))
-    writer.settle()
+    writer.wait()
     said = capsys.readouterr().out
     assert "warning: " in said
     assert "step_0000002: cannot be written" in said
@@ -149,10 +149,10 @@ def test_a_failed_save_is_a_warning_and_an_error_only_at_the_end(writer, tmp_pat
     in_the_way.write_text("again")
     writer.save(state(2))
     with pytest.raises(CheckpointError, match=r"step_0000002: cannot be written .*are intact"):
-        writer.settle(required=True)
+        writer.wait(required=True)
     in_the_way.unlink(missing_ok=True)
     writer.save(state(3))  # the next one is not harmed
-    writer.settle(required=True)
+    writer.wait(required=True)
     assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 3)
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_removed_while_the_new_one_reads_back_damaged(
 ):
     for step in (1, 2):
         writer.save(state(step))
-    writer.settle(required=True)
+    writer.wait(required=True)
     real = checkpoint_writer.write_durably
 
     def flips_a_bit(path, *args):
@@ -177,13 +177,13 @@ def test_nothing_is_removed_while_the_new_one_reads_back_damaged(
             lambda p, *a: (flips_a_bit if p.name == "ema.safetensors" else real)(p, *a),
         )  # fmt: skip
         writer.save(state(3))
-        writer.settle(required=True)
+        writer.wait(required=True)
     assert "reads back damaged (ema.safetensors differs" in capsys.readouterr().out
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["1", "2", "3"]
     with pytest.warns(UserWarning, match="step_0000003 is damaged"):
         assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2)
     writer.save(state(3))  # takes the damaged one's place
-    writer.settle(required=True)
+    writer.wait(required=True)
     assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 3)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "3"]
 
@@ -258,7 +258,7 @@ def test_an_unknown_metric_is_named_with_those_there_are(engine, tmp_path, capsy
     policy = TrainingConfig(keep_checkpoints=1, keep_best=KeepBestConfig(metric="lossz"))
     writer = CheckpointWriter(tmp_path, whole, fixed, world, group, policy)
     writer.save(state(1, loss=1.0, lr=0.1))
-    writer.settle(required=True)
+    writer.wait(required=True)
     assert "no metric 'lossz' is logged (known: loss, lr)" in capsys.readouterr().out
 
 

@@ -363,7 +363,7 @@ def test_sample_run(loaded, tmp_path):
     result = sample_run(
         "run", out, num=10, seed=7, batch_size=4, npz=True, sampler="sde", steps=3, precision="fp32"
     )
-    assert (result.folder, result.num, result.is_first) == (out, 10, True)
+    assert (result.folder, result.num, result.is_rank_0) == (out, 10, True)
     names = [f"{i:06d}.png" for i in range(10)]
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*names, "grid.png", "sampling.json", "samples_10x16x16x3.npz"]

@@ -23,7 +23,7 @@ KERNELS = Path(aot.__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def reports():
-    """Of every case: one process, which compiles them and asks ptxas of each."""
+    """One process for every case, which compiles them and asks ptxas of each."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(KERNELS), environment.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fastrepa.config import load_config
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.runtime.determinism import make_deterministic
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.run import Run
 from fastrepa.training.zero.engine import grad_norm
 from tests.runs import ROOT, SMALL
@@ -83,13 +83,13 @@ def one_run(world, folder, steps, overrides):
 
 def main():
     folder, steps, *settings = sys.argv[1:]
-    world = join_world()
+    world = init_world()
     for number, overrides in enumerate(settings):
         lines = one_run(world, folder, int(steps), overrides.split())
         gc.collect()
-        if world.is_first:
+        if world.is_rank_0:
             (Path(folder) / f"{number}.json").write_text(json.dumps(lines))
-    leave_world()
+    destroy_world()
 
 
 if __name__ == "__main__":

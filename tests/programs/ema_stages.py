@@ -22,7 +22,7 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import TrainingConfig, load_config
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.optimizer import power_gamma
 from fastrepa.training.zero import engine as zero
 from tests.runs import ROOT, SMALL
@@ -51,7 +51,7 @@ def near(ours, expected, what):
 
 
 def main(run):
-    world = join_world()
+    world = init_world()
     group = dist.new_group(backend="gloo")
     previous, expected = None, {}  # str(average) -> name -> float64
     for number, (stage, precision, kernels, emas, said) in enumerate(LEGS):
@@ -89,10 +89,10 @@ def main(run):
         policy = TrainingConfig(keep_checkpoints=0)
         writer = CheckpointWriter(Path(run), whole, fixed, world, group, policy)
         writer.save(state)
-        writer.settle(required=True)
+        writer.wait(required=True)
         previous = checkpoint_path(Path(run), step)
         dist.barrier(group=group)
-    leave_world()
+    destroy_world()
 
 
 def train(engine, optimizer, whole, world, config, chosen, expected, number):
@@ -125,9 +125,9 @@ def train(engine, optimizer, whole, world, config, chosen, expected, number):
 def gathered(config, whole, fixed, world):
     """The first average as a model, on rank 0 only, and gone afterwards."""
     codec = SimpleNamespace(side=SIDE, channels=CHANNELS)
-    with ema_model(config, whole, fixed, codec, world, needed=world.is_first) as model:
+    with ema_model(config, whole, fixed, codec, world, needed=world.is_rank_0) as model:
         own = {n: whole.get(n, "ema") for n in whole.params}
-        if not world.is_first:
+        if not world.is_rank_0:
             assert model is None
             return
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

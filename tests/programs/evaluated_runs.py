@@ -13,7 +13,7 @@ from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.run import Run
 from tests.runs import ROOT, SMALL
 
@@ -40,9 +40,9 @@ def merge_moments(world):
 
 
 def main(folder):
-    world = join_world()
+    world = init_world()
     merge_moments(world)
-    if world.is_first:
+    if world.is_rank_0:
         (folder / "validation").symlink_to(ROOT / "configs/quickstart/emoji/validation")
     for name, settings in (("plain", []), ("evaluated", EVALUATED)):
         config = load_config(ROOT / "configs/quickstart.yaml", [
@@ -51,7 +51,7 @@ def main(folder):
         ])  # fmt: skip
         with watched(Path(config.run), config.survival, world) as watch:
             Run(config, world, watch.group, evaluator=RunEvaluator).train(watch)
-    leave_world()
+    destroy_world()
 
 
 if __name__ == "__main__":

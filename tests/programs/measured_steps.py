@@ -14,7 +14,7 @@ import torch
 from fastrepa.commands.bench.peak_memory import highest, storages
 from fastrepa.config import config_from_dict
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.zero import engine as zero
 
 CPU = torch.device("cpu")
@@ -94,15 +94,15 @@ def with_settings(plain, settings, *given):
 
 
 def main():
-    world = join_world()
+    world = init_world()
     plain = zero.deepspeed_config
     for text in sys.argv[1:]:
         case = json.loads(text)
         zero.deepspeed_config = partial(with_settings, plain, case.get("zero", {}))
         result = measure(case, world)
-        if world.is_first:
+        if world.is_rank_0:
             print("MEASURED " + json.dumps(result), flush=True)
-    leave_world()
+    destroy_world()
 
 
 if __name__ == "__main__":

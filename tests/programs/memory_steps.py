@@ -10,7 +10,7 @@ import torch
 from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.config import config_from_dict
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.zero import engine as zero
 
 SIDE, WIDTHS, MICRO = 16, [40], 4
@@ -69,13 +69,13 @@ class Engine:
 
     def state(self):
         out = {(k, n): self.whole.get(n, k).clone() for k in KINDS for n in self.whole.params}
-        self.whole.let_go()
+        self.whole.release()
         return out
 
     def load(self, state):
         for (kind, name), value in state.items():
             self.whole.set(name, kind, value)
-        self.whole.let_go()
+        self.whole.release()
 
 
 def difference(a, b):
@@ -129,7 +129,7 @@ def compare_offload(world, stage, precision, forwards, settings):
 
 
 def main():
-    world = join_world()
+    world = init_world()
     cpu = {"offload": "cpu"}
     jobs = [
         ("recompute", compare_bits, (stage, *rest, {"recompute": 2 if stage == 2 else 1}))
@@ -148,10 +148,10 @@ def main():
     ]  # fmt: skip
     for kind, function, arguments in jobs:
         result = function(world, *arguments)
-        if world.is_first:
+        if world.is_rank_0:
             case = {"kind": kind, "stage": arguments[0], "precision": arguments[1]}
             print("COMPARED " + json.dumps({**case, **result}), flush=True)
-    leave_world()
+    destroy_world()
 
 
 if __name__ == "__main__":

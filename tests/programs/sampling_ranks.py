@@ -25,7 +25,7 @@ def answer(out):
         result = room.sample_run("run", out, num=10, batch_size=4, npz=True, seed=7)
     except FastrepaError as error:
         return f"refused: {error}"
-    return f"{result.is_first} {drawn} {result.npz}"
+    return f"{result.is_rank_0} {drawn} {result.npz}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import TrainingConfig, load_config
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import join_world
+from fastrepa.runtime.world import init_world
 from fastrepa.training.zero.engine import WholeTensors, start_engine
 from tests.runs import ROOT, SMALL
 
@@ -47,7 +47,7 @@ def step(engine, dtype):
 
 
 def main(run):
-    world = join_world()
+    world = init_world()
     group = dist.new_group(backend="gloo")
     for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -66,7 +66,7 @@ def main(run):
         held = {(k, n): whole.get(n, k).clone() for k in whole.kinds for n in whole.params}
         writer.save(state)
         step(engine, dtype)  # training goes on
-        writer.settle(required=True)
+        writer.wait(required=True)
         path = checkpoint_path(run, stage)
         for kind in whole.kinds:
             stored = StoredTensors(path, kind)
@@ -78,7 +78,7 @@ def main(run):
         load_engine_state(path, other, state, world)
         for (kind, name), value in held.items():
             assert torch.equal(other.get(name, kind), value), (stage, kind, name, "loaded")
-        if world.is_first:
+        if world.is_rank_0:
             print(f"stage {stage}: {len(held)} tensors", flush=True)
     dist.destroy_process_group()
 

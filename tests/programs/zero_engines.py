@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastrepa.config import load_config
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import join_world, leave_world
+from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.zero.engine import (
     deepspeed,
     safe_get_full_fp32_param,
@@ -57,7 +57,7 @@ def whole(engine):
 
 
 def main(exported, contents, out, *cases):
-    world = join_world()
+    world = init_world()
     deepspeed.ops.__compatible_ops__ = {}  # or it compiles collectives of its own first
     expected = load_file(contents)
     for case in cases:
@@ -86,13 +86,13 @@ def main(exported, contents, out, *cases):
         name = "fp32/blocks.0.mlp.fc1.weight"
         assert not torch.equal(after[name], expected[name])
         engine.save_checkpoint(f"{out}/{case}")
-        if world.is_first:
+        if world.is_rank_0:
             save_file(after, f"{out}/{case}.safetensors")
     engine, _ = plain_engine(0, "fp32", False, universal=False)
     assert engine.load_checkpoint(exported, load_module_only=True)[0]
     for name, p in engine.module.named_parameters():
         assert torch.equal(p, expected[f"fp32/{name}"]), name
-    leave_world()
+    destroy_world()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from fastrepa.runtime.world import (
     LAUNCHER_VARIABLES,
     World,
     launched_world,
-    of_first_rank,
+    of_rank_0,
     outside_the_world,
     patient_world,
 )
@@ -20,23 +20,23 @@ from fastrepa.runtime.world import (
 RANK = """
 import os, time
 from fastrepa.errors import DataError
-from fastrepa.runtime.world import of_first_rank, patient_world
+from fastrepa.runtime.world import of_rank_0, patient_world
 
 def refuse():
     raise DataError(f"refused by rank {world.rank}")
 
 with patient_world() as world:
-    print(of_first_rank(world, lambda: ["found by rank", world.rank]))
+    print(of_rank_0(world, lambda: ["found by rank", world.rank]))
     try:
-        of_first_rank(world, refuse)
+        of_rank_0(world, refuse)
     except DataError as e:
         print(e)
-    if not world.is_first:
+    if not world.is_rank_0:
         time.sleep(1)  # in which the first waits
     ticks = []
     world.wait(lambda: ticks.append(1))
     print(f"rank {world.rank}", "waited" if len(ticks) > 1 else "came last", flush=True)
-    if not world.is_first:
+    if not world.is_rank_0:
         os._exit(3)
     try:
         world.wait()
@@ -77,7 +77,7 @@ def test_the_launcher_says_who_and_how_many(alone, monkeypatch):
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     world = launched_world()
-    assert world == World(5, 8, local_rank=1, local_size=4) and not world.is_first
+    assert world == World(5, 8, local_rank=1, local_size=4) and not world.is_rank_0
     assert not outside_the_world().keys() & said.keys()
     assert os.environ.items() >= outside_the_world().items()
 
@@ -88,9 +88,9 @@ def test_a_process_alone_waits_for_nobody(alone, monkeypatch):
 
     with patient_world() as world:
         world.wait(refuse)
-        assert of_first_rank(world, lambda: world) is world
+        assert of_rank_0(world, lambda: world) is world
         with pytest.raises(DataError, match="refused"):
-            of_first_rank(world, refuse)
+            of_rank_0(world, refuse)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but RANK is not set"), patient_world():
         pass

@@ -97,7 +97,7 @@ def ema_model(
             if needed:
                 averaged[name] = value.to(world.device, dtype)
             del value
-    whole.let_go()
+    whole.release()
     if not needed:
         yield None
         return

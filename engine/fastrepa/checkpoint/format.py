@@ -35,7 +35,7 @@ from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_con
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.files import settle_folder, sha256_of
+from fastrepa.runtime.files import fsync_folder, sha256_of
 from fastrepa.runtime.world import World
 
 FORMAT = 2
@@ -110,7 +110,7 @@ def seal(folder: Path, files: Mapping[str, Any], state: RunState) -> None:
     files = {**files, "state.json": write_durably(folder / "state.json", [text])}
     manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
     write_durably(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-    settle_folder(folder)
+    fsync_folder(folder)
 
 
 def load_model_weights(path: Path, model: SiT) -> None:
@@ -132,7 +132,7 @@ def load_engine_state(path: Path, whole: Whole, state: RunState, world: World) -
         stored = StoredTensors(path, sources.get(kind, kind))
         for name in whole.params:
             whole.set(name, kind, stored[name])
-    whole.let_go()
+    whole.release()
     whole.optimizer_step = state.optimizer_step
     rng = path / f"rng_rank_{world.rank:05d}.safetensors"
     if rng.exists():  # a rank that joined later starts its generators from the seed

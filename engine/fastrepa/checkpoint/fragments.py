@@ -38,7 +38,7 @@ class Fragments:
         for name in whole.params:
             start, values = whole.local(name, WEIGHT)
             held[name] = (start, values.numel())
-        whole.let_go()
+        whole.release()
         layout: list[Any] = [None] * world.size
         dist.all_gather_object(layout, held, group=group)
         sizes = [{name: count for name, (_, count) in of.items()} for of in layout]
@@ -79,7 +79,7 @@ class Fragments:
                 else:
                     continue
                 target.copy_(values, non_blocking=True)
-        self.whole.let_go()
+        self.whole.release()
 
     def exchange(self, host: Mapping[str, HostTensors]) -> None:
         """Fetch the rest of the tensors in `host`: in a thread, once the copies are there."""

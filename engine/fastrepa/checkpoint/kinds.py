@@ -58,5 +58,5 @@ class Whole(Protocol):
     def local(self, name: str, kind: str) -> tuple[int, Tensor]:
         """Return this rank's fragment: its start in the flattened whole, and its values [n]."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free what get, set and local hold: after the last of them and before the next step."""

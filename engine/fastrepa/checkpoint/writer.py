@@ -36,7 +36,7 @@ from fastrepa.checkpoint.host_tensors import HostTensors, in_background, timed, 
 from fastrepa.checkpoint.kinds import WEIGHT, Whole, ema_keys
 from fastrepa.config import TrainingConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.runtime.files import settle_folder
+from fastrepa.runtime.files import fsync_folder
 from fastrepa.runtime.world import World
 
 PARTIAL = ".partial_"
@@ -71,7 +71,7 @@ class CheckpointWriter:
         self._host: dict[str, HostTensors] = {}
         averaged = (WEIGHT, *ema_keys(whole.emas))
         for kind in whole.kinds:
-            others = fixed if kind in averaged and world.is_first else {}
+            others = fixed if kind in averaged and world.is_rank_0 else {}
             held = {n: tuple(t.shape) for n, t in others.items()} | {n: shapes[n] for n in mine}
             self._host[kind] = HostTensors(held, pin=pin)
             for name, value in others.items():
@@ -79,14 +79,14 @@ class CheckpointWriter:
         self._thread: Future[Any] | None = None  # what this rank does for the save in flight
         self._asked: tuple[Tensor, Any] | None = None  # whether all are done, being asked
         self._parts: list[dict[str, Any]] | None = None  # every rank's digests, once all wrote
-        if world.is_first:
+        if world.is_rank_0:
             for left in (run / "checkpoints").glob(f"{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier(group=group)
 
     def save(self, state: RunState) -> None:
         """Copy everything to host memory and start to write it; waits for the save before."""
-        self.settle()
+        self.wait()
         began = time.perf_counter()
         self._state, self._final = state, checkpoint_path(self.run, state.step)
         self._partial = self._final.with_name(PARTIAL + self._final.name)
@@ -112,7 +112,7 @@ class CheckpointWriter:
         elif self._all_are_done():
             self._next_stage(required=False)
 
-    def settle(self, *, required: bool = False) -> None:
+    def wait(self, *, required: bool = False) -> None:
         """Wait for the save in flight. A failed one is a warning, or where it is `required`, as
         the last one of a run is, CheckpointError on every rank.
         """
@@ -149,7 +149,7 @@ class CheckpointWriter:
         problem = next((a for a in answers if isinstance(a, str)), None)
         if problem is None and self._parts is None:
             self._parts = answers
-            work = self._finish if self.world.is_first else _nothing
+            work = self._finish if self.world.is_rank_0 else _nothing
             self._thread = in_background(work)
             return
         self._thread = None
@@ -157,7 +157,7 @@ class CheckpointWriter:
             self._give_up(problem, required)
 
     def _give_up(self, problem: str, required: bool) -> None:
-        if self.world.is_first:
+        if self.world.is_rank_0:
             shutil.rmtree(self._partial, ignore_errors=True)
         if required:
             raise CheckpointError(
@@ -168,7 +168,7 @@ class CheckpointWriter:
         self._warn(f"{self._final}: cannot be written ({problem}); training goes on, and {counts}")
 
     def _warn(self, text: str) -> None:
-        if self.world.is_first:
+        if self.world.is_rank_0:
             print(f"warning: {text}", flush=True)
 
     # In the thread ----------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class CheckpointWriter:
             replaced = self._final.with_name(f"{PARTIAL}replaced_{self._final.name}")
             self._final.rename(replaced)
         self._partial.rename(self._final)
-        settle_folder(self._final.parent)
+        fsync_folder(self._final.parent)
         ended = time.perf_counter()
         self.seconds |= {"finish": ended - began, "save": ended - self._began}
         if replaced is not None:

@@ -102,7 +102,7 @@ def prepare(
         workers=workers, skip_bad=skip_bad, inside=inside, class_names=class_names,
         image_column=image_column, label_column=label_column, encode=encode,
     )  # fmt: skip
-    if done.is_first:
+    if done.is_rank_0:
         print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
         for report in encoded:
             print_columns(report, Console(highlight=False))
@@ -176,5 +176,5 @@ def data_encode(
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
     with patient_world() as world:
         report = encode_columns(path, **settings, replace=replace, world=world)
-    if world.is_first:
+    if world.is_rank_0:
         print_encoded(report, Console(highlight=False))

@@ -97,11 +97,11 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
     from fastrepa.commands.profile.profile import profile_run
     from fastrepa.commands.profile.report import print_profile
-    from fastrepa.runtime.world import join_world, leave_world
+    from fastrepa.runtime.world import destroy_world, init_world
 
-    world = join_world(2 * resolved.survival.stall_seconds)
+    world = init_world(2 * resolved.survival.stall_seconds)
     try:
-        with _progress("profiling", shown=world.is_first) as progress:
+        with _progress("profiling", shown=world.is_rank_0) as progress:
             report = profile_run(
                 resolved,
                 world,
@@ -114,7 +114,7 @@ def profile(
         if report is not None:
             print_profile(report, as_json=json)
     finally:
-        leave_world()
+        destroy_world()
 
 
 @app.command()

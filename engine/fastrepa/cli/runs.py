@@ -32,10 +32,10 @@ def train(
     resolved = load_config(config, overrides or [])
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import watched
-    from fastrepa.runtime.world import join_world, leave_world
+    from fastrepa.runtime.world import destroy_world, init_world
 
     make_deterministic(resolved.deterministic)
-    world = join_world(2 * resolved.survival.stall_seconds)
+    world = init_world(2 * resolved.survival.stall_seconds)
     try:
         from fastrepa.training.memory.decision import resolve_memory
 
@@ -45,7 +45,7 @@ def train(
             from fastrepa.commands.dry_run import print_dry_run
 
             result = take_one_step(resolved, world)
-            if world.is_first:
+            if world.is_rank_0:
                 print_dry_run(result, resolved.training.global_batch)
             return
         from fastrepa.training.run import Run
@@ -58,7 +58,7 @@ def train(
         with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
             code = Run(resolved, world, watch.group, evaluator=evaluator).train(watch)
     finally:
-        leave_world()
+        destroy_world()
     if code:
         raise typer.Exit(code)
 
@@ -121,7 +121,7 @@ def sample(
         precision=precision,
         compile=compile,
     )
-    if done.is_first:
+    if done.is_rank_0:
         files = [str(p) for p in (done.grid, done.npz) if p]
         there = f", {done.there} were there" if done.there else ""
         print(
@@ -201,7 +201,7 @@ def evaluate(
         steps=steps, cfg=cfg, guidance_low=guidance_low, guidance_high=guidance_high,
         precision=precision, compile=compile,
     )  # fmt: skip
-    if done.is_first:
+    if done.is_rank_0:
         print_evaluation(done, as_json=json)
 
 

@@ -78,7 +78,7 @@ def open_data(
         return ShardSet.open(folder, resolution=resolution, verify=verify)
     if (folder / LATENTS / LABELS).exists():
         # A million files take a while to look at: say so where a person watches.
-        watched = sys.stderr.isatty() and launched_world().is_first
+        watched = sys.stderr.isatty() and launched_world().is_rank_0
         return ReferenceSet.open(folder, resolution=resolution, progress=watched)
     found = "is no data set" if folder.is_dir() else "no such folder"
     raise DataError(

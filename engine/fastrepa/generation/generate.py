@@ -43,7 +43,7 @@ from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import join_or_alone, leave_world, of_first_rank
+from fastrepa.runtime.world import destroy_world, init_or_alone, of_rank_0
 from fastrepa.vision.codec import Codec, build_codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
@@ -229,7 +229,7 @@ class SampleFolder:
     grid: Path
     npz: Path | None
     seconds: float
-    is_first: bool
+    is_rank_0: bool
     """Whether this process is the one that speaks."""
 
 
@@ -266,7 +266,7 @@ def sample_run(
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     KeyedRandom(seed)  # an impossible seed is an error before anything is loaded
-    world = join_or_alone(device)
+    world = init_or_alone(device)
     device = device or world.device
     model, config, info = checkpoint.load_ema_model(run, device, ema)
     config = with_settings(config, settings)
@@ -282,12 +282,12 @@ def sample_run(
         "seed": seed, "batch_size": batch_size, **config.sample.model_dump(), "classes": drawn,
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
     }  # fmt: skip
-    there = of_first_rank(world, lambda: claim_folder(folder, record))
+    there = of_rank_0(world, lambda: claim_folder(folder, record))
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
     labels = default_labels(num, config.model.num_classes, chosen)
     mine = rank_batches(num, batch_size, world.rank, world.size)
     missing = [ids for ids in mine if not all(image_path(folder, int(i)).is_file() for i in ids)]
-    shown = world.is_first and sys.stderr.isatty()
+    shown = world.is_rank_0 and sys.stderr.isatty()
     # The images of all processes, which are as far as this one.
     with Bar("sampling", num, "images", done=there, rate=True, stays=True, shown=shown) as bar:
         draw = partial(
@@ -298,13 +298,13 @@ def sample_run(
         )  # fmt: skip
         _write_images(draw, labels, missing, folder)
     world.wait()  # every rank has written its images
-    packed = of_first_rank(world, lambda: _gather(folder, num, len(chosen), npz))
+    packed = of_rank_0(world, lambda: _gather(folder, num, len(chosen), npz))
     seconds = time.perf_counter() - started
     if world.size > 1:
-        leave_world()
-    npz_path = packed if world.is_first else None
+        destroy_world()
+    npz_path = packed if world.is_rank_0 else None
     grid = folder / "grid.png"
-    return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_first)
+    return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_rank_0)
 
 
 def _gather(folder: Path, num: int, classes: int, npz: bool) -> Path | None:

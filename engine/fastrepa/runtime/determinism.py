@@ -46,7 +46,7 @@ def make_deterministic(wanted: bool) -> None:
         if torch.cuda.is_initialized():
             raise ConfigError(
                 f"deterministic: CUDA has started without {CUBLAS}; export "
-                f"{CUBLAS}={CUBLAS_SETTINGS[0]}, or call make_deterministic before join_world"
+                f"{CUBLAS}={CUBLAS_SETTINGS[0]}, or call make_deterministic before init_world"
             )
         os.environ[CUBLAS] = CUBLAS_SETTINGS[0]
     elif set_to not in CUBLAS_SETTINGS:

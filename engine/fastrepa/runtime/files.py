@@ -36,7 +36,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file so that it is there whole, whatever happens, power cuts included."""
     with aside(path) as partial, partial.open("wb") as file:
         file.write(data)
-        settle(file)
+        fsync(file)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -50,16 +50,16 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add a line of JSON for each record, on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-        settle(file)
+        fsync(file)
 
 
-def settle(file: IO[Any]) -> None:
+def fsync(file: IO[Any]) -> None:
     """Wait until what was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def settle_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -103,7 +103,7 @@ class NewFile:
 
     def finish(self) -> str:
         """Give it its name; returns the SHA-256 of what was written."""
-        settle(self._file)
+        fsync(self._file)
         self._file.close()
         self._partial.replace(self._path)
         return self._sha.hexdigest()

@@ -82,7 +82,7 @@ class RankLog:
 
         def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
             log.warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
-            if world.is_first:
+            if world.is_rank_0:
                 self._show(message, category, filename, lineno, *rest)
 
         warnings.showwarning = show  # type: ignore[assignment]
@@ -133,13 +133,13 @@ class Watch:
         self._names = [f"rank {r} ({name})" for r, name in enumerate(names)]
         wait = timedelta(seconds=self.limits.timeout_seconds)
         port: list[Any] = [None]
-        if self.world.is_first:
+        if self.world.is_rank_0:
             self._store = dist.TCPStore(
                 host, 0, is_master=True, wait_for_workers=False, timeout=wait
             )
             port = [self._store.port]
         dist.broadcast_object_list(port, src=0, group=self.group)
-        if not self.world.is_first:
+        if not self.world.is_rank_0:
             self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
         self._store.set(f"beat/{self.world.rank}", "0")
         dist.barrier(group=self.group)
@@ -206,7 +206,7 @@ class Watch:
 
     def _beat(self) -> None:
         """All talk with the store, which may hang; `_watch` sees to that."""
-        ranks = range(self.world.size) if self.world.is_first else [0]
+        ranks = range(self.world.size) if self.world.is_rank_0 else [0]
         last = dict.fromkeys(ranks, (b"", time.monotonic()))
         count = 0
         while not self._done.wait(self.interval):
@@ -247,7 +247,7 @@ class Watch:
                 if self._verdict is None and now - self._heard > self.silence:
                     self._verdict = self._lost([0])
                 if self._verdict:
-                    if self.world.is_first:
+                    if self.world.is_rank_0:
                         time.sleep(2 * self.interval)  # for the others to read it
                     # A main thread that is explaining may hang as well: the log's disk, say.
                     if self._leaving is None or now - self._leaving > self.limits.timeout_seconds:
@@ -256,7 +256,7 @@ class Watch:
                 self._progressed = now
                 seconds = self.limits.stall_seconds
                 why = f"{self._doing} has taken more than {seconds:g} s"
-                if self.world.is_first:
+                if self.world.is_rank_0:
                     print(f"warning: {why}; see {self.log.path}", flush=True)
                 if self.world.size == 1:
                     self.log.stacks(why)

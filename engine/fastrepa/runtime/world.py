@@ -43,7 +43,7 @@ class World:
     local_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         return self.rank == 0
 
     @property
@@ -98,7 +98,7 @@ def launched_world() -> World:
     )
 
 
-def join_world(timeout_seconds: float = 1800.0) -> World:
+def init_world(timeout_seconds: float = 1800.0) -> World:
     """The world of torchrun, deepspeed or srun by their environment variables, or a world of one.
 
     A collective that takes longer than the timeout is an error.
@@ -134,13 +134,13 @@ def join_world(timeout_seconds: float = 1800.0) -> World:
     return world
 
 
-def join_or_alone(device: torch.device | None = None) -> World:
+def init_or_alone(device: torch.device | None = None) -> World:
     """Join torchrun's ranks where there are several; a process alone has no process group.
 
     device: of a process alone; by default the GPU where there is one.
     """
     if launched_world().size > 1:
-        return join_world()
+        return init_world()
     import torch
 
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,12 +196,12 @@ def _take_over_slurm(env: MutableMapping[str, str]) -> None:
         env["LOCAL_WORLD_SIZE"] = env["SLURM_NTASKS_PER_NODE"]
 
 
-def of_first_rank(world: World, work: Callable[[], T]) -> T:
+def of_rank_0(world: World, work: Callable[[], T]) -> T:
     """Return to all what `work` gives on rank 0, pickled; its FastrepaError is raised on all alike
     (collective).
     """
     answer: list[Any] = [None]
-    if world.is_first:
+    if world.is_rank_0:
         try:
             answer[0] = work()
         except FastrepaError as e:
@@ -216,7 +216,7 @@ def of_first_rank(world: World, work: Callable[[], T]) -> T:
     return cast(T, answer[0])
 
 
-def leave_world() -> None:
+def destroy_world() -> None:
     """End the group of all ranks, where there is one."""
     import torch.distributed as dist
 
@@ -228,7 +228,7 @@ def leave_world() -> None:
         (_destroy or dist.destroy_process_group)()
 
 
-def leave_by(destroy: Callable[[], None]) -> None:
+def destroy_by(destroy: Callable[[], None]) -> None:
     """End the group through `destroy`: a library that keeps references to it has its own way."""
     global _destroy
     _destroy = destroy

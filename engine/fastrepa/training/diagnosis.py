@@ -17,7 +17,7 @@ from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.reader import RankBatches, SampleOrder
 from fastrepa.errors import TrainingError
-from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.runtime.world import World, of_rank_0
 
 NAMED = 5  # parameters and samples that a message names; the file has them all
 
@@ -136,9 +136,9 @@ def _told(
     guilty = [r for r in range(world.size) if at_fault(everyone[r])]
     guilty = guilty or [r for r in range(world.size) if everyone[r]["gradients"]]
     file = run / f"bad_step_{step:07d}.json"
-    if world.is_first:
+    if world.is_rank_0:
         file.write_text(json.dumps({"step": step, "in_row": in_row, "ranks": everyone}, indent=1))
-    good = of_first_rank(world, lambda: newest_checkpoint(run, verify=False))
+    good = of_rank_0(world, lambda: newest_checkpoint(run, verify=False))
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     return TrainingError(
         f"stopped at step {step}: {in_row} steps in a row had a loss or gradients that are not "

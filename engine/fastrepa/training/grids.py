@@ -38,8 +38,8 @@ def draw_grid(trainer: Trainer, classes: int) -> Tensor | None:
                 path=config.objective.path,
             )
     parts: list[Any] = [None] * world.size
-    dist.gather_object((numbers, images), parts if world.is_first else None, dst=0)
-    if not world.is_first:
+    dist.gather_object((numbers, images), parts if world.is_rank_0 else None, dst=0)
+    if not world.is_rank_0:
         return None
     assert images is not None
     grid = torch.empty(num, *images.shape[1:], dtype=torch.uint8)

@@ -47,7 +47,7 @@ def build_inputs(config: Config, world: World, data: DataSet | None) -> Inputs:
     images = partial(first_images, data, config.data, config.seed, world.device)
     targets.prepare(images, refuse=True)
     cached = latents_are_cached(config.data, data, codec)
-    targets.check(data, weights=world.is_first)
+    targets.check(data, weights=world.is_rank_0)
     return Inputs(codec, targets, cached)
 
 

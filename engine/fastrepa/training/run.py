@@ -27,7 +27,7 @@ from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.runtime.exit_codes import REQUEUE
 from fastrepa.runtime.regions import SAMPLING
 from fastrepa.runtime.survival import Watch, host_group_of
-from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.bad_steps import Spikes
 from fastrepa.training.diagnosis import SampleNames, diagnosis
 from fastrepa.training.evaluation import Evaluations, MakeEvaluator
@@ -69,7 +69,7 @@ class Run:
         if config.evaluation.every and evaluator:
             measured = evaluator(config, world, inputs.codec, self.data.classes)
         self.evaluations = Evaluations(config, world, inputs.codec, measured)
-        self.resumed_from = of_first_rank(world, lambda: _newest_checkpoint(self.folder))
+        self.resumed_from = of_rank_0(world, lambda: _newest_checkpoint(self.folder))
         self.trainer = Trainer(config, world, inputs=inputs, checkpoint=self.resumed_from)
         self.config = self.trainer.config
         self.metrics: dict[str, float] = {}  # the last logged line
@@ -88,12 +88,12 @@ class Run:
         config, world = self.config, self.world
         if config.evaluation.every and self.evaluations.evaluator is None:
             raise ConfigError("evaluation.every: this run was given nothing to evaluate with")
-        if world.is_first:
+        if world.is_rank_0:
             warn_of_changes(self.folder, config)
             save_config(config, self.folder / "config.yaml")
         ran = attention_record(config.attention, self.trainer.attention)
         with Telemetry(
-            self.folder, config, start_step=self.step, active=world.is_first, environment=ran
+            self.folder, config, start_step=self.step, active=world.is_rank_0, environment=ran
         ) as telemetry:
             telemetry.say(first_line(self.trainer))
             slow = (
@@ -119,13 +119,13 @@ class Run:
                 )
                 self._take_leave(telemetry)
                 return 0
-            if world.is_first:
+            if world.is_rank_0:
                 self.trainer.meter.flops = image_flops(
                     config, world.device, cached_latents=self.trainer.cached_latents
                 )
             with self.open_pipeline() as batches, _Signals(self), watch.guard():
                 self._loop(batches, telemetry, watch)
-            if world.is_first and telemetry.history():
+            if world.is_rank_0 and telemetry.history():
                 with telemetry.dispensable("curves.png"):
                     save_curves(telemetry.history(), self.folder / "curves.png")
             if self._stopped_by:
@@ -211,7 +211,7 @@ class Run:
         writer = self._open_writer()
         writer.save(self.state())
         if wait:
-            writer.settle(required=True)
+            writer.wait(required=True)
         return checkpoint_path(self.folder, self.step)
 
     def _open_writer(self) -> CheckpointWriter:
@@ -292,7 +292,7 @@ class Run:
         """Stop with a diagnosis where too many steps in a row were bad (collective)."""
         in_row = self.trainer.bad_steps.in_row()
         if in_row >= self.config.survival.bad_steps:
-            self._open_writer().settle()  # a save in flight is the last good one
+            self._open_writer().wait()  # a save in flight is the last good one
             raise self._diagnosis(in_row)
 
     def _diagnosis(self, in_row: int) -> TrainingError:

@@ -180,7 +180,7 @@ class OneOfThree(World):
     """A rank whose peers have been here before, or are still to come."""
 
     def wait(self, tick: object = None) -> None:
-        if not self.is_first:
+        if not self.is_rank_0:
             raise _NotFirstError
 
 

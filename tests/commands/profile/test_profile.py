@@ -90,8 +90,8 @@ def run_command(monkeypatch, world, *arguments):
     from fastrepa.cli import main
 
     monkeypatch.setattr(sys, "argv", ["fastrepa", "profile", str(QUICKSTART), *arguments])
-    monkeypatch.setattr("fastrepa.runtime.world.join_world", lambda *_: world)
-    monkeypatch.setattr("fastrepa.runtime.world.leave_world", lambda: None)
+    monkeypatch.setattr("fastrepa.runtime.world.init_world", lambda *_: world)
+    monkeypatch.setattr("fastrepa.runtime.world.destroy_world", lambda: None)
     try:
         main()
     except SystemExit as stopped:

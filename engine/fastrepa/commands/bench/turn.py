@@ -27,7 +27,7 @@ from fastrepa.generation.generate import generate
 from fastrepa.model.compilation import compile_forward
 from fastrepa.profiling.activity import Annotating, profile_steps
 from fastrepa.profiling.random_batches import RandomBatches
-from fastrepa.runtime.world import World, join_world, leave_world
+from fastrepa.runtime.world import World, destroy_world, init_world
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.messages import first_line
 from fastrepa.training.trainer import Trainer
@@ -94,7 +94,7 @@ def training_turn(task: dict[str, Any], config: Config, world: World) -> dict[st
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if world.is_first:
+    if world.is_rank_0:
         _say(out)  # what follows may fail, and takes no time with it
     if task["memory"]:
         held = sum(s.nbytes() for s in storages(world.device).values())
@@ -163,19 +163,19 @@ def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, An
 def main(text: str) -> int:
     threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
     task = json.loads(text)
-    world = join_world()
+    world = init_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
     config = resolve_memory(config, world)
     turn = sampling_turn if task["sampler"] else training_turn
     try:
         result = turn(task, config, world)
     except Exception as e:
-        if world.is_first:  # its traceback goes to stderr, among what libraries say when they end
+        if world.is_rank_0:  # its traceback goes to stderr, among what libraries say when they end
             _say({"problem": problem_of(e)})
         raise
-    if world.is_first:
+    if world.is_rank_0:
         _say(result)
-    leave_world()
+    destroy_world()
     return 0
 
 

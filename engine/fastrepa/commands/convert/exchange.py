@@ -40,7 +40,7 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.files import aside, settle_folder
+from fastrepa.runtime.files import aside, fsync_folder
 from fastrepa.training.telemetry import versions
 
 FORMATS = ("reference", "safetensors", "zero")
@@ -186,7 +186,7 @@ def import_reference(
             seal(partial, digests, state)
             if config is not None:
                 save_config(resolved, run / "config.yaml")
-        settle_folder(final.parent)
+        fsync_folder(final.parent)
     except OSError as e:
         raise CheckpointError(f"{final}: cannot be written ({e})") from None
     return state

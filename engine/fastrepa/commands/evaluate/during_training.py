@@ -12,7 +12,7 @@ from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_sto
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels
-from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.vision.codec import Codec
 
 
@@ -72,7 +72,7 @@ class RunEvaluator:
         )
         reference = self._reference
         assert reference is not None
-        return of_first_rank(self.world, lambda: self._evaluator.scores(samples, reference))
+        return of_rank_0(self.world, lambda: self._evaluator.scores(samples, reference))
 
     def _images(self, model: Any) -> Generated:
         settings, config = self.settings, self.config

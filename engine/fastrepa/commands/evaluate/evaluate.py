@@ -26,7 +26,7 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, join_or_alone, leave_world, of_first_rank
+from fastrepa.runtime.world import World, destroy_world, init_or_alone, of_rank_0
 from fastrepa.vision.codec import build_codec
 
 
@@ -44,7 +44,7 @@ class Evaluation:
     extractors: dict[str, str]
     settings: dict[str, Any]
     seconds: float
-    is_first: bool
+    is_rank_0: bool
 
 
 def evaluate(
@@ -73,7 +73,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     chosen, needed = choose_metrics(metrics, encoders)
-    world = join_or_alone()
+    world = init_or_alone()
     notes: list[str] = []
     record: dict[str, Any] = {}
 
@@ -92,7 +92,7 @@ def evaluate(
 
     def measure(source: Any, path: Path, cache: StatisticsCache | None) -> Side:
         kept = frozenset() if cache is not None else frozenset(metric.feature for metric in few)
-        shown = world.is_first and source.num is not None
+        shown = world.is_rank_0 and source.num is not None
         with Bar(path.name, source.num or 0, "images", shown=shown) as bar:
             wanted = evaluator.wanted(reference=cache is not None, kept=kept)
             return evaluator.measure(
@@ -111,9 +111,9 @@ def evaluate(
             write_statistics(save_statistics, sides[1].gaussians)
         return scores
 
-    scores = of_first_rank(world, compare)
+    scores = of_rank_0(world, compare)
     if world.size > 1:
-        leave_world()
+        destroy_world()
     return Evaluation(
         str(samples),
         str(reference),
@@ -125,7 +125,7 @@ def evaluate(
         {name: extractor.identity for name, extractor in evaluator.extractors.items()},
         record,
         time.perf_counter() - started,
-        world.is_first,
+        world.is_rank_0,
     )
 
 

@@ -29,7 +29,7 @@ from fastrepa.commands.evaluate.metrics import (
 )
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, nearest
-from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.vision.pooled import space_name
 from fastrepa.vision.registry import REGISTRY
 
@@ -165,8 +165,8 @@ class SetEvaluator:
                 self.extractors[space] = Encoder(configs[space])
 
         for space in sorted(spaces):
-            of_first_rank(world, partial(make, space))
-            if not world.is_first:  # the first has downloaded what had to be
+            of_rank_0(world, partial(make, space))
+            if not world.is_rank_0:  # the first has downloaded what had to be
                 make(space)
 
     def wanted(self, *, reference: bool, kept: frozenset[str] = frozenset()) -> Wanted:
@@ -238,7 +238,7 @@ class SetEvaluator:
                 batch_size=min(batch_size, source.num),
                 progress=progress,
             )
-            if self.world.is_first and cache is not None and (digest := source.digest()):
+            if self.world.is_rank_0 and cache is not None and (digest := source.digest()):
                 try:
                     for space in wanted.spaces:
                         cache.save(digest, self.extractors[space], found)
@@ -264,7 +264,7 @@ class SetEvaluator:
                 found.append(part)
             return True
 
-        if not of_first_rank(self.world, look):
+        if not of_rank_0(self.world, look):
             return None
         whole = FeatureSet(source.num, {}, {})
         for part in found:

@@ -127,8 +127,8 @@ def _gathered(
     everyone = [mine]
     if world.size > 1:
         everyone = [mine] * world.size
-        dist.gather_object(mine, everyone if world.is_first else None, dst=0)
-    if not world.is_first:
+        dist.gather_object(mine, everyone if world.is_rank_0 else None, dst=0)
+    if not world.is_rank_0:
         return {}
     rank = torch.cat([order for order, _ in everyone]).argsort()
     return {

@@ -118,7 +118,7 @@ def encode_columns(
         if makers:
             _encode(data, makers, batch_size, device, world, progress)
         world.wait()
-        if world.is_first and makers:
+        if world.is_rank_0 and makers:
             _finish(data, [maker.column for maker in makers])
         world.wait()
     except OSError as error:
@@ -173,7 +173,7 @@ def check_networks(resolution: int, settings: dict[str, Any]) -> None:
 
     Raises ConfigError and WeightsError as it would. On the first rank alone.
     """
-    if not launched_world().is_first:
+    if not launched_world().is_rank_0:
         return
     if settings["codec"] is not None:
         build_codec(settings["codec"], resolution=resolution)
@@ -300,7 +300,7 @@ def _encode(
         return
     mine = "" if world.size == 1 else f", rank {world.rank + 1} of {world.size}"
     reads_images = any(maker.reads_images for maker in makers)
-    show = progress and world.is_first
+    show = progress and world.is_rank_0
     total = sum(data.shard_sizes[shard] for shard in todo)
     with (
         Bar(f"encoding{mine}", total, "images", shown=show, rate=True, stays=True) as bar,

@@ -38,7 +38,7 @@ def write_shards(
     no worker behind.
     """
     missing = [s for s in range(world.rank, plan.num_shards, world.size) if s not in finished]
-    with _Images(plan, folder, finished, world, progress and world.is_first) as bar:
+    with _Images(plan, folder, finished, world, progress and world.is_rank_0) as bar:
         if min(workers, len(missing)) > 1:
             _in_workers(plan, folder, missing, min(workers, len(missing)), skip_bad, bar.show)
         else:

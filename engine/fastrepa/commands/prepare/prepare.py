@@ -55,8 +55,8 @@ from fastrepa.data.format.shards import (
 from fastrepa.data.sources.entries import Listing, printable
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest
-from fastrepa.runtime.files import aside, settle, settle_folder, write_whole
-from fastrepa.runtime.world import World, launched_world, of_first_rank, patient_world
+from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
+from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
 
 Encode = Callable[[Path, World], None]
 _BLOCK = 100_000  # names read at once
@@ -72,7 +72,7 @@ class PrepareReport:
     num_bytes: int  # of the whole folder
     images: int  # made by this call, on all ranks; the others were there
     seconds: float  # from the first of these to the last
-    is_first: bool = True  # rank 0
+    is_rank_0: bool = True  # rank 0
 
 
 def prepare(
@@ -122,7 +122,7 @@ def prepare(
     _check_places(source, out)
     folder = partial_folder(out)
     with patient_world() as world, _failures(out, world), ExitStack() as stack:
-        if world.is_first:
+        if world.is_rank_0:
             stack.enter_context(owned(out))
             if not (folder / MANIFEST).exists():
                 listing = list_source(
@@ -140,8 +140,8 @@ def prepare(
                 check_settings(folder, before, settings)
         # Told by rank 0, not looked up: a network file system may remember for a minute that a file
         # was not there.
-        complete = of_first_rank(world, (folder / MANIFEST).exists)
-        if not world.is_first:
+        complete = of_rank_0(world, (folder / MANIFEST).exists)
+        if not world.is_rank_0:
             join_writers(folder)
         world.wait()
         images, seconds, ignored = 0, 0.0, []
@@ -153,8 +153,8 @@ def prepare(
         if encode is not None:
             encode(folder, world)
             world.wait()
-        done = of_first_rank(world, lambda: _publish(folder, out, images, seconds, ignored))
-        return replace(done, is_first=world.is_first)
+        done = of_rank_0(world, lambda: _publish(folder, out, images, seconds, ignored))
+        return replace(done, is_rank_0=world.is_rank_0)
 
 
 def _publish(
@@ -162,9 +162,9 @@ def _publish(
 ) -> PrepareReport:
     """Give the complete set its name."""
     release(folder)
-    settle_folder(folder)
+    fsync_folder(folder)
     os.rename(folder, out)
-    settle_folder(out.parent)
+    fsync_folder(out.parent)
     return PrepareReport(
         path=out,
         report=read_report(out),
@@ -179,13 +179,13 @@ def _make_images(
     plan: ShardPlan, folder: Path, workers: int, skip_bad: bool, world: World, progress: bool
 ) -> tuple[int, float]:
     """Everything up to the manifest; returns how many images were made, and in what time."""
-    finished = of_first_rank(world, lambda: _finished(plan, folder, skip_bad))
+    finished = of_rank_0(world, lambda: _finished(plan, folder, skip_bad))
     started = time.monotonic()
     write_shards(
         plan, folder, finished, workers=workers, skip_bad=skip_bad, world=world, progress=progress
     )
     seconds = time.monotonic() - started
-    if world.is_first:
+    if world.is_rank_0:
         _finish(plan, folder)
     world.wait()
     return plan.samples - sum(len(plan.keys(shard)) for shard in finished), seconds
@@ -240,7 +240,7 @@ def _finish(plan: ShardPlan, folder: Path) -> None:
         skipped=(*rejected, *(skipped[key] for key in sorted(skipped))),
     )
     write_whole(folder / REPORT, report_bytes(make_report(folder, plan, manifest, done)))
-    settle_folder(folder)
+    fsync_folder(folder)
     write_manifest(folder, manifest)
 
 
@@ -251,7 +251,7 @@ def _write_sources(plan: ShardPlan, path: Path, skipped: Container[int]) -> None
             for key, name in zip(keys, plan.names(keys), strict=True):
                 # json: one line whatever the name holds, bytes that are no UTF-8 included.
                 file.write(json.dumps(None if key in skipped else name) + "\n")
-        settle(file)
+        fsync(file)
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def _failures(out: Path, world: World) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"{error}{_kept(folder, str(error))}") from None
     except KeyboardInterrupt:
-        if world.is_first and (kept := _kept(folder)):
+        if world.is_rank_0 and (kept := _kept(folder)):
             print(f"fastrepa prepare{kept}", file=sys.stderr)
         raise
 

@@ -113,7 +113,7 @@ def profile_run(
         raise ConfigError(f"--against: {against!r} is not one of {', '.join(AGAINST)}")
     if against == config.kernels:
         raise ConfigError(f"--against: the configuration's kernels are {against!r} already")
-    if world.is_first:
+    if world.is_rank_0:
         _open_folder(out)
     config = resolve_memory(config, world)
     profiles, line = [], ""
@@ -129,7 +129,7 @@ def profile_run(
             name = f"trace{'' if number == 0 else '_' + kernels}.json"
             profiles.append(_profile(trainer, batches, steps, warmup, out / name, report))
     dtype = config.training.dtype
-    if not world.is_first:
+    if not world.is_rank_0:
         return None
     progress("ceilings", 1.0)
     ceilings = measure_ceilings(world.device, dtype)
@@ -434,7 +434,7 @@ def _profile(
                     _synchronize(world)
     annotating.reset()
     events = list(traced_by.events() or [])
-    if world.is_first:
+    if world.is_rank_0:
         traced_by.export_chrome_trace(str(file))
     return Profile(
         kernels=config.kernels,

@@ -21,7 +21,7 @@ from typing import IO, Any
 from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.tars import BLOCK, is_header
 from fastrepa.errors import DataError
-from fastrepa.runtime.files import aside, settle, write_whole
+from fastrepa.runtime.files import aside, fsync, write_whole
 from fastrepa.runtime.progress import BYTES, Bar
 
 # Images hardly shrink: an archive that grows more than this, beyond the first part, is a bomb.
@@ -69,7 +69,7 @@ def new_copy(copy: Path, source: dict[str, Any]) -> Iterator[tuple[IO[bytes], di
     try:
         with aside(copy) as partial, partial.open("wb") as file:
             yield file, note
-            settle(file)
+            fsync(file)
             size = file.tell()
         note |= {"source": source, "bytes": size}
         write_whole(copy.with_suffix(".json"), json.dumps(note).encode())

@@ -13,7 +13,7 @@ import torch
 from fastrepa.config import Config, TrainingConfig
 from fastrepa.generation.generate import SAMPLE_BATCH
 from fastrepa.model.sit import recomputed_blocks
-from fastrepa.runtime.world import World, of_first_rank
+from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.memory.sharding import (
     PARTS,
     Parameters,
@@ -44,10 +44,10 @@ def resolve_memory(config: Config, world: World) -> Config:
     t = config.training
     if "auto" not in (t.recompute, t.keep):
         return config
-    (every, keep_h), warning = of_first_rank(
+    (every, keep_h), warning = of_rank_0(
         world, lambda: _decide(config, world.size, _budget(t, world))
     )
-    if warning and world.is_first:
+    if warning and world.is_rank_0:
         print(f"warning: {warning}", flush=True)
     keep = ("h" if keep_h else "none") if t.keep == "auto" else t.keep
     training = t.model_copy(update={"recompute": every or "none", "keep": keep})

@@ -36,7 +36,7 @@ from torch.nn import functional
 
 from fastrepa.checkpoint.kinds import MOMENTS, WEIGHT
 from fastrepa.config import Config, EmaConfig
-from fastrepa.runtime.world import World, leave_by
+from fastrepa.runtime.world import World, destroy_by
 from fastrepa.training.optimizer import AdamWEMA
 from fastrepa.training.zero.offload import SwappedStates
 from fastrepa.training.zero.settings import (
@@ -112,7 +112,7 @@ def _meet() -> None:
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
         )
-    leave_by(deepspeed.comm.destroy_process_group)
+    destroy_by(deepspeed.comm.destroy_process_group)
 
 
 @contextlib.contextmanager
@@ -255,10 +255,10 @@ class WholeTensors:
         else:
             safe_set_full_optimizer_state(p, value, kind)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free what came from NVMe: after the last get, local or set and before the next step."""
         if self._swapped is not None:
-            self._swapped.let_go()
+            self._swapped.release()
 
     def _device(self) -> torch.device:
         return next(self._all_masters()).device

@@ -99,7 +99,7 @@ class SwappedStates:
     """Whole tensors of stage 3 whose masters and states are on NVMe.
 
     DeepSpeed's own access reads a whole sub-group for each tensor. This holds the last one in
-    memory until another is wanted, and writes it back where it was changed. `let_go` gives the
+    memory until another is wanted, and writes it back where it was changed. `release` gives the
     buffers back before the next step. Collective, as WholeTensors is.
     """
 
@@ -113,7 +113,7 @@ class SwappedStates:
         for group, master in enumerate(self.zero.fp32_partitioned_groups_flat):
             with self._group(group, change=True):
                 self.optimizer.prepare(master)
-        self.let_go()
+        self.release()
 
     def get(self, p: Tensor, kind: str | None) -> Tensor:
         """Return the whole state `kind` [...] of a parameter, None: its master; float32."""
@@ -121,7 +121,7 @@ class SwappedStates:
         return whole
 
     def local(self, p: Tensor, kind: str | None) -> Tensor:
-        """Return this rank's slice [n], padded, until the next call or `let_go`; no collective."""
+        """Return this rank's slice [n], padded, until the next call or `release`; no collective."""
         group, part = self._part(p)
         with self._group(group, change=False):
             return self._tensor(group, kind).narrow(0, *part)
@@ -135,7 +135,7 @@ class SwappedStates:
             mine[: flat.numel()] = flat
             self._tensor(group, kind).narrow(0, start, size).copy_(mine)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         if self._held is None:
             return
         group, self._held = self._held, None
@@ -149,7 +149,7 @@ class SwappedStates:
     @contextlib.contextmanager
     def _group(self, group: int, *, change: bool) -> Iterator[None]:
         if self._held != group:
-            self.let_go()
+            self.release()
             if self.zero._swappable_optimizer_subgroup(group):
                 self.zero._optimizer_states_and_gradient_swap_in(group)
             self._held = group
