@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.runs import environment, program
+from tests.runs import ROOT, environment, program
 
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
@@ -16,7 +16,7 @@ PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproce
 def start(folder, *words, cold=False):
     return subprocess.Popen(
         program("tests.programs.said_back", *words, cold=cold), **PIPES, text=True, cwd=folder,
-        env=environment() | {"WORD": "some word"},
+        env=environment() | {"WORD": "some word", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

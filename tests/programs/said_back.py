@@ -7,22 +7,27 @@ import sys
 import threading
 import time
 
-modules = sorted({"torch", "deepspeed"} & sys.modules.keys())
-given = {"argv": sys.argv[1:], "folder": os.getcwd(), "path": sys.path[0], "modules": modules}
-print(json.dumps(given | {"pid": os.getpid(), "word": os.environ.get("WORD")}), flush=True)
-match sys.argv[1]:
-    case "read":
-        print(sys.stdin.read(), end="")
-    case "exit":
-        threading.Thread(target=lambda: (time.sleep(0.1), print("and its thread"))).start()
-        sys.exit(int(sys.argv[2]))
-    case "raise":
-        raise ValueError("planted")
-    case "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    case "wait":
-        try:
+
+def main(word, *rest):
+    modules = sorted({"torch", "deepspeed"} & sys.modules.keys())
+    given = {"argv": sys.argv[1:], "folder": os.getcwd(), "path": sys.path[0], "modules": modules}
+    print(json.dumps(given | {"pid": os.getpid(), "word": os.environ.get("WORD")}), flush=True)
+    match word:
+        case "read":
+            print(sys.stdin.read(), end="")
+        case "exit":
+            threading.Thread(target=lambda: (time.sleep(0.1), print("and its thread"))).start()
+            sys.exit(int(rest[0]))
+        case "raise":
+            raise ValueError("planted")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "wait":
             time.sleep(60)
-        except KeyboardInterrupt:
-            print("interrupted")
-            sys.exit(130)
+
+
+try:
+    main(*sys.argv[1:])
+except KeyboardInterrupt:
+    print("interrupted")
+    sys.exit(130)
