@@ -19,7 +19,7 @@ from fastrepa.commands.probe.run import _images, _weights, block_features, probe
 from fastrepa.config import EncoderConfig, config_from_dict, load_config, save_config
 from fastrepa.data.gallery import Gallery
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
-from fastrepa.model.sit import SiT
+from fastrepa.model.sit import Residual, SiT
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +84,7 @@ def test_blocks_are_read_after_their_last_branch(run):
         c = model.t_embedder(t) + model.y_embedder(null, None)
         expected = []
         for block in model.blocks:
-            _, h, (branch, gate) = block(h, c, None)
+            _, (h, branch, gate) = block(Residual(h), c)
             h = h + gate[:, None] * branch
             expected.append(h.mean(1).numpy())
     models[100].float()
