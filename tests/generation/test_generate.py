@@ -1,23 +1,18 @@
-"""Images by number: the same in any batch and any process; classes, files and the command."""
+"""Images by number: the same in any batch and any process; classes and files."""
 
 from __future__ import annotations
 
 import json
-import re
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastrepa.config import Config, SampleConfig, config_from_dict
+from fastrepa.config import SampleConfig
 from fastrepa.errors import ConfigError, FastrepaError
-from fastrepa.generation import generate as room
 from fastrepa.generation.generate import (
     choose_classes,
     claim_folder,
@@ -25,43 +20,13 @@ from fastrepa.generation.generate import (
     generate,
     rank_batches,
     read_png,
-    sample_run,
     write_adm_npz,
     write_png,
 )
-from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.vision.codec import PixelCodec
-from tests.runs import said_by
+from tests.generation.tiny import CLASSES, CODEC, SIDE, tiny_model
 
-SIDE, CLASSES = 16, ["Animals & Nature", "Food", "food", "Objects", "3"]
 SHAPE = (3, SIDE, SIDE)
-CODEC = PixelCodec(SIDE, SIDE)
-
-
-def tiny_config() -> Config:
-    return config_from_dict(
-        {
-            "run": "unused",
-            "data": {
-                "path": "unused",
-                "resolution": SIDE,
-                "codec": {"name": "pixel", "side": SIDE},
-            },
-            "model": {"width": 48, "depth": 2, "heads": 4, "patch": 4, "num_classes": len(CLASSES)},
-            "sample": {"num": 10, "sampler": "ode", "steps": 4, "cfg": 2.0},
-            "training": {"precision": "bf16"},
-        }
-    )
-
-
-def tiny_model() -> SiT:
-    """A generator whose every weight is at work (a fresh one outputs zero)."""
-    model = SiT.from_config(tiny_config(), side=SIDE, channels=3, encoder_widths=())
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
-    return model.eval()
 
 
 def draw(
@@ -333,189 +298,3 @@ def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
     claim_folder(folder, {"seed": 2})
     assert sorted(p.name for p in folder.iterdir()) == sorted([*theirs, "sampling.json"])
     assert json.loads((folder / "sampling.json").read_text()) == {"seed": 2}
-
-
-# The command -------------------------------------------------------------------------------------
-
-
-def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
-    info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3, emas={})
-    return tiny_model().to(device), tiny_config(), info
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    from fastrepa.checkpoint import format as checkpoint
-
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(checkpoint, "load_ema_model", fake_run)
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"{run} {step}")
-
-
-def png_bytes(folder: Path) -> dict[str, bytes]:
-    return {
-        p.name: read_png(p).numpy().tobytes() for p in folder.iterdir() if re.match(r"\d+", p.name)
-    }
-
-
-def test_sample_run(loaded, tmp_path):
-    out = tmp_path / "out"
-    result = sample_run(
-        "run", out, num=10, seed=7, batch_size=4, npz=True, sampler="sde", steps=3, precision="fp32"
-    )
-    assert (result.folder, result.num, result.is_rank_0) == (out, 10, True)
-    names = [f"{i:06d}.png" for i in range(10)]
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        [*names, "grid.png", "sampling.json", "samples_10x16x16x3.npz"]
-    )
-    expected = generate(
-        tiny_model(),
-        CODEC,
-        default_labels(10, len(CLASSES)),
-        seed=7,
-        sample_ids=torch.arange(10),
-        batch_size=4,
-        sample_config=SampleConfig(sampler="sde", steps=3, cfg=2.0),
-        path="linear",
-    )
-    assert torch.equal(torch.stack([read_png(out / name) for name in names]), expected)
-    with np.load(result.npz) as archive:
-        assert np.array_equal(archive["arr_0"], expected.permute(0, 2, 3, 1).numpy())
-    with Image.open(result.grid) as grid:
-        assert grid.width > grid.height  # five classes are five columns
-    record = json.loads((out / "sampling.json").read_text())
-    assert record["seed"] == 7
-    assert record["checkpoint_step"] == 500
-    assert record["ema"] == "0.9999"
-    assert (record["sampler"], record["steps"], record["cfg"]) == ("sde", 3, 2.0)
-
-
-def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
-    from fastrepa.checkpoint import format as checkpoint
-
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert sample_run("run", whole, num=10, batch_size=4).there == 0
-    made, plain = [], room.generate
-
-    def stopped(*args, sample_ids, **kwargs):
-        if len(made) == 4:
-            raise KeyboardInterrupt
-        made.extend(sample_ids.tolist())
-        return plain(*args, sample_ids=sample_ids, **kwargs)
-
-    monkeypatch.setattr(room, "generate", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        sample_run("run", out, num=10, batch_size=4)
-    (out / "000005.png.partial").write_bytes(b"half")
-    (out / "000003.png").unlink()
-    made.clear()
-
-    def counting(*args, sample_ids, **kwargs):
-        made.extend(sample_ids.tolist())
-        return plain(*args, sample_ids=sample_ids, **kwargs)
-
-    monkeypatch.setattr(room, "generate", counting)
-    assert sample_run("run", out, num=6, batch_size=4).there == 3
-    assert made == [0, 1, 2, 3, 4, 5]  # whole batches
-    assert sample_run("run", out, num=10, batch_size=4, npz=True).there == 6
-    assert made[6:] == [4, 5, 6, 7, 8, 9]
-    assert png_bytes(out) == png_bytes(whole)
-    made.clear()
-    assert sample_run("run", out, num=2, batch_size=4).there == 0  # batches of 2: others
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: "trained again")
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
-    assert len(made) == 22
-    (out / "sampling.json").write_text("[")
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
-
-
-def test_sample_run_again_with_classes(loaded, tmp_path):
-    sample_run("run", tmp_path, num=12)
-    before = png_bytes(tmp_path)
-    result = sample_run("run", tmp_path, num=6, batch_size=12, classes=["Food", "3"])
-    assert result.npz is None
-    after = png_bytes(tmp_path)
-    assert len(after) == 6
-    assert all(before[name] != after[name] for name in after)  # other classes, other images
-    assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == ["Food", "3"]
-
-
-def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatch):
-    """The compiled graph is run by torch's own kernels: what Inductor makes of it is its affair."""
-    compile_, compiled, products = torch.compile, [], []
-
-    def by_torch(function, *, backend, **options):
-        compiled.append(function)
-        return compile_(function, backend="aot_eager", fullgraph=True, **options)
-
-    def forward(self, *given):
-        products.append((torch.get_float32_matmul_precision(), next(self.parameters()).dtype))
-        return plain(self, *given)
-
-    monkeypatch.setattr(torch, "compile", by_torch)
-    plain = SiT.forward
-    images = {}
-    for name, settings in {
-        "fp32": {"precision": "fp32"}, "blocks": {"precision": "fp32", "compile": "blocks"},
-        "bf16": {"precision": "bf16"}, "run": {}, "tf32": {"precision": "tf32"},
-    }.items():  # fmt: skip
-        if not settings.get("compile"):
-            monkeypatch.setattr(SiT, "forward", forward)
-        out = sample_run("run", tmp_path / name, num=4, batch_size=4, **settings).folder
-        monkeypatch.setattr(SiT, "forward", plain)
-        images[name] = torch.stack([read_png(out / f"{i:06d}.png") for i in range(4)]).int()
-    assert len(compiled) == 1  # on a CPU the blocks are compiled as one
-    modes = [("highest", torch.float32), ("highest", torch.bfloat16), ("high", torch.float32)]
-    assert list(dict.fromkeys(products)) == modes
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert (images["fp32"] - images["blocks"]).abs().max() <= 1
-    assert torch.equal(images["fp32"], images["tf32"])  # no GPU, no TF32
-    assert torch.equal(images["run"], images["bf16"])  # training's
-    assert 0 < (images["fp32"] - images["bf16"]).abs().max() < 16
-    assert json.loads((tmp_path / "blocks/sampling.json").read_text())["compile"] == "blocks"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"compile": "graphs"},
-            "sample.compile: 'graphs' captures CUDA graphs, and this is on cpu",
-        ),
-        ({"precision": "fp16"}, "sample.precision: 'fp16' is not allowed"),
-        ({"cfg": 0.5}, "sample.cfg: 0.5 is not allowed"),
-        ({"sampler": "euler"}, "sample.sampler: 'euler' is not allowed"),
-        ({"guidance_low": 0.8, "guidance_high": 0.7}, "guidance_low: 0.8 is above"),
-        ({"classes": ["Foood"]}, "'Foood' is no class"),
-        ({"seed": -1}, "seed: -1"),
-        ({"batch_size": 0}, "--batch-size: 0"),
-        ({"num": 0}, "sample.num: 0"),
-    ],
-)
-def test_wrong_settings_are_named_before_anything_is_written(loaded, tmp_path, arguments, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        sample_run("run", tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-ANSWERS = ("first ", "other ", "refused: ")
-
-
-def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
-    """They do under torch.distributed.run, and a refusal reaches every process."""
-    alone, pair, foreign = tmp_path / "alone", tmp_path / "pair", tmp_path / "foreign"
-    sample_run("run", alone, num=10, batch_size=4, npz=True, seed=7)
-    foreign.mkdir()
-    (foreign / "precious").touch()
-    said_by("tests.programs.sampling_ranks", tmp_path / "rank_", foreign, pair)
-    lines = [(tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2)]
-    (refusal0, first), (refusal1, other) = lines
-    assert first == f"True [0, 1, 2, 3, 8, 9] {pair}/samples_10x16x16x3.npz"
-    assert other == "False [4, 5, 6, 7] None"
-    assert refusal0.startswith(f"refused: {foreign}: holds files")
-    assert refusal1 == refusal0
-    assert png_bytes(pair) == png_bytes(alone)
-    assert (pair / "grid.png").read_bytes() == (alone / "grid.png").read_bytes()
-    with np.load(pair / "samples_10x16x16x3.npz") as archive:
-        assert archive["arr_0"].shape == (10, 16, 16, 3)

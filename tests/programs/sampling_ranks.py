@@ -10,7 +10,7 @@ import sys
 from fastrepa.checkpoint import format as checkpoint
 from fastrepa.errors import FastrepaError
 from fastrepa.generation import generate as room
-from tests.generation.test_generate import fake_run
+from tests.generation.tiny import fake_run
 
 plain, drawn = room.generate, []
 

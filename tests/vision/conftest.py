@@ -1,7 +1,8 @@
-"""A real photo, and the one rule of accuracy, for the encoder tests."""
+"""A real photo, the registry in small, and the one rule of accuracy, for the encoder tests."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+
+from fastrepa.vision.registry import REGISTRY
+from tests.vision.transformer import HEADS, WIDTH
 
 
 def load_photo(side: int) -> Tensor:
@@ -40,3 +44,16 @@ def as_good_as():
         assert distance(ours, exact) <= allowed, (distance(ours, exact), allowed)
 
     return check
+
+
+@pytest.fixture
+def shrink(monkeypatch):
+    """The registry's row with a narrow and shallow network, otherwise as it is."""
+
+    def shrink(name, depth=2):
+        row = REGISTRY[name]
+        args = {**row.timm_args, "embed_dim": WIDTH, "depth": depth, "num_heads": HEADS}
+        monkeypatch.setitem(REGISTRY, name, replace(row, timm_args=args, width=WIDTH))
+        return REGISTRY[name]
+
+    return shrink
