@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
 	@echo "make lint types   ruff, the laws of imports (pyproject.toml), and mypy"
-	@echo "make mutations    break the code line by line: each time a test must fail (about 25 min; ONLY=WORDS: some)"
+	@echo "make mutations    break the code line by line: each time a test must fail (about 10 min; ONLY=WORDS: some)"
 	@echo "make gpu-wheels   .gpu-wheels: what a borrowed GPU machine lacks (DALI=1: .gpu-dali too)"
 	@echo "make gpu-rehearsal  what is measured there, at toy shapes on this CPU, with what can go wrong"
 
