@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(make(part) for make, part in parts if part))
     for path in sorted(options.records.glob("*_profile.json")):
         traced = json.loads(path.read_text())
-        if options.device in traced["device"]:
+        if options.device in traced.get("device", ""):
             print(f"{path.name}\n\n{profile(traced)}")
     if options.plot is not None and timed:
         plot(timed, options.plot)

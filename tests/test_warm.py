@@ -43,6 +43,12 @@ def test_what_it_is_given_and_how_it_ends(tmp_path, words, code, out, err, cold)
     assert err in errors.splitlines()[-1] if err else not errors
 
 
+def test_forks_draw_apart(tmp_path):
+    """Two that drew alike would hide a draw that nobody seeded."""
+    said = [start(tmp_path, "draw").communicate(timeout=60)[0].splitlines()[1] for _ in range(2)]
+    assert all(a != b for a, b in zip(*map(json.loads, said), strict=True))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_handed_on(tmp_path, number):
     process = start(tmp_path, "wait")

@@ -6,6 +6,7 @@ with that program's arguments, environment, folder, input and output. The progra
 signals that it gets and ends as the fork ends; if it is killed, so is the fork.
 
 Starts that a test is about stay cold, and all do where there is a GPU: a fork cannot use CUDA.
+Forks share a hash seed, and none takes its modules down when it ends: who tests either starts cold.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import pkgutil
+import random
 import runpy
 import select
 import signal
@@ -42,17 +44,20 @@ def python():
 
     if torch.cuda.is_available():
         return [sys.executable]
-    return [sys.executable, "-ISs", str(CLIENT), _server()[1]]
+    process, path = _server()
+    assert process.poll() is None, "the server of warm starts ended"
+    return [sys.executable, "-ISs", str(CLIENT), path]
 
 
 @cache
 def _server():
     from tests.runs import ROOT, environment
 
-    path = os.path.join(tempfile.mkdtemp(), "socket")
+    path = os.path.join(tempfile.mkdtemp(dir="/tmp"), "socket")  # its length is limited
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.warm", path], stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, cwd=ROOT, env=environment() | threads, start_new_session=True,
     )  # fmt: skip
     while not os.path.exists(path):
         assert process.poll() is None, "the server of warm starts ended"
@@ -107,6 +112,8 @@ def _reap():
 
 def _fork_for(connection):
     """Returns in the fork, which has its client's state; here, wait for one of both to end."""
+    import torch
+
     files = socket.recv_fds(connection, 1, 3)[1]
     ask = json.loads(connection.makefile("rb").readline())
     if pid := os.fork():
@@ -125,6 +132,8 @@ def _fork_for(connection):
         os.dup2(file, number)
         os.close(file)
     os.setsid()
+    random.seed()
+    torch.seed()
     os.chdir(ask["folder"])
     os.environ.clear()
     os.environ.update(ask["environment"])

@@ -64,7 +64,9 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
     stopped = metrics(run)[-1]["step"]
     assert 0 < stopped < 60
     assert (run / "checkpoints" / f"step_{stopped:07d}" / "manifest.json").is_file()
-    more = train(run, f"training.steps={stopped + 1}", "training.checkpoint_every=0", ranks=ranks)
+    # Cold: ranks that end in good order, each with draws and a hash seed of its own.
+    settings = (f"training.steps={stopped + 1}", "training.checkpoint_every=0")
+    more = train(run, *settings, ranks=ranks, cold=True)
     assert f"from step {stopped}" in more.stdout.replace("\n", " ")
     assert metrics(run)[-1]["step"] == stopped + 1
 

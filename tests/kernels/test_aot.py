@@ -4,14 +4,16 @@ its budget of registers and shared memory, without spills, with 16-byte loads an
 Compiled in a process of its own: with TRITON_INTERPRET set, this one has no compiler.
 """
 
+import inspect
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from triton.backends.nvidia.compiler import CUDAOptions
 
 from fastrepa_kernels import aot, launch
 from fastrepa_kernels.aot import sass
@@ -100,6 +102,15 @@ def test_every_kernel_launches_as_far_as_the_device():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(json.loads(done.stdout)) == {case.kernel.__name__ for case in aot.all_cases()}
+
+
+def test_no_parameter_has_the_name_of_an_option():
+    """Triton would take its value as the option's, where it does not refuse it."""
+    options = {field.name for field in fields(CUDAOptions)}
+    own = {"grid", "warmup", "stream", "device", "device_type"}
+    for case in aot.all_cases():
+        names = inspect.signature(case.kernel.fn).parameters.keys()
+        assert not names & (options | own), case.name
 
 
 def test_reading_of_ptx_and_ttir():

@@ -94,3 +94,12 @@ def test_a_process_alone_waits_for_nobody(alone, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but RANK is not set"), patient_world():
         pass
+
+
+def test_what_is_empty_is_not_set_and_what_is_no_number_is_named(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert launched_world() == World()
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 'first' in the environment is no number"):
+        launched_world()

@@ -5,13 +5,13 @@ Imports of torch and its friends stay inside the commands, so that `--help` answ
 
 from __future__ import annotations
 
+import os
 import sys
 
 from fastrepa.cli import runs, data, insight  # isort: skip  # the order of --help
 from fastrepa.cli.app import app, data_app
 from fastrepa.errors import FastrepaError, print_error
 from fastrepa.runtime.exit_codes import for_launcher
-from fastrepa.runtime.world import launched_world
 
 __all__ = ["app", "data", "data_app", "insight", "main", "runs"]
 
@@ -21,7 +21,8 @@ def main() -> None:
     try:
         app()
     except FastrepaError as e:
-        print_error(e, launched_world().rank)
+        rank = os.environ.get("RANK", "")  # whatever else is wrong in the environment
+        print_error(e, int(rank) if rank.isdecimal() else 0)
         sys.exit(for_launcher(1))
     except KeyboardInterrupt:
         print("fastrepa: interrupted", file=sys.stderr)

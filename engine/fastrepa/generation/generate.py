@@ -225,7 +225,7 @@ class SampleFolder:
     folder: Path
     num: int
     there: int
-    """Images that were there before; told to the first process."""
+    """Images that were there before."""
     grid: Path
     npz: Path | None
     seconds: float

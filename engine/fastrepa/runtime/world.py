@@ -85,16 +85,22 @@ class World:
 
 
 def launched_world() -> World:
-    """The world as the launcher's environment variables have it, joined or not."""
+    """The world as the launcher's environment variables have it, joined or not.
 
-    def told(name: str, default: int) -> int:
-        return int(os.environ.get(name, default))
+    Raises ConfigError where one of them is no number.
+    """
+
+    def number(name: str, default: int) -> int:
+        text = os.environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise ConfigError(f"{name}: {text!r} in the environment is no number of ranks")
+        return int(text)
 
     return World(
-        rank=told("RANK", 0),
-        size=told("WORLD_SIZE", 1),
-        local_rank=told("LOCAL_RANK", 0),
-        local_size=told("LOCAL_WORLD_SIZE", 1),
+        rank=number("RANK", 0),
+        size=number("WORLD_SIZE", 1),
+        local_rank=number("LOCAL_RANK", 0),
+        local_size=number("LOCAL_WORLD_SIZE", 1),
     )
 
 
