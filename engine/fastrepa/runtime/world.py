@@ -145,12 +145,7 @@ def init_or_alone(device: torch.device | None = None) -> World:
 
     device: of a process alone; by default the GPU where there is one.
     """
-    if launched_world().size > 1:
-        return init_world()
-    import torch
-
-    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return World(chosen_device=device or default)
+    return init_world() if launched_world().size > 1 else World(chosen_device=device)
 
 
 @contextmanager
