@@ -13,6 +13,9 @@ A graph that Inductor compiled is not seen.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,3 +83,11 @@ def counted() -> Iterator[list[str]]:
         _Trace(launches),
     ):
         yield launches
+
+
+def run_compiling(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words where Triton compiles, as it does not with TRITON_INTERPRET."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -17,6 +17,7 @@ from triton.backends.nvidia.compiler import CUDAOptions
 
 from fastrepa_kernels import aot, launch
 from fastrepa_kernels.aot import sass
+from tests.launches import run_compiling
 
 pytestmark = pytest.mark.slow
 
@@ -26,14 +27,7 @@ KERNELS = Path(aot.__file__).parents[2]
 @pytest.fixture(scope="module")
 def reports():
     """One process for every case, which compiles them and asks ptxas of each."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(KERNELS), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "fastrepa_kernels.aot", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_compiling("-m", "fastrepa_kernels.aot", "--json")
     assert done.returncode in (0, 1), done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -94,12 +88,7 @@ def test_the_checks_can_fail():
 
 def test_every_kernel_launches_as_far_as_the_device():
     """They do by Triton's own launcher, which takes other keywords than the interpreter's."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
-    program = Path(__file__).parents[1] / "programs" / "bound_launches.py"
-    done = subprocess.run(
-        [sys.executable, program], env=environment, capture_output=True, text=True
-    )
+    done = run_compiling("-m", "tests.programs.bound_launches")
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(json.loads(done.stdout)) == {case.kernel.__name__ for case in aot.all_cases()}
 

@@ -1,18 +1,14 @@
 """keyed_random: Random123's known answers, and the same bits on every path."""
 
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from fastrepa_kernels import aot, keyed_random, launch
+from fastrepa_kernels import keyed_random, launch
 from fastrepa_kernels.keyed_random import (
     _EACH,
     _values_of,
@@ -22,9 +18,8 @@ from fastrepa_kernels.keyed_random import (
     values_of,
 )
 from tests.kernels.scalar import KNOWN_ANSWERS, scalar_box_muller, scalar_philox
-from tests.launches import counted, interpreted
+from tests.launches import counted, interpreted, run_compiling
 
-KERNELS = Path(aot.__file__).parents[1]
 SEED, STREAM = 0x89ABCDEF_01234567, 5
 SAMPLES = [5, 0, 2**33 + 5, 2**32 - 1, 2**56 - 1, 17]
 # Words around which something turns: the quarter circles, and the halving of log's argument, also
@@ -236,11 +231,7 @@ names = ("key0", "key1", "stream", "step")
 assert {key(**{n: w}) for n in names for w in words} == {key()}, "compiled again"
 assert key(count=1) != key()  # the question is one that can be answered with yes
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(KERNELS), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
+    done = run_compiling("-c", program)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

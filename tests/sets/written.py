@@ -6,7 +6,9 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -164,3 +166,11 @@ def write_reference(folder: Path, samples: int = SAMPLES, per_folder: int = 10) 
     listed = {"labels": [labels[i] for i in order]}
     (folder / "vae-sd/dataset.json").write_text(json.dumps(listed))
     return folder
+
+
+def relabel(root: Path, change: Callable[[list[Any]], object]) -> None:
+    """Change the list of [file, label] in the dataset.json of REPA's layout."""
+    path = root / "vae-sd/dataset.json"
+    listed = json.loads(path.read_text())
+    change(listed["labels"])
+    path.write_text(json.dumps(listed))

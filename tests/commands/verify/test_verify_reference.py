@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.commands.verify.damages import _found, check, cut, image_bytes, lines
 from tests.sets.trees import RESOLUTION, noise
+from tests.sets.written import relabel
 
 
 @pytest.fixture
@@ -31,13 +32,6 @@ def reference(tmp_path: Path) -> Path:
         labels.append([name, number % 3])
     (root / "vae-sd/dataset.json").write_text(json.dumps({"labels": labels}))
     return root
-
-
-def edit_labels(root: Path, change: Callable[[list[Any]], Any]) -> None:
-    path = root / "vae-sd/dataset.json"
-    listed = json.loads(path.read_text())
-    change(listed["labels"])
-    path.write_text(json.dumps(listed))
 
 
 IMAGE, LATENTS = "images/00000/img00000003.png", "vae-sd/00000/img-mean-std-00000003.npy"
@@ -88,22 +82,22 @@ REFERENCE_DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "NaN": (save(moments_with((0, 1, 1), np.nan)), [f"{LATENTS}: moments that are not finite"]),
     "std": (save(moments_with((7, 1, 1), -0.1)), [f"{LATENTS}: a negative standard deviation"]),
     "a label too few": (
-        lambda r: edit_labels(r, lambda e: e.pop(3)), [f"{LATENTS}: has no label in dataset.json"],
+        lambda r: relabel(r, lambda e: e.pop(3)), [f"{LATENTS}: has no label in dataset.json"],
     ),
     "a label twice": (
-        lambda r: edit_labels(r, lambda e: e.append(e[3])),
+        lambda r: relabel(r, lambda e: e.append(e[3])),
         [f"{LISTED}: sample {NAME}: labelled 2 times"],
     ),
     "a negative label": (
-        lambda r: edit_labels(r, lambda e: e[3].__setitem__(1, -1)),
+        lambda r: relabel(r, lambda e: e[3].__setitem__(1, -1)),
         [f"{LISTED}: sample {NAME}: its label is -1"],
     ),
     "a label in words": (
-        lambda r: edit_labels(r, lambda e: e[3].__setitem__(1, "cat")),
+        lambda r: relabel(r, lambda e: e[3].__setitem__(1, "cat")),
         [f"{LISTED}: sample {NAME}: its label is 'cat'"],
     ),
     "no pair": (
-        lambda r: edit_labels(r, lambda e: e.__setitem__(3, 7)),
+        lambda r: relabel(r, lambda e: e.__setitem__(3, 7)),
         [f"{LISTED}: labels[3] is not [file, label]", f"{LATENTS}: has no label"],
     ),
     "no labels": (lambda r: (r / LISTED).write_text("[]"), [f"{LISTED}: has no list"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastrepa.data.format.reference_layout import moments_of
 from fastrepa.data.format.store import Slots
 from fastrepa.errors import DataError
 from tests.sets import written
+from tests.sets.written import relabel
 
 SHAPE = (2 * written.CHANNELS, written.SIDE, written.SIDE)
 
@@ -31,13 +31,6 @@ def fill(data: ReferenceSet, place: tuple[int, int]) -> Slots:
     slots = Slots([place], [0], np.zeros(1, np.int64), [None], np.zeros((1, *SHAPE), np.float32))
     data.store(image=True, moments=True, features=(), open_shards=1).fill(slots, 0)
     return slots
-
-
-def relabel(folder: Path, change: Callable[[list[Any]], object]) -> None:
-    path = folder / "vae-sd/dataset.json"
-    raw = json.loads(path.read_text())
-    change(raw["labels"])
-    path.write_text(json.dumps(raw))
 
 
 def test_what_a_set_says_of_itself(folder: Path) -> None:
