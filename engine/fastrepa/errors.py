@@ -32,11 +32,16 @@ class TrainingError(FastrepaError):
     """A run that cannot go on: a rank was lost, or its numbers are not finite any more."""
 
 
+def printable(text: object) -> str:
+    """`text` as it is safe on a terminal: control characters and stray bytes become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def print_error(text: object, rank: int) -> None:
     """Print an error on one line of stderr, naming every rank but the first."""
     where = f" (rank {rank})" if rank else ""
     # One write, the line's end included: ranks share the terminal.
-    sys.stderr.write(f"fastrepa: error{where}: {' '.join(str(text).split())}\n")
+    sys.stderr.write(f"fastrepa: error{where}: {printable(' '.join(str(text).split()))}\n")
     sys.stderr.flush()
 
 

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastrepa.data.format.partial import PLAN
 from fastrepa.data.format.shards import ImageFormat
-from fastrepa.data.sources.entries import Listing, printable
-from fastrepa.errors import DataError
+from fastrepa.data.sources.entries import Listing
+from fastrepa.errors import DataError, printable
 from fastrepa.runtime.files import write_array, write_whole
 
 _ENTRIES, _NAMES, _ENDS = "plan.entries.npy", "plan.names", "plan.ends.npy"

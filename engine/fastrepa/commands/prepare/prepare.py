@@ -52,9 +52,9 @@ from fastrepa.data.format.shards import (
     SkippedRecord,
     write_manifest,
 )
-from fastrepa.data.sources.entries import Listing, printable
+from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
-from fastrepa.errors import DataError, nearest
+from fastrepa.errors import DataError, nearest, printable
 from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
 from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
 

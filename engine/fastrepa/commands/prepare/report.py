@@ -21,8 +21,7 @@ from fastrepa.commands.prepare.writer import TRAITS, ShardDone
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.partial import REPORT
 from fastrepa.data.format.shards import Manifest, SkippedRecord
-from fastrepa.data.sources.entries import printable
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 _SHOWN = 5  # examples of each reason and of duplicates on the screen
 

@@ -19,8 +19,8 @@ from fastrepa.commands.prepare.plan import ShardPlan
 from fastrepa.data.format.index import INDEX_DTYPE, KEY_DIGITS
 from fastrepa.data.format.shards import EXTENSIONS, FileRecord, ShardRecord, SkippedRecord
 from fastrepa.data.images import Stored, UnreadableImageError, store
-from fastrepa.data.sources.entries import Listing, printable, read_entry
-from fastrepa.errors import DataError
+from fastrepa.data.sources.entries import Listing, read_entry
+from fastrepa.errors import DataError, printable
 from fastrepa.runtime.files import NewFile, write_array, write_whole
 
 # What the system says of a path that the source itself has wrong; anything else (a failing disk,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, Rejected, printable
+from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, Rejected
 from fastrepa.data.sources.members import Members, extension_of, picture_extensions, stem_of
 from fastrepa.data.sources.spool import COMPRESSIONS, byte_bar, decompressed
 from fastrepa.data.sources.tars import scan_tar
 from fastrepa.data.sources.webdataset import holds_labels, labels_of_keys
 from fastrepa.data.sources.zips import scan_zip
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 _MAGIC = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
           b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 MAX_IMAGE_BYTES = 512 << 20  # of one image as it is stored, and as it is inflated
 MAX_LABEL = 999_999  # more classes than this are a mistake, or an attack
@@ -57,11 +57,6 @@ class Listing:
     rejected: list[Rejected] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # files that are no pictures by their names
     moments: list[str] | None = None  # [n] reference layout: the .npy of each, relative to root
-
-
-def printable(text: str) -> str:
-    """A name on one line in any encoding: control characters and stray bytes become escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_entry(listing: Listing, number: int) -> bytes:

@@ -21,12 +21,12 @@ import numpy as np
 from fastrepa.data.format.reference_layout import is_reference
 from fastrepa.data.format.shards import FORMAT, MANIFEST, ShardSet
 from fastrepa.data.sources.archives import list_archives
-from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, close_files, printable
+from fastrepa.data.sources.entries import ENTRY_DTYPE, Listing, close_files
 from fastrepa.data.sources.members import ARCHIVE_EXTENSIONS, picture_extensions
 from fastrepa.data.sources.reference_source import list_reference
 from fastrepa.data.sources.tables import list_tables
 from fastrepa.data.sources.webdataset import read_class_names
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 _TABLES = (".parquet", ".pq")
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrepa.data.images import readable_extensions
-from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, Rejected, printable
+from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, Rejected
+from fastrepa.errors import printable
 
 LABEL_EXTENSIONS = {".cls", ".json"}
 # By their names. What a file is, its first bytes say.

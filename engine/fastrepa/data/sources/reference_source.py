@@ -20,8 +20,8 @@ from fastrepa.data.format.reference_layout import (
     scan_folder,
     short,
 )
-from fastrepa.data.sources.entries import ENTRY_DTYPE, MAX_LABEL, Listing, Rejected, printable
-from fastrepa.errors import DataError
+from fastrepa.data.sources.entries import ENTRY_DTYPE, MAX_LABEL, Listing, Rejected
+from fastrepa.errors import DataError, printable
 
 
 def list_reference(source: Path, class_names: list[str] | None) -> Listing:

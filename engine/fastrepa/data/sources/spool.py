@@ -18,9 +18,8 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.tars import BLOCK, is_header
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 from fastrepa.runtime.files import aside, fsync, write_whole
 from fastrepa.runtime.progress import BYTES, Bar
 

@@ -13,9 +13,8 @@ import re
 from io import FileIO
 from typing import NoReturn
 
-from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.members import Members, ReportByte
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 BLOCK = 512
 _WINDOW = 4096

@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrepa.data.sources.entries import MAX_LABEL, printable, read_range
+from fastrepa.data.sources.entries import MAX_LABEL, read_range
 from fastrepa.data.sources.members import Members, extension_of, picture_extensions
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 _MAX_CLS = 64  # bytes
 _MAX_JSON = 1 << 20

@@ -8,10 +8,9 @@ import struct
 import zipfile
 from io import FileIO
 
-from fastrepa.data.sources.entries import printable
 from fastrepa.data.sources.members import Members, ReportByte
 from fastrepa.data.sources.tars import scan_inner_tar
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, printable
 
 _LOCAL = struct.Struct("<4s22xHH")  # a member's own header: magic, lengths of name and extra field
 _ENCRYPTED = 0x1 | 0x40 | 0x2000

@@ -1,0 +1,1 @@
+"""Files of others: one reader for each format, each of whose failures is one line."""
