@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,21 @@ class TrainingError(FastrepaError):
 def printable(text: object) -> str:
     """`text` as it is safe on a terminal: control characters and stray bytes become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+_MOST = 80
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = _MOST
+_brief.maxlevel = 4
+
+
+def shown(value: object) -> str:
+    """`value` as an error echoes it: Python's way to write it, of at most 80 characters."""
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # a whole number of too many digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _MOST else text[: _MOST - 3] + "..."
 
 
 def print_error(text: object, rank: int) -> None:

@@ -6,16 +6,19 @@ block from its depth), so that the configuration saved with a run says everythin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from fastrepa.config.sections import Config, is_int
-from fastrepa.errors import ConfigError, nearest
+from fastrepa.config.sections import Config
+from fastrepa.config.values import is_int
+from fastrepa.errors import ConfigError, nearest, shown
+from fastrepa.reading.text import dump_yaml, parse_yaml, read_yaml, whole_number, written
 
 # REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
 SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
@@ -27,15 +30,7 @@ SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people who write configurations mean the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+MOST_TOLD = 440  # characters of what is wrong with a file, the file's own name apart
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -44,19 +39,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(
-            f"{path}: no such configuration file{nearest(path.name, known)}"
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a YAML file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: is a folder, not a YAML file")
+    if not os.path.exists(path):
+        there = os.path.isdir(path.parent)
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if there else []
+        close = nearest(path.name, known)
+        raise ConfigError(f"{str(path)[:255]}: no such configuration file{close}")
+    tree = read_yaml(path, ConfigError, as_written=True)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
     for override in overrides:
@@ -69,7 +59,7 @@ def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") 
     try:
         return Config.model_validate(_resolved(tree))
     except ValidationError as e:
-        raise ConfigError(f"{source}: " + "; ".join(_messages(e))) from None
+        raise ConfigError(f"{source}: {_told(e)}") from None
 
 
 def load_run_config(run: Path) -> Config:
@@ -84,45 +74,34 @@ def load_run_config(run: Path) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back to the same object."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
+    what = f"override {shown(override)}"
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected path.to.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"{what}: expected path.to.key=value")
+    value = parse_yaml(text, what, ConfigError, as_written=True)
+    if not isinstance(value, dict | list) and re.search(r"^[^'\"]*(^|\s)#", text):
+        raise ConfigError(f"{what}: a # after a space begins a comment; put the value in quotes")
     node: Any = tree
     for i, part in enumerate(parents):
-        child = _child(node, part, override)
-        if child is None:
-            child = {}
-            node[part] = child
+        child = node.get(part) if isinstance(node, dict) else node[_position(node, part, what)]
+        if child is None and isinstance(node, dict):
+            child = node[part] = {}
         elif not isinstance(child, dict | list):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, it has no keys"
-            )
+            raise ConfigError(f"{what}: {_dotted(parents[: i + 1])} is a value, it has no keys")
         node = child
-    if isinstance(node, list):
-        _child(node, last, override)
-        node[int(last)] = value
-    else:
-        node[last] = value
+    node[last if isinstance(node, dict) else _position(node, last, what)] = value
 
 
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, dict):
-        return node.get(part)
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"override {override!r}: {part!r} is no position in a list of {len(node)}"
-        )
-    return node[int(part)]
+def _position(values: list[Any], part: str, what: str) -> int:
+    position = whole_number(part)
+    if position is None or position >= len(values):
+        raise ConfigError(f"{what}: {shown(part)} is no position in a list of {len(values)}")
+    return position
 
 
 def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,21 +118,21 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
         return {**tree, "alignment": {**alignment, "block": 1} if unaligned else alignment}
     model = dict(model)
     tree["model"] = model
-    name, block = model.get("name"), None
+    name, block = written(model.get("name")), None
     if isinstance(name, str):
         base, _, patch = name.partition("/")
         names = [f"{b}/{p}" for b in SIT_MODELS for p in PATCHES]
         if name not in names:
             raise ConfigError(
-                f"model.name: {name!r} is not one of {', '.join(names)}{nearest(name, names)}"
+                f"model.name: {shown(name)} is not one of {', '.join(names)}{nearest(name, names)}"
             )
         width, depth, heads, block = SIT_MODELS[base]
         shape = {"width": width, "depth": depth, "heads": heads, "patch": int(patch)}
         for key, value in shape.items():
             if model.get(key, value) not in (value, None):
                 raise ConfigError(
-                    f"model.{key}: {model[key]} contradicts model.name {name!r}, whose {key} is "
-                    f"{value}; leave one of them out"
+                    f"model.{key}: {shown(model[key])} contradicts model.name {name!r}, whose "
+                    f"{key} is {value}; leave one of them out"
                 )
             model[key] = value
     missing = [k for k in ("width", "depth", "heads", "patch") if model.get(k) is None]
@@ -174,22 +153,35 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _messages(error: ValidationError) -> list[str]:
-    """One clause per problem: the dotted path, the value, what was allowed."""
-    out = []
-    for e in error.errors(include_url=False):
-        path = ".".join(str(p) for p in e["loc"])
-        if e["type"] == "extra_forbidden":
-            allowed = _keys_at(e["loc"][:-1])
-            hint = nearest(str(e["loc"][-1]), allowed) or f" (known: {', '.join(sorted(allowed))})"
-            out.append(f"{path}: unknown key{hint}")
-        elif e["type"] == "missing":
-            out.append(f"{path}: required key is missing")
-        elif e["type"] == "value_error":
-            out.append(e["msg"].removeprefix("Value error, "))
-        else:
-            out.append(f"{path}: {e['input']!r} is not allowed: {e['msg'].lower()}")
-    return out
+def _told(error: ValidationError) -> str:
+    """Say what is wrong, problem by problem, as far as there is room for."""
+    problems = error.errors(include_url=False)
+    told = _clause(problems[0])[:MOST_TOLD]
+    for count, problem in enumerate(problems[1:], 1):
+        clause = _clause(problem)
+        if len(told) + len(clause) > MOST_TOLD:
+            return f"{told}; and {len(problems) - count} more"
+        told += f"; {clause}"
+    return told
+
+
+def _clause(problem: ErrorDetails) -> str:
+    """One clause: the dotted path, the value, what was allowed."""
+    loc, kind = problem["loc"], problem["type"]
+    path, why = _dotted(loc), problem["msg"]
+    if kind == "extra_forbidden":
+        allowed = _keys_at(loc[:-1])
+        hint = nearest(str(loc[-1]), allowed) or f" (known: {', '.join(sorted(allowed))})"
+        return f"{path}: unknown key{hint}"
+    if kind == "missing":
+        return f"{path}: required key is missing"
+    if kind == "value_error":
+        return why.removeprefix("Value error, ")
+    return f"{path}: {shown(problem['input'])} is not allowed: {why[:1].lower()}{why[1:]}"
+
+
+def _dotted(parts: Iterable[str | int]) -> str:
+    return ".".join(p if len(p) <= 80 else f"{p[:77]}..." for p in map(str, parts))
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

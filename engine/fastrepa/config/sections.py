@@ -9,61 +9,41 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainValidator,
     field_validator,
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+
+from fastrepa.config.values import (
+    BoolOrAuto,
+    NonNegative,
+    NumberOrAuto,
+    PathText,
+    Positive,
+    PositiveOrAuto,
+    Probability,
+    Recompute,
+    Text,
+)
+from fastrepa.errors import shown
 
 if TYPE_CHECKING:
     import torch
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def is_int(value: Any) -> bool:
-    """Tell whether a value read from YAML is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number_or(least: int, *words: str) -> PlainValidator:
-    """Accepts a whole number from `least` on, or one of the words; one refusal says both."""
-
-    def check(value: Any) -> Any:
-        if (is_int(value) and value >= least) or value in words:
-            return value
-        allowed = f"expected {' or '.join(words)} or a number from {least}"
-        raise PydanticCustomError("number_or_word", "{allowed}", {"allowed": allowed})
-
-    return PlainValidator(check)
-
-
-def _bool_or_auto(value: Any) -> Any:
-    if isinstance(value, bool) or value == "auto":
-        return value
-    raise PydanticCustomError("bool_or_auto", "expected true, false or auto")
-
-
-NumberOrAuto = Annotated[int | Literal["auto"], _number_or(0, "auto")]
-PositiveOrAuto = Annotated[int | Literal["auto"], _number_or(1, "auto")]
-BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_bool_or_auto)]
-Recompute = Annotated[int | Literal["none", "auto"], _number_or(1, "none", "auto")]
 
 MAX_EMAS = 4  # as many as the fused kernel updates in one pass
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class CodecConfig(_Section):
     """Makes of an image what the generator sees: pixels in [-1, 1] or autoencoder latents."""
 
     name: Literal["pixel", "sd-vae"] = "sd-vae"
-    weights: str = Field("stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder")
+    weights: PathText = Field(
+        "stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder"
+    )
     side: Positive | None = Field(None, description="pixel: side the image is averaged down to")
 
     @property
@@ -74,7 +54,7 @@ class CodecConfig(_Section):
 class DataConfig(_Section):
     """A data set (made by `fastrepa prepare`, or in the reference's layout) and how it is read."""
 
-    path: str
+    path: PathText
     resolution: Positive = 256
     codec: CodecConfig = CodecConfig()
     latents: Literal["auto", "online", "cached"] = Field(
@@ -102,8 +82,8 @@ class DataConfig(_Section):
 class EncoderConfig(_Section):
     """One frozen encoder: a registry name or any timm model, and where its weights come from."""
 
-    name: str
-    weights: str = Field(
+    name: Text
+    weights: PathText = Field(
         "hub", description="hub | random | package:NAME | a local .safetensors/.pth file"
     )
     input: Positive | None = Field(None, description="side of the encoder's input in pixels")
@@ -144,7 +124,7 @@ class VisionConfig(_Section):
 class ModelConfig(_Section):
     """SiT by name ("SiT-XL/2") or by width, depth, heads and patch, which a name gives."""
 
-    name: str | None = None
+    name: Text | None = None
     width: Positive
     depth: Positive
     heads: Positive
@@ -202,7 +182,9 @@ class EmaConfig(_Section):
         if isinstance(value, int | float):
             return {"decay": value}
         if not isinstance(value, Mapping | EmaConfig):
-            raise ValueError(f"training.ema: {value!r} is neither a decay nor {{sigma_rel: 0.05}}")
+            raise ValueError(
+                f"training.ema: {shown(value)} is neither a decay nor {{sigma_rel: 0.05}}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -225,7 +207,7 @@ class KeepBestConfig(_Section):
     an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
     """
 
-    metric: str
+    metric: Text
     mode: Literal["min", "max"] = "min"
 
 
@@ -271,7 +253,7 @@ class TrainingConfig(_Section):
     keep_every: NonNegative = Field(0, description="kept for ever where this divides the step")
     keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
     tensorboard: bool = True
-    wandb: str | None = Field(None, description="Weights & Biases project; None: off")
+    wandb: Text | None = Field(None, description="Weights & Biases project; None: off")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -335,18 +317,18 @@ class EvaluationConfig(_Section):
     """
 
     every: NonNegative = Field(0, description="steps between evaluations; 0: never")
-    reference: str | None = Field(
+    reference: PathText | None = Field(
         None, description="what `fastrepa evaluate` takes, runs apart; None: the training data"
     )
     num: Positive = Field(1000, description="images generated: the same seeds and labels each time")
     batch_size: Positive = Field(32, description="images per forward")
-    metrics: tuple[str, ...] | None = Field(
+    metrics: tuple[Text, ...] | None = Field(
         None, strict=False, description="None: the encoders', or Inception's without any"
     )
     encoders: tuple[EncoderConfig, ...] = Field(
         (), strict=False, description="spaces to measure in, besides Inception's; grid is not used"
     )
-    inception_weights: str | None = Field(
+    inception_weights: PathText | None = Field(
         None, description="a local file; None: torch-fidelity's, downloaded once"
     )
 
@@ -361,7 +343,7 @@ class ZeroConfig(_Section):
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none", description="where masters, Adam's moments and EMA live, and the update runs on CPU"
     )
-    nvme_path: str | None = Field(None, description="offload nvme: a folder on the local disk")
+    nvme_path: PathText | None = Field(None, description="offload nvme: a folder on the local disk")
     offload_parameters: bool = Field(
         False, description="stage 3: the sharded weights live in host memory too"
     )
@@ -421,7 +403,7 @@ class SurvivalConfig(_Section):
 class Config(_Section):
     """The whole configuration of a run."""
 
-    run: str
+    run: PathText
     seed: NonNegative = 0
     data: DataConfig
     vision: VisionConfig = VisionConfig()

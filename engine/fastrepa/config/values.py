@@ -1,0 +1,70 @@
+"""What a key of the configuration can hold: numbers, words and paths, each with its refusal."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from fastrepa.errors import ConfigError
+from fastrepa.reading.text import written
+from fastrepa.runtime.files import expanded
+
+LARGEST = 2**63 - 1  # of a whole number that torch takes
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def is_int(value: Any) -> bool:
+    """Tell whether a value read from YAML is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number_or(least: int, *words: str) -> PlainValidator:
+    """Accepts a whole number from `least` on, or one of the words; one refusal says both."""
+
+    def check(value: Any) -> Any:
+        if is_int(value) and least <= value <= LARGEST:
+            return int(value)
+        if value in words:
+            return value
+        allowed = f"expected {' or '.join(words)} or a number from {least}"
+        raise PydanticCustomError("number_or_word", "{allowed}", {"allowed": allowed})
+
+    return PlainValidator(check)
+
+
+def _bool_or_auto(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise PydanticCustomError("bool_or_auto", "expected true, false or auto")
+
+
+NumberOrAuto = Annotated[int | Literal["auto"], _number_or(0, "auto")]
+PositiveOrAuto = Annotated[int | Literal["auto"], _number_or(1, "auto")]
+BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_bool_or_auto)]
+Recompute = Annotated[int | Literal["none", "auto"], _number_or(1, "none", "auto")]
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("word", "without quotes it is true or false, with them text")
+    return written(value)
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("path", "a path cannot be empty")
+    try:
+        return expanded(text)
+    except ConfigError as e:
+        raise PydanticCustomError("path", "{why}", {"why": str(e)}) from None
+
+
+# What YAML takes for a number is text here, as it is written: a run called 0123 keeps its 0.
+Text = Annotated[str, BeforeValidator(_text)]
+# Also of what is a path only among other things: hub ids and words begin with no ~.
+PathText = Annotated[Text, AfterValidator(_path)]
