@@ -37,6 +37,7 @@ from fastrepa.checkpoint.kinds import WEIGHT, Whole, ema_keys
 from fastrepa.config import TrainingConfig
 from fastrepa.errors import CheckpointError
 from fastrepa.runtime.files import fsync_folder
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World
 
 PARTIAL = ".partial_"
@@ -169,7 +170,7 @@ class CheckpointWriter:
 
     def _warn(self, text: str) -> None:
         if self.world.is_rank_0:
-            print(f"warning: {text}", flush=True)
+            say(f"warning: {text}")
 
     # In the thread ----------------------------------------------------------------------------
 

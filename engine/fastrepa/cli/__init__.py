@@ -5,27 +5,55 @@ Imports of torch and its friends stay inside the commands, so that `--help` answ
 
 from __future__ import annotations
 
-import os
 import sys
+import warnings
+from typing import Any
+
+import typer
 
 from fastrepa.cli import runs, data, insight  # isort: skip  # the order of --help
 from fastrepa.cli.app import app, data_app
-from fastrepa.errors import FastrepaError, print_error
+from fastrepa.errors import ConfigError, FastrepaError, print_error, printable
 from fastrepa.runtime.exit_codes import for_launcher
+from fastrepa.runtime.terminal import say
+from fastrepa.runtime.world import launched_world
 
 __all__ = ["app", "data", "data_app", "insight", "main", "runs"]
 
 
 def main() -> None:
     """The console script: a user's error is one line on stderr and a non-zero exit."""
+    as_usual = warnings.formatwarning
+
+    def shown(message: Any, *where: Any) -> str:
+        return as_usual(printable(message), *where)
+
+    warnings.formatwarning = shown  # type: ignore[assignment]
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except FastrepaError as e:
-        rank = os.environ.get("RANK", "")  # whatever else is wrong in the environment
-        print_error(e, int(rank) if rank.isdecimal() else 0)
-        sys.exit(for_launcher(1))
-    except KeyboardInterrupt:
-        print("fastrepa: interrupted", file=sys.stderr)
-        sys.exit(for_launcher(130))
+        print_error(e, _rank())
+        code = 1
+    except (KeyboardInterrupt, typer.Abort) as e:
+        if isinstance(e.__cause__, EOFError):  # typer's way with a file that ends too early
+            raise e.__cause__ from None
+        say("fastrepa: interrupted", file=sys.stderr)
+        code = 130
     except SystemExit as e:
-        sys.exit(for_launcher(e.code) if isinstance(e.code, int) else e.code)
+        code = e.code
+    except Exception as e:
+        # What was typed wrongly: click's errors, or those of typer's own copy of click.
+        if not hasattr(e, "format_message"):
+            raise
+        command = getattr(getattr(e, "ctx", None), "command_path", "fastrepa")
+        if said := e.format_message():  # none of a help page
+            print_error(f"{said} (see {command} --help)", 0)
+        code = getattr(e, "exit_code", 2)
+    sys.exit(for_launcher(code) if isinstance(code, int) else code)
+
+
+def _rank() -> int:
+    try:
+        return launched_world().rank
+    except ConfigError:  # which may be the very error
+        return 0

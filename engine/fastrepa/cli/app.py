@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from fastrepa import __version__
+from fastrepa.errors import ConfigError
+from fastrepa.runtime.paths import expanded
+from fastrepa.runtime.terminal import say
 
-app = typer.Typer(
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+class _Commands(typer.Typer):
+    """Takes what is typed as every command means it: ~ is a home folder, numbers are finite."""
+
+    def command(self, name: str | None = None, **how: Any) -> Callable[[_Command], _Command]:
+        register = super().command(name, **how)
+
+        def add(command: _Command) -> _Command:
+            @wraps(command)
+            def run(**given: Any) -> None:
+                command(**{name: _meant(name, value) for name, value in given.items()})
+
+            register(run)
+            return command
+
+        return add
+
+
+def _meant(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return Path(expanded(str(value)))
+    if isinstance(value, list):
+        return [_meant(name, item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--{name.replace('_', '-')}: {value} is not a finite number")
+    return value
+
+
+app = _Commands(
     name="fastrepa",
     no_args_is_help=True,
     add_completion=False,
@@ -17,7 +53,7 @@ app = typer.Typer(
     help="Train representation-aligned diffusion transformers.",
 )
 
-data_app = typer.Typer(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
+data_app = _Commands(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
 app.add_typer(data_app, name="data")
 
 
@@ -31,7 +67,7 @@ OverridesArgument = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"fastrepa {__version__}")
+        say(f"fastrepa {__version__}")
         raise typer.Exit
 
 

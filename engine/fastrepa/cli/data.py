@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastrepa.cli.app import app, data_app
+from fastrepa.runtime.terminal import Terminal, say
 
 CodecOption = Annotated[
     str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
@@ -103,9 +103,9 @@ def prepare(
         image_column=image_column, label_column=label_column, encode=encode,
     )  # fmt: skip
     if done.is_rank_0:
-        print_report(done.report, Console(highlight=False), done.path, done.images, done.seconds)
+        print_report(done.report, Terminal(), done.path, done.images, done.seconds)
         for report in encoded:
-            print_columns(report, Console(highlight=False))
+            print_columns(report, Terminal())
 
 
 @data_app.command("verify")
@@ -122,9 +122,9 @@ def data_verify(
 
     report = verify(path, workers=workers, quick=quick)
     if json:
-        print(report.to_json())
+        say(*report.to_json().split("\n"))
     else:
-        print_report(report, Console(highlight=False))
+        print_report(report, Terminal())
     if not report.ok:
         raise typer.Exit(1)
 
@@ -149,7 +149,7 @@ def data_show(
 
     wanted = [c for c in classes.split(",") if c.strip()] if classes else None
     report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
-    print_shown(report, Console(highlight=False))
+    print_shown(report, Terminal())
 
 
 @data_app.command("encode")
@@ -177,4 +177,4 @@ def data_encode(
     with patient_world() as world:
         report = encode_columns(path, **settings, replace=replace, world=world)
     if world.is_rank_0:
-        print_encoded(report, Console(highlight=False))
+        print_encoded(report, Terminal())

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
+from fastrepa.runtime.terminal import say
 
 
 @app.command()
@@ -195,7 +196,7 @@ def report(
     """
     from fastrepa.commands.report.report import write_report
 
-    print(write_report(runs, out))
+    say(write_report(runs, out))
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
+from fastrepa.runtime.paths import expanded
+from fastrepa.runtime.terminal import say, typed
 
 
 @app.command()
@@ -124,9 +126,7 @@ def sample(
     if done.is_rank_0:
         files = [str(p) for p in (done.grid, done.npz) if p]
         there = f", {done.there} were there" if done.there else ""
-        print(
-            f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}"
-        )
+        say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}")
 
 
 @app.command()
@@ -190,13 +190,15 @@ def evaluate(
     from fastrepa.vision.registry import parse_encoders
 
     model, _, weights = clip.partition("=")
+    brings, colon, folder = model.partition("local-dir:")
+    model = brings + colon + expanded(folder)
     done = measure(
         samples,
         reference,
         metrics=[m.strip() for m in metrics.split(",") if m.strip()] if metrics else None,
         encoders=parse_encoders(encoders, "--encoders") if encoders else (),
         inception_weights=None if inception_weights is None else str(inception_weights),
-        clip=(model, weights or None), batch_size=batch_size, cache=cache,
+        clip=(model, expanded(weights) or None), batch_size=batch_size, cache=cache,
         save_statistics=save_statistics, seed=seed, ema=ema, num=num, sampler=sampler,
         steps=steps, cfg=cfg, guidance_low=guidance_low, guidance_high=guidance_high,
         precision=precision, compile=compile,
@@ -253,9 +255,10 @@ def convert(
             warnings.simplefilter("always", UserWarning)
             state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
         for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
-        print(f"step {state.step} of {run} in {file}")
+            say(f"warning: {warning.message}", file=sys.stderr)
+        say(f"step {state.step} of {run} in {file}")
     else:
         assert source is not None
         state = import_reference(file, run, config, source=source)
-        print(f"{run} starts at step {state.step}: fastrepa train {run}/config.yaml")
+        command = f"fastrepa train {typed(run / 'config.yaml')}"
+        say(f"{run} starts at step {state.step}: {command}")

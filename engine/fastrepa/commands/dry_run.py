@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.profiling.random_batches import RandomBatches
+from fastrepa.runtime.terminal import Terminal
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import first_line
 from fastrepa.training.trainer import Trainer
@@ -139,7 +139,7 @@ def _memory(
 
 def print_dry_run(result: DryRun, global_batch: int) -> None:
     """Print what the run computes on, and a table of its numbers."""
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(result.first_line, soft_wrap=True)
     title = "dry run: one step at batch 2 on noise, random encoder weights"
     table = Table("what", Column("how much", justify="right"), title=title)

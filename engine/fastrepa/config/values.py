@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError
 from fastrepa.reading.text import written
-from fastrepa.runtime.files import expanded
+from fastrepa.runtime.paths import expanded
 
 LARGEST = 2**63 - 1  # of a whole number that torch takes
 

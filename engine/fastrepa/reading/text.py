@@ -46,9 +46,9 @@ def parse_json(text: str | bytes, what: object, kind: type[FastrepaError] = Data
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
-        raise kind(f"{what}: not readable as JSON (nested too deeply)") from None
+        raise kind(f"{what}: not valid JSON (nested too deeply)") from None
     except ValueError as e:  # bytes that are no text, and numbers of too many digits, too
-        raise kind(f"{what}: not readable as JSON ({e})") from None
+        raise kind(f"{what}: not valid JSON ({e})") from None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def read_yaml(
     """Return the value in a YAML file, as `parse_yaml` does; an error names the file."""
     raw = _bytes_of(path, kind, MAX_YAML_BYTES + 1)
     if len(raw) > MAX_YAML_BYTES:
-        raise kind(f"{path}: not readable as YAML (larger than {MAX_YAML_BYTES // 1000} kB)")
+        raise kind(f"{path}: not valid YAML (larger than {MAX_YAML_BYTES // 1000} kB)")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise kind(f"{path}: not readable as YAML (byte {e.start} is not UTF-8)") from None
+        raise kind(f"{path}: not valid YAML (byte {e.start} is not UTF-8)") from None
     return parse_yaml(text, path, kind, as_written=as_written)
 
 

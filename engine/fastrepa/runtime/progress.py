@@ -17,6 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastrepa.errors import printable
+from fastrepa.runtime.terminal import Terminal
+
 T = TypeVar("T")
 BYTES = "bytes"
 
@@ -42,7 +45,7 @@ class Bar:
         more: ProgressColumn | None = None,
         console: Console | None = None,
     ) -> None:
-        console = console or Console(stderr=True)
+        console = console or Terminal(stderr=True)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
         columns.append(BarColumn(bar_width=32))
         if unit == BYTES:
@@ -57,7 +60,9 @@ class Bar:
         self._unit, self._rated, self._before = unit, rate, done
         self.done: float = done
         self._began = time.monotonic()
-        self._task = self._progress.add_task(text, total=total, completed=done, **self._rate())
+        self._task = self._progress.add_task(
+            printable(text), total=total, completed=done, **self._rate()
+        )
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -70,6 +75,7 @@ class Bar:
         """Show that `done` of the total is done; `text` replaces what is being done."""
         self.done = done
         fields |= self._rate()
+        text = None if text is None else printable(text)
         self._progress.update(self._task, completed=done, description=text, **fields)
 
     def advance(self, more: float = 1) -> None:

@@ -23,8 +23,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from fastrepa.errors import CheckpointError, FastrepaError, print_error
+from fastrepa.errors import CheckpointError, FastrepaError, print_error, printable
 from fastrepa.runtime.exit_codes import LOST, for_launcher
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World
 
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
@@ -56,6 +57,14 @@ def host_group_of(limits: Limits) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * limits.stall_seconds))
 
 
+class _OneLine(logging.Formatter):
+    """What a name or an error says makes no line of its own, and steers no terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 class RankLog:
     """RUN/rank_N.log: this rank's warnings, errors and stacks. Only the first rank prints too.
 
@@ -74,7 +83,7 @@ class RankLog:
             raise CheckpointError(f"{run}: the run folder is not writable ({e})") from None
         self._handler = logging.StreamHandler(self.file)
         form = f"%(asctime)s {socket.gethostname()} rank {world.rank}: %(message)s"
-        self._handler.setFormatter(logging.Formatter(form))
+        self._handler.setFormatter(_OneLine(form))
         log.addHandler(self._handler)
         log.setLevel(logging.INFO)
         log.propagate = False
@@ -257,7 +266,7 @@ class Watch:
                 seconds = self.limits.stall_seconds
                 why = f"{self._doing} has taken more than {seconds:g} s"
                 if self.world.is_rank_0:
-                    print(f"warning: {why}; see {self.log.path}", flush=True)
+                    say(f"warning: {why}; see {self.log.path}")
                 if self.world.size == 1:
                     self.log.stacks(why)
                 else:

@@ -17,6 +17,7 @@ from fastrepa.checkpoint.format import checkpoint_path
 from fastrepa.config import Config, TrainingConfig, VisionConfig, load_config
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import COMPILED
+from fastrepa.runtime.terminal import say, typed
 from fastrepa.runtime.world import World
 from fastrepa.training.zero.settings import as_run
 from fastrepa_kernels import launch
@@ -85,7 +86,7 @@ def warn_of_changes(run: Path, config: Config) -> None:
         return
     for key, (old, new) in _differences(before.model_dump(), config.model_dump()):
         if not key.startswith(FREE_KEYS):
-            print(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
+            say(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -98,26 +99,33 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any
 
 def farewell(
     run: Path, training: TrainingConfig, vision: VisionConfig, step: int, last: Mapping[str, float]
-) -> str:
+) -> list[str]:
     """Say what the finished run did, where to look, and what to try next.
 
     last: the last line of its metrics.
     """
     names = ", ".join(encoder.name for encoder in vision.encoders)
     aligned = f", aligned to {names}" if names else ""
-    return (
-        f"\n{step} steps of {training.global_batch} images{aligned}: "
+    metrics = [f"{run}/metrics.jsonl"]
+    commands = [
+        f"{_program('fastrepa')} sample {typed(run)} --num 64 --cfg 3 --seed 1",
+        f"{_program('fastrepa')} train {typed(run / 'config.yaml')} training.steps={2 * step}",
+    ]
+    if training.tensorboard:
+        metrics.append(f"{run}/tensorboard/")
+        commands.append(f"{_program('tensorboard')} --logdir {typed(run)}")
+    return [
+        "",
+        f"{step} steps of {training.global_batch} images{aligned}: "
         f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s, "
-        f"{last['seconds'] / 60:.1f} minutes\n"
-        f"  samples      {run}/samples/\n"
-        f"  curves       {run}/curves.png\n"
-        f"  metrics      {run}/metrics.jsonl, {run}/tensorboard/\n"
-        f"  checkpoint   {checkpoint_path(run, step)}/\n"
-        f"next:\n"
-        f"  {_program('fastrepa')} sample {run} --num 64 --cfg 3 --seed 1\n"
-        f"  {_program('fastrepa')} train {run}/config.yaml training.steps={2 * step}\n"
-        f"  {_program('tensorboard')} --logdir {run}"
-    )
+        f"{last['seconds'] / 60:.1f} minutes",
+        f"  samples      {run}/samples/",
+        f"  curves       {run}/curves.png",
+        f"  metrics      {', '.join(metrics)}",
+        f"  checkpoint   {checkpoint_path(run, step)}/",
+        "next:",
+        *(f"  {command}" for command in commands),
+    ]
 
 
 def _program(name: str) -> str:
@@ -125,7 +133,7 @@ def _program(name: str) -> str:
     if shutil.which(name):
         return name
     path = Path(sys.executable).parent / name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return typed(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _shape(p: Tensor) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
 from fastrepa.runtime.exit_codes import REQUEUE
 from fastrepa.runtime.regions import SAMPLING
 from fastrepa.runtime.survival import Watch, host_group_of
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.bad_steps import Spikes
 from fastrepa.training.diagnosis import SampleNames, diagnosis
@@ -154,7 +155,7 @@ class Run:
     def _take_leave(self, telemetry: Telemetry) -> None:
         if lines := telemetry.history():
             c = self.config
-            telemetry.say(farewell(self.folder, c.training, c.vision, self.step, lines[-1]))
+            telemetry.say(*farewell(self.folder, c.training, c.vision, self.step, lines[-1]))
 
     def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
@@ -364,5 +365,5 @@ def _newest_checkpoint(run: Path) -> Path | None:
         warnings.simplefilter("always")
         found = newest_checkpoint(run)
     for w in caught:
-        print(f"warning: {w.message}", flush=True)
+        say(f"warning: {w.message}")
     return found

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
-from fastrepa.errors import FastrepaError
+from fastrepa.errors import DataError, FastrepaError
+from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.regions import NAMES
+from fastrepa.runtime.terminal import Terminal
 from fastrepa.runtime.world import launched_world
 
 PACKAGES = (
@@ -103,7 +104,7 @@ class Telemetry:
         environment: dict[str, Any] | None = None,
     ) -> None:
         self.run, self.active, self.steps = run, active, config.training.steps
-        self.console = Console(quiet=not active, highlight=False)
+        self.console = Terminal(quiet=not active)
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: Bar | None = None
@@ -135,8 +136,9 @@ class Telemetry:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self.console.print(line, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         logging.getLogger("fastrepa").warning(text)  # rank_0.log
@@ -230,21 +232,22 @@ class Telemetry:
         """Every logged line so far."""
         if not self.active or not self.metrics_path.exists():
             return []
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line]
+        raw = self.metrics_path.read_bytes().splitlines()
+        lines = [parse_json(line, self.metrics_path) for line in raw if line]
         return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
     def _drop_undone(self, start_step: int) -> None:
         if not self.metrics_path.exists():
             return
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_bytes().splitlines():
             try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
+                if parse_json(line, self.metrics_path)["step"] <= start_step:
+                    kept.append(line + b"\n")
+            except (DataError, KeyError, TypeError):
                 continue  # a line that was being written when the process died
         with aside(self.metrics_path, self.metrics_path.with_suffix(".partial")) as replacement:
-            replacement.write_text("".join(kept), encoding="utf-8")
+            replacement.write_bytes(b"".join(kept))
 
 
 def _start_wandb(run: Path, config: Config) -> Any:

@@ -30,6 +30,8 @@ import timm
 
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, nearest
+from fastrepa.reading.text import whole_number
+from fastrepa.runtime.paths import expanded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -171,13 +173,18 @@ def parse_encoders(text: str, option: str) -> tuple[EncoderConfig, ...]:
     for part in text.split(","):
         rest, at, side = part.strip().rpartition("@") if "@" in part else (part.strip(), "", "")
         name, equals, weights = rest.partition("=")
-        if not name or (equals and not weights) or (at and not (side.isdecimal() and int(side))):
+        weights = weights.strip()
+        if not name or (equals and not weights) or (at and not whole_number(side)):
             raise ConfigError(
                 f"{option}: {part.strip()!r} is not NAME[=WEIGHTS][@INPUT], such as "
                 f"dinov2-vit-b or dinov2-vit-b=weights.pth@224"
             )
         encoders.append(
-            EncoderConfig(name=name, weights=weights or "hub", input=int(side) if at else None)
+            EncoderConfig(
+                name=name,
+                weights=expanded(weights) or "hub",
+                input=whole_number(side) if at else None,
+            )
         )
     return tuple(encoders)
 

@@ -39,7 +39,8 @@ import torch
 
 from fastrepa.commands.bench.turn import DOES_NOT_FIT, MARK
 from fastrepa.config import Config
-from fastrepa.errors import ConfigError, nearest, writing
+from fastrepa.errors import ConfigError, DataError, nearest, writing
+from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import append_lines
 from fastrepa.runtime.world import outside_the_world
 from fastrepa.training.telemetry import git_state, versions
@@ -339,8 +340,8 @@ def run_turn(
 def _results(said: str) -> Iterator[dict[str, Any]]:
     for line in said.splitlines():
         if line.startswith(MARK):
-            with suppress(ValueError):  # a kill cut it in two
-                yield json.loads(line.removeprefix(MARK))
+            with suppress(DataError):  # a kill cut it in two
+                yield parse_json(line.removeprefix(MARK), PROGRAM)
 
 
 def _turn_config(config: Config, case: BenchCase) -> dict[str, Any]:

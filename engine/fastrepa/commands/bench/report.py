@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
 from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
 from fastrepa.errors import writing
+from fastrepa.runtime.terminal import Terminal, say_json
 
 PICTURE = "bench.png"
 COLOURS = {
@@ -28,11 +27,11 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
     with writing(f"--out: {out}"):
         save_bench_picture(results, out / PICTURE)
     if as_json:
-        print(json.dumps([record(result) for result in results], indent=1))
+        say_json([record(result) for result in results], indent=1)
         return
-    console = Console(highlight=False)
+    console = Terminal()
     if results[0].line:
-        console.print(results[0].line, soft_wrap=True, markup=False)
+        console.print(results[0].line, soft_wrap=True)
     headings = ("images/s", "ms", "p20 .. p80", "ours is", "GB*", "ours")
     numbers = (Column(heading, justify="right", no_wrap=True) for heading in headings)
     table = Table("contender", *numbers, box=SIMPLE_HEAD, pad_edge=False)
@@ -42,7 +41,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
         if case.group != group:
             group = case.group
             table.add_section()
-            table.add_row(f"[bold]{_title(result)}[/bold]")
+            table.add_row(_title(result), style="bold")
         if result.problem:
             table.add_row(case.contender, "no time")
             continue
@@ -63,15 +62,17 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
     for result in results:
         if result.problem:
             said = f"{label(result.case)}: {result.problem}"
-            console.print(said, soft_wrap=True, markup=False, style="red" if result.failed else "")
+            console.print(said, soft_wrap=True, style="red" if result.failed else "")
         elif result.unfinished:
             said = f"{label(result.case)}, after its times: {result.unfinished}"
-            console.print(said, soft_wrap=True, markup=False, style="red")
-    console.print(
-        "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
-        "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"
-    )
-    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True, markup=False)
+            console.print(said, soft_wrap=True, style="red")
+    for line in (
+        "ms: median of a step, or of a batch of images; "
+        "ours is: as fast as that rival, so many times",
+        "*fullest moment of a step above the fp32 weights; ours: its share of that rival's",
+    ):
+        console.print(line)
+    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True)
 
 
 def _title(result: Result) -> str:

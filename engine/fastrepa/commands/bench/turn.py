@@ -27,6 +27,8 @@ from fastrepa.generation.generate import generate
 from fastrepa.model.compilation import compile_forward
 from fastrepa.profiling.activity import Annotating, profile_steps
 from fastrepa.profiling.random_batches import RandomBatches
+from fastrepa.reading.text import parse_json
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, destroy_world, init_world
 from fastrepa.training.memory.decision import resolve_memory
 from fastrepa.training.messages import first_line
@@ -162,7 +164,7 @@ def _timed(work: Callable[[], object], times: int, world: World) -> dict[str, An
 
 def main(text: str) -> int:
     threading.Thread(target=_end_with_stdin, name="end-with-stdin", daemon=True).start()
-    task = json.loads(text)
+    task = parse_json(text, "task")
     world = init_world()
     config = contender_config(task["config"], task["contender"], task["precision"])
     config = resolve_memory(config, world)
@@ -180,7 +182,7 @@ def main(text: str) -> int:
 
 
 def _say(result: dict[str, Any]) -> None:
-    print(MARK + json.dumps(result), flush=True)
+    say(MARK + json.dumps(result))
 
 
 def problem_of(e: Exception) -> str:

@@ -18,15 +18,18 @@ from dataclasses import asdict
 from importlib.machinery import PathFinder
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from fastrepa.commands.doctor.findings import SECTIONS, Finding, Probe, fast_path, one_line
 from fastrepa.commands.doctor.machine import system, versions
 from fastrepa.commands.doctor.probes import PROBES
+from fastrepa.errors import DataError, printable
+from fastrepa.reading.text import parse_json
+from fastrepa.runtime.terminal import Terminal, as_json, say
 from fastrepa.runtime.world import outside_the_world
 
-MARKS = {"ok": "[green]✓[/]", "off": "[dim]–[/]", "broken": "[red]✗[/]", "note": "[yellow]![/]"}
+MARKS = {"ok": ("✓", "green"), "off": ("–", "dim"), "broken": ("✗", "red"), "note": ("!", "yellow")}
 
 TIMEOUT = 120.0
 """Seconds that a probe may take: some import a great deal from a cold disk."""
@@ -47,10 +50,10 @@ def doctor(*, probes: Iterable[str] | None = None, timeout: float = TIMEOUT) -> 
 
 def print_doctor(as_json: bool = False, console: Console | None = None) -> None:
     """Run the doctor and print a table for people, or JSON for programs."""
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     if as_json:
         # Not through the console, which would fold long lines.
-        print(to_json(doctor()), file=console.file)
+        say(*to_json(doctor()).split("\n"), file=console.file)
         return
     with console.status("trying the fast paths ..."):
         findings = doctor()
@@ -59,7 +62,7 @@ def print_doctor(as_json: bool = False, console: Console | None = None) -> None:
 
 def to_json(findings: list[Finding]) -> str:
     """Return {"findings": [{section, name, status, detail, remedy}, ...]}"""
-    return json.dumps({"findings": [asdict(f) for f in findings]}, indent=2, ensure_ascii=False)
+    return as_json({"findings": [asdict(f) for f in findings]}, indent=2)
 
 
 def print_findings(findings: list[Finding], console: Console) -> None:
@@ -72,7 +75,7 @@ def print_findings(findings: list[Finding], console: Console) -> None:
             Column(no_wrap=True),
             Column(no_wrap=True),
             Column(overflow="fold"),
-            title=f"[bold]{section}[/]",
+            title=Text(section, "bold"),
             title_justify="left",
             box=None,
             show_header=False,
@@ -80,12 +83,10 @@ def print_findings(findings: list[Finding], console: Console) -> None:
             padding=(0, 2, 0, 0),
         )
         for f in rows:
-            detail = escape(f.detail)
-            if f.status == "off":
-                detail = f"[dim]{detail}[/]"
+            detail = Text(printable(f.detail), "dim" if f.status == "off" else "")
             if f.remedy:
-                detail += f"\n[cyan]→ {escape(f.remedy)}[/]"
-            table.add_row(MARKS[f.status], escape(f.name), detail)
+                detail = Text("\n").join([detail, Text(f"→ {printable(f.remedy)}", "cyan")])
+            table.add_row(Text(*MARKS[f.status]), f.name, detail)
         console.print(table)
         console.print()
     paths = [f for f in findings if f.section == "fast paths"]
@@ -123,8 +124,8 @@ def _try(probe: Probe, timeout: float) -> list[Finding]:
     except OSError as e:
         return [_broken(probe, f"could not be started: {one_line(e)}")]
     try:
-        return [Finding(**finding) for finding in json.loads(done.stdout)]
-    except (ValueError, TypeError):
+        return [Finding(**finding) for finding in parse_json(done.stdout, key)]
+    except (DataError, TypeError):
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return [_broken(probe, f"{_ending(done.returncode)}: {one_line(last[0])}")]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.evaluate.evaluate import Evaluation
 from fastrepa.commands.evaluate.evaluator import Kind, Metric
+from fastrepa.runtime.terminal import Terminal, say_json
 
 TITLES: dict[Kind, str] = {
     "frechet": "Frechet distance",
@@ -28,9 +27,9 @@ NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID"}
 def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
     """A table of the metrics and what is to be known of them, or one JSON object."""
     if as_json:
-        print(json.dumps(evaluation_record(done), ensure_ascii=False))
+        say_json(evaluation_record(done))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     values = Column("value", no_wrap=True, justify="right")
     table = Table(Column("metric", no_wrap=True), values, "better", "what it is", box=SIMPLE_HEAD)
     for metric in done.metrics:
@@ -45,7 +44,7 @@ def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
         console.print(f"generated  {shown}", soft_wrap=True)
     console.print(table)
     for note in done.notes:
-        console.print(f"warning: {note}", soft_wrap=True, markup=False)
+        console.print(f"warning: {note}", soft_wrap=True)
 
 
 def described(metric: Metric) -> str:

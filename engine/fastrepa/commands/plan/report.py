@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assumed, plan_as_dict
+from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
 
@@ -19,14 +19,14 @@ def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | Non
 
         save_plan_picture(plan, picture)
     if as_json:
-        print(json.dumps(plan_as_dict(plan), indent=1))
+        say_json(plan_as_dict(plan), indent=1)
         return
-    console = Console(highlight=False)
-    console.print(_headline(plan), soft_wrap=True, markup=False)
+    console = Terminal()
+    console.print(_headline(plan), soft_wrap=True)
     console.print(_memory(plan))
     console.print(_time(plan))
     for row in plan.rows:
-        console.print(_verdict(plan, row.configured), soft_wrap=True, markup=False)
+        console.print(_verdict(plan, row.configured), soft_wrap=True)
         best = row.cheapest
         if best is None:
             text = f"nothing fits; the least is {_way(row.least)}: {_gb(row.least.total)} GB"
@@ -34,10 +34,10 @@ def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | Non
             text = "that is the cheapest setting that fits"
         else:
             text = f"cheapest that fits: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
-        console.print(f"      {text}", soft_wrap=True, markup=False)
+        console.print(f"      {text}", soft_wrap=True)
     console.print(_assumptions(plan))
     if picture is not None:
-        console.print(f"drawn: {picture}", soft_wrap=True, markup=False)
+        console.print(f"drawn: {picture}", soft_wrap=True)
 
 
 def _headline(plan: CapacityPlan) -> str:
@@ -163,8 +163,8 @@ def _cost(e: Estimate) -> str:
     )
 
 
-def _fit(total: float, capacity: float) -> str:
-    return f"[{'bold green' if total <= capacity else 'bold red'}]{_gb(total)}[/]"
+def _fit(total: float, capacity: float) -> Text:
+    return Text(_gb(total), "bold green" if total <= capacity else "bold red")
 
 
 def _gb(value: float) -> str:

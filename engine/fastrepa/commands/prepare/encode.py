@@ -48,6 +48,7 @@ from fastrepa.data.format.shards import (
 )
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.runtime.paths import expanded
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, launched_world
 from fastrepa.vision.codec import build_codec
@@ -157,7 +158,7 @@ def encode_settings(
             raise ConfigError("--flip: give --codec sd-vae or --cache-features, which it mirrors")
         if reference is None:
             raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
-    chosen: dict[str, Any] = {"weights": codec_weights} if codec_weights else {}
+    chosen: dict[str, Any] = {"weights": expanded(codec_weights)} if codec_weights else {}
     return {
         "codec": CodecConfig(name="sd-vae", **chosen) if codec else None,
         "encoders": parse_encoders(cache_features, "--cache-features") if cache_features else (),
@@ -194,12 +195,11 @@ def print_encoded(report: EncodeReport, console: Console) -> None:
                 f"{column.min_cosine:.5f}"
             )
         there = " (was there)" if column.name in report.kept else ""
-        console.print(f"{column.name}: {size:.1f} MB, {what}{views}{there}", markup=False)
+        console.print(f"{column.name}: {size:.1f} MB, {what}{views}{there}")
         if isinstance(column, FeaturesColumn) and column.min_cosine < MIN_COSINE:
             console.print(
                 f"warning: {column.name}: below {MIN_COSINE}: this encoder has tokens of a few huge"
                 f" values, which int8 stores coarsely; train with vision.targets=online",
-                markup=False,
             )
 
 

@@ -56,6 +56,7 @@ from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest, printable
 from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
 
 Encode = Callable[[Path, World], None]
@@ -270,7 +271,7 @@ def _failures(out: Path, world: World) -> Iterator[None]:
         raise DataError(f"{error}{_kept(folder, str(error))}") from None
     except KeyboardInterrupt:
         if world.is_rank_0 and (kept := _kept(folder)):
-            print(f"fastrepa prepare{kept}", file=sys.stderr)
+            say(f"fastrepa prepare{kept}", file=sys.stderr)
         raise
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from fastrepa.commands.prepare.plan import ShardPlan
 from fastrepa.commands.prepare.writer import TRAITS, ShardDone
@@ -132,7 +132,7 @@ def print_report(
     report: SetReport, console: Console, path: Path, images: int, seconds: float
 ) -> None:
     """Tables for people. `images` were made by this command in `seconds`."""
-    table = Table(title=escape(str(path)), title_justify="left", show_header=False)
+    table = Table(title=str(path), title_justify="left", show_header=False)
     form = report.image_format + (f", quality {report.quality}" if report.quality else "")
     rows: dict[str, str | int] = {
         "holds": f"{report.images:,} images of {report.classes:,} classes"
@@ -156,7 +156,7 @@ def print_report(
         rows["speed"] = f"{images / max(seconds, 1e-3):,.0f} images/s ({seconds:,.1f} s)"
     for name, value in rows.items():
         if value:  # what is not there says nothing
-            table.add_row(name, escape(f"{value:,}" if isinstance(value, int) else value))
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
     console.print(table)
     _print_rejected(report.rejected, console)
     _print_duplicates(report.duplicates, console)
@@ -171,7 +171,7 @@ def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None
     for record in rejected:
         by_reason.setdefault(record.reason, []).append(record.source)
     for reason, sources in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
-        table.add_row(escape(reason), f"{len(sources):,}", escape("\n".join(sources[:_SHOWN])))
+        table.add_row(reason, f"{len(sources):,}", _lines(sources[:_SHOWN]))
     console.print(table)
 
 
@@ -187,8 +187,12 @@ def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> Non
     for groups, labels in ((same, "the same"), (differing, "differ")):
         if groups:
             examples = ["  =  ".join(group.sources[:3]) for group in groups[:_SHOWN]]
-            table.add_row(f"{len(groups):,}", labels, escape("\n".join(examples)))
+            table.add_row(f"{len(groups):,}", labels, _lines(examples))
     console.print(table)
+
+
+def _lines(names: Sequence[str]) -> Text:
+    return Text("\n".join(map(printable, names)))
 
 
 def _duplicates(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fastrepa.commands.probe.data import IMAGES, DataProbe, probe_data
 from fastrepa.commands.probe.images import flat_images, has_folders
 from fastrepa.commands.probe.picture import save_features, save_heat_map
@@ -27,6 +25,7 @@ from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
 from fastrepa.errors import ConfigError, DataError, writing
+from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.vision.registry import parse_encoders
 
 RECORD, HEAT_MAP, FEATURES = "probe.json", "heat_map.png", "features.png"
@@ -104,14 +103,14 @@ def probe(
 def print_probe(probed: Probed, *, as_json: bool = False) -> None:
     """The tables and what they say, or the record."""
     if as_json:
-        print(json.dumps(probed.record, indent=1))
+        say_json(probed.record, indent=1)
         return
-    console = Console(highlight=False)
+    console = Terminal()
     if isinstance(probed.found, RunProbe):
         print_run_probe(probed.found, console)
     else:
         print_data_probe(probed.found, console)
-    console.print(f"{probed.folder}/: {RECORD}, {probed.picture}", soft_wrap=True, markup=False)
+    console.print(f"{probed.folder}/: {RECORD}, {probed.picture}", soft_wrap=True)
 
 
 def kind_of(target: Path) -> str:

@@ -9,10 +9,12 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from fastrepa.commands.probe.data import PIXELS, RANDOM, DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
 from fastrepa.commands.probe.similarity import NEIGHBOURS
+from fastrepa.errors import printable
 
 STEPS = 8  # columns of the table on the screen
 COLOURS = {"helps": "green", "unclear": "yellow", "no better than raw pixels": "red"}
@@ -44,7 +46,7 @@ def run_record(probe: RunProbe) -> dict[str, Any]:
 def print_run_probe(probe: RunProbe, console: Console) -> None:
     """A table for each measure: blocks by steps, the first and last step among them."""
     for line in probe.said:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     tables = []
     for number, name in enumerate(probe.encoders):
         chance = NEIGHBOURS / probe.held_out
@@ -60,11 +62,12 @@ def print_run_probe(probe: RunProbe, console: Console) -> None:
     last = len(probe.steps) - 1
     shown = sorted({round(i * last / (STEPS - 1)) for i in range(STEPS)})
     for title, values in tables:
-        console.print(f"[bold]{title}[/bold]", soft_wrap=True)
+        console.print(title, style="bold", soft_wrap=True)
         table = _table("block", *(f"step {probe.steps[i]:,}" for i in shown))
         for block, row in enumerate(values, start=1):
-            name = f"[bold]{block} (aligned)[/bold]" if block == probe.block else str(block)
-            table.add_row(name, *("-" if math.isnan(row[i]) else f"{row[i]:.3f}"
+            aligned = block == probe.block
+            place = Text(f"{block} (aligned)", "bold") if aligned else str(block)
+            table.add_row(place, *("-" if math.isnan(row[i]) else f"{row[i]:.3f}"
                                   for i in shown))  # fmt: skip
         console.print(table)
     console.print(
@@ -117,19 +120,18 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
     kinds = f", {len(sample.classes)} classes" if sample.labels is not None else ""
     console.print(
         f"{probe.data}: {len(sample.names):,} images at {sample.resolution} px{kinds}, on "
-        f"{probe.device}",
-        markup=False, soft_wrap=True,
+        f"{probe.device}", soft_wrap=True,
     )  # fmt: skip
     for line in probe.said:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     table = _table(
         "features", "tokens", "LDS", "RMSC", "linear", "k-NN", "layout", "rank", "mean share",
         "cosine", "images/s", "B an image",
     )  # fmt: skip
     shown: set[int] = set()
-    for place, e in enumerate(probe.encoders, start=1):
+    for rank, e in enumerate(probe.encoders, start=1):
         table.add_row(
-            f"[bold]{place}. {e.features.name}[/bold]", *_cells(e.features),
+            Text(f"{rank}. {e.features.name}", "bold"), *_cells(e.features),
             f"{e.images_per_second:,.0f}", f"{e.cache_bytes:,}",
         )  # fmt: skip
         table.add_row(f"   {RANDOM}", *_cells(e.random))
@@ -137,23 +139,25 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
             table.add_row(f"   {PIXELS}", *_cells(e.pixels))
         shown.add(e.pixels.grid)
     console.print(table)
-    for place, e in enumerate(probe.encoders, start=1):
+    for rank, e in enumerate(probe.encoders, start=1):
         colour = COLOURS[e.verdict]
+        verdict = Text(e.verdict, f"bold {colour}")
         console.print(
-            f"{place}. {e.features.name}: [bold {colour}]{e.verdict}[/]: {e.why}", soft_wrap=True
+            Text.assemble(f"{rank}. {printable(e.features.name)}: ", verdict, f": {e.why}"),
+            soft_wrap=True,
         )
         if e.gains:
             margins = (f"{by:+.3f} ± {error:.3f} {what}" for what, (by, error) in e.gains.items())
             console.print(f"   {', '.join(margins)}", style="dim", soft_wrap=True)
     for name, reason in probe.missing:
-        console.print(f"-  {name}: left out: {reason}", markup=False, soft_wrap=True)
+        console.print(f"-  {name}: left out: {reason}", soft_wrap=True)
     if sample.no_labels:
-        console.print(f"separability left out: {sample.no_labels}", markup=False, soft_wrap=True)
+        console.print(f"separability left out: {sample.no_labels}", soft_wrap=True)
     pairs = ", ".join(f"{e.duplicates} by {e.features.name}" for e in probe.encoders)
     console.print(
         f"nearly identical pairs: {len(probe.duplicates)} by hash, {pairs}; none was split",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     console.print(
         "LDS: how much more adjacent tokens are alike than distant ones; RMSC: their spread; "
         "linear, k-NN: balanced accuracy from the tokens' mean, layout: from their map; rank: "

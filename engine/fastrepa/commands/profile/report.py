@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.profile.profile import (
@@ -21,6 +20,7 @@ from fastrepa.commands.profile.profile import (
 )
 from fastrepa.errors import writing
 from fastrepa.runtime.regions import NAMES
+from fastrepa.runtime.terminal import Terminal, say, say_json
 
 SHOWN = 16  # operations in the table; profile.json has them all
 KERNELS = 2  # of an operation's kernels
@@ -42,12 +42,9 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
         save_roofline(report, files[1])
         files[2].write_text(json.dumps(tree, indent=1), encoding="utf-8")
     if as_json:
-        print(json.dumps(tree, indent=1))
+        say_json(tree, indent=1)
         return
-    console = Console(highlight=False)
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+    console = Terminal()
 
     say(report.first_line)
     say(" · ".join(report.said))
@@ -140,7 +137,7 @@ def _by_operation(report: ProfileReport) -> Table:
 def _operations_table(report: ProfileReport, title: str, *, compared: bool = True) -> Table:
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
-    room = min(42, max(18, Console().width - 50 - 21 * len(rivals)))  # that the numbers leave
+    room = min(42, max(18, Terminal().width - 50 - 21 * len(rivals)))  # that the numbers leave
     first = Column(name, no_wrap=True, overflow="ellipsis", max_width=room)
     numbers = _right("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline", no_wrap=not rivals)
     return Table(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from fastrepa import __version__
 from fastrepa.commands.report.curves import (
@@ -29,7 +28,8 @@ from fastrepa.commands.report.curves import (
 )
 from fastrepa.commands.report.run_record import RunRecord, flattened, read_runs
 from fastrepa.config import config_from_dict
-from fastrepa.errors import ConfigError, writing
+from fastrepa.errors import ConfigError, DataError, writing
+from fastrepa.reading.text import dump_yaml, read_json
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.regions import NAMES
 
@@ -318,8 +318,8 @@ def _blocks(run: RunRecord) -> dict[str, Any] | None:
     folder = run.folder / "probe"
     try:
         uri, width, height = _embedded(folder / "heat_map.png", side=2 * PICTURE_SIDE)
-        said = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["said"]
-    except (OSError, ValueError, KeyError, TypeError):
+        said = read_json(folder / "probe.json")["said"]
+    except (OSError, DataError, KeyError, TypeError):
         return None
     return {"name": run.name, "uri": uri, "width": width, "height": height, "said": said}
 
@@ -395,7 +395,7 @@ def _reproduce(run: RunRecord) -> dict[str, Any]:
         lines.append(f"git checkout {git['sha']}")
     if run.config:
         lines.append(f"{launch} train {_file_name(run)} run=runs/{_file_name(run)[:-5]}")
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else ""
+    text = dump_yaml(run.config) if run.config else ""
     return {
         "name": run.name,
         "started": shlex.join(["fastrepa", *command[1:]]) if command else "",

@@ -5,7 +5,6 @@ Reads files alone and needs neither torch nor a valid configuration: runs of oth
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastrepa.errors import DataError, nearest
+from fastrepa.reading.text import parse_json, read_json, read_yaml
 
 _STEP = re.compile(r"step_(\d+)(\.png)?")
 
@@ -92,8 +90,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     return RunRecord(
         folder=folder,
         name=name,
-        config=_read_mapping(folder / "config.yaml", yaml.safe_load, notes),
-        environment=_read_mapping(folder / "environment.json", json.loads, notes),
+        config=_read_mapping(folder / "config.yaml", read_yaml, notes),
+        environment=_read_mapping(folder / "environment.json", read_json, notes),
         lines=lines,
         samples=_by_step(folder / "samples"),
         checkpoints=list(_by_step(folder / "checkpoints")),
@@ -110,9 +108,10 @@ def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line, path)
             step = int(record["step"])
-        except (ValueError, KeyError, TypeError):  # being written, or what a crash left
+        except (DataError, ValueError, KeyError, TypeError, OverflowError):
+            # Being written, or what a crash left.
             unreadable += 1
             continue
         numbers = {k: math.nan if v is None else v for k, v in record.items()}
@@ -121,12 +120,10 @@ def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
     return [by_step[step] for step in sorted(by_step)], unreadable
 
 
-def _read_mapping(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
+def _read_mapping(path: Path, read: Any, notes: list[str]) -> dict[str, Any]:
     try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read(path) if path.exists() else None
+    except DataError:
         found = "damaged"
     if isinstance(found, dict):
         return found

@@ -91,9 +91,9 @@ def print_shown(report: ShowReport, console: Console) -> None:
     table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in report.summary:
         table.add_row(name, value)
-    console.print(table, markup=False)
+    console.print(table)
     for picture in report.pictures:
-        console.print(f"wrote {picture}", markup=False, soft_wrap=True)
+        console.print(f"wrote {picture}", soft_wrap=True)
 
 
 def _columns_picture(gallery: Gallery, chosen: np.ndarray, name: str) -> Image.Image:

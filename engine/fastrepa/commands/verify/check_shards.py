@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tarfile
 import zlib
 from collections import Counter
@@ -32,6 +31,7 @@ from fastrepa.data.format.shards import (
     size_problem,
 )
 from fastrepa.errors import DataError
+from fastrepa.reading.text import parse_json
 
 IMAGES_PER_CHECK = 256
 BYTES_PER_CHECK = 32 << 20
@@ -156,8 +156,8 @@ def _check_sources(
     lines = raw.splitlines()
     for number, line in enumerate(lines):
         try:
-            json.loads(line)
-        except ValueError:
+            parse_json(line, name)
+        except DataError:
             findings.wrong(name, f"line {number + 1} is not JSON")
     # Keys that are no numbers were named already.
     unnamed = np.array([line == b"null" for line in lines], dtype=bool)

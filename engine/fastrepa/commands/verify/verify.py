@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftov
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
+from fastrepa.runtime.terminal import as_json
 
 SHOWN = 50
 """Problems that are printed; the JSON has them all."""
@@ -51,7 +51,7 @@ class VerifyReport:
 
     def to_json(self) -> str:
         """The whole report, for programs."""
-        return json.dumps({"ok": self.ok, **asdict(self), "path": str(self.path)}, indent=2)
+        return as_json({"ok": self.ok, **asdict(self), "path": str(self.path)}, indent=2)
 
 
 def verify(

@@ -11,7 +11,6 @@ preparing rejects it by name (reference_source.py), verifying lists it (check_re
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrepa.errors import DataError
+from fastrepa.reading.text import read_json
 
 IMAGES, LATENTS, LABELS = "images", "vae-sd", "dataset.json"
 
@@ -112,11 +112,7 @@ def read_labels(folder: Path) -> Iterator[Labelled]:
     """Yield every entry of a set's list of labels; DataError where there is no such list."""
     path = folder / LATENTS / LABELS
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["labels"]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
+        entries = read_json(path)["labels"]
     except (KeyError, TypeError):
         entries = None
     if not isinstance(entries, list) or not entries:

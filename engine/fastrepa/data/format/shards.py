@@ -26,6 +26,7 @@ from fastrepa.data.format.columns import features_dtype, first_damaged, moments_
 from fastrepa.data.format.index import BLOCK, KEY_DIGITS, key_text, load_index, padded
 from fastrepa.data.format.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
+from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import sha256_of, write_whole
 
 FORMAT = "fastrepa-shards"
@@ -302,14 +303,9 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, so {folder} is no prepared data set") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not path.exists():
+        raise DataError(f"{path}: missing, so {folder} is no prepared data set")
+    raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a fastrepa data set")
     if raw.get("version") != VERSION:

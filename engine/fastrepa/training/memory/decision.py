@@ -13,6 +13,7 @@ import torch
 from fastrepa.config import Config, TrainingConfig
 from fastrepa.generation.generate import SAMPLE_BATCH
 from fastrepa.model.sit import recomputed_blocks
+from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.memory.sharding import (
     PARTS,
@@ -48,7 +49,7 @@ def resolve_memory(config: Config, world: World) -> Config:
         world, lambda: _decide(config, world.size, _budget(t, world))
     )
     if warning and world.is_rank_0:
-        print(f"warning: {warning}", flush=True)
+        say(f"warning: {warning}")
     keep = ("h" if keep_h else "none") if t.keep == "auto" else t.keep
     training = t.model_copy(update={"recompute": every or "none", "keep": keep})
     return config.model_copy(update={"training": training})
