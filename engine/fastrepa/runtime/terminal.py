@@ -60,14 +60,17 @@ def say_json(value: Any, indent: int | None = None) -> None:
     say(*as_json(value, indent).split("\n"))
 
 
-def typed(word: object) -> str:
-    """A file's name or another word as it can be typed into a shell, whatever it holds."""
+def quoted(word: object) -> str:
+    """A word as it can be typed into a shell, bash where it holds what no screen shows."""
     text = str(word)
-    if text.startswith(("-", "~")):  # which would be an option, or a home folder
-        text = f"./{text}"
     if text.isprintable():
         return shlex.quote(text)
     return "$'" + "".join(map(_in_quotes, text)) + "'"
+
+
+def typed(path: object) -> str:
+    """A path as it can be typed into a shell: not as an option, nor as a home folder."""
+    return quoted(f"./{path}" if str(path).startswith(("-", "~")) else path)
 
 
 def _in_quotes(c: str) -> str:

@@ -6,6 +6,7 @@ Torch is imported where ranks meet: one process that prepares a set does without
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastrepa.errors import ConfigError, DataError, FastrepaError
+from fastrepa.errors import ConfigError, DataError, FastrepaError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ T = TypeVar("T")
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
+_LAUNCH = "start it with torchrun, which sets it, or unset them all"
 _PATIENCE = timedelta(days=30)  # ranks with fewer images wait for those with more
 _destroy: Callable[[], None] | None = None
 
@@ -87,21 +89,38 @@ class World:
 def launched_world() -> World:
     """The world as the launcher's environment variables have it, joined or not.
 
-    Raises ConfigError where one of them is no number.
+    Raises ConfigError where one of them is no number, or contradicts another one.
     """
 
     def number(name: str, default: int) -> int:
         text = os.environ.get(name) or str(default)
-        if not text.isdecimal():
-            raise ConfigError(f"{name}: {text!r} in the environment is no number of ranks")
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ConfigError(f"{name}: {shown(text)} in the environment is no number of ranks")
         return int(text)
 
-    return World(
+    world = World(
         rank=number("RANK", 0),
         size=number("WORLD_SIZE", 1),
         local_rank=number("LOCAL_RANK", 0),
         local_size=number("LOCAL_WORLD_SIZE", 1),
     )
+    if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+        raise ConfigError(f"RANK is {world.rank}, but WORLD_SIZE is not set; {_LAUNCH}")
+    if world.rank >= world.size:
+        raise ConfigError(f"RANK: {world.rank} is none of the {world.size} ranks of WORLD_SIZE")
+    return world
+
+
+def _check_meeting(world: World) -> None:
+    """Refuse a world of several ranks that do not know who they are or where they meet: joining
+    it would wait for ever.
+    """
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world.size > 1 and not os.environ.get(name):
+            raise ConfigError(f"WORLD_SIZE is {world.size}, but {name} is not set; {_LAUNCH}")
+    port = os.environ.get("MASTER_PORT") or "1"
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise ConfigError(f"MASTER_PORT: {shown(port)} in the environment is no port")
 
 
 def init_world(timeout_seconds: float = 1800.0) -> World:
@@ -109,7 +128,7 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
 
     A collective that takes longer than the timeout is an error.
 
-    Raises ConfigError where srun's tasks were not told where to meet.
+    Raises ConfigError where ranks were not told where to meet, or have no GPU among the host's.
     """
     import torch
     import torch.distributed as dist
@@ -117,7 +136,10 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
     env = os.environ
     _take_over_slurm(env)
     world = launched_world()
+    _check_meeting(world)
     if torch.cuda.is_available():
+        if world.local_rank >= (there := torch.cuda.device_count()):
+            raise ConfigError(f"LOCAL_RANK: {world.local_rank}, but this host shows {there} GPUs")
         torch.cuda.set_device(world.local_rank)
     world = replace(world, chosen_device=world.device)
     on_gpu = world.device.type == "cuda"
@@ -127,10 +149,9 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
             "WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()) if "MASTER_PORT" not in env else env["MASTER_PORT"],
+            "MASTER_PORT": str(_free_port()),
         }
-        for key, value in alone.items():
-            env.setdefault(key, value)
+        env.update({key: value for key, value in alone.items() if not env.get(key)})
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
@@ -158,10 +179,7 @@ def patient_world() -> Iterator[World]:
     if world.size <= 1:
         yield World()
         return
-    if "RANK" not in os.environ:
-        raise ConfigError(
-            f"WORLD_SIZE is {world.size}, but RANK is not set; start it with torchrun"
-        )
+    _check_meeting(world)
     import torch.distributed as dist
 
     ours = not dist.is_initialized()
@@ -193,8 +211,8 @@ def _take_over_slurm(env: MutableMapping[str, str]) -> None:
         )
     names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
     env.update({ours: env[theirs] for ours, theirs in names.items()}, WORLD_SIZE=tasks)
-    if env.get("SLURM_NTASKS_PER_NODE", "").isdigit():
-        env["LOCAL_WORLD_SIZE"] = env["SLURM_NTASKS_PER_NODE"]
+    if re.fullmatch("[0-9]+", on_node := env.get("SLURM_NTASKS_PER_NODE", "")):
+        env["LOCAL_WORLD_SIZE"] = on_node
 
 
 def of_rank_0(world: World, work: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -28,10 +28,11 @@ from fastrepa.commands.report.curves import (
 )
 from fastrepa.commands.report.run_record import RunRecord, flattened, read_runs
 from fastrepa.config import config_from_dict
-from fastrepa.errors import ConfigError, DataError, writing
+from fastrepa.errors import ConfigError, DataError, printable, writing
 from fastrepa.reading.text import dump_yaml, read_json
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.regions import NAMES
+from fastrepa.runtime.terminal import quoted, typed
 
 MAX_RUNS = 8  # as many as there are colours that can be told apart
 PICTURES, ALL_PICTURES = 24, 48  # sample grids of a run, and of all of them, at most
@@ -69,6 +70,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     environment = Environment(
         loader=PackageLoader("fastrepa.commands.report", "page"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -98,12 +100,19 @@ def render(runs: Sequence[RunRecord]) -> str:
         times=_times(runs),
         environment=_table([_shown_environment(run.environment) for run in runs]),
         reproduce=[_reproduce(run) for run in runs],
-        report_command=shlex.join(["fastrepa", "report", *(str(run.folder) for run in runs)]),
+        report_command=" ".join(["fastrepa report", *(typed(run.folder) for run in runs)]),
         # A closing tag inside the data would end the script element.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
         style=(page / "report.css").read_text(encoding="utf-8"),
         script=(page / "report.js").read_text(encoding="utf-8"),
     )
+
+
+def _visible(value: Any) -> Any:
+    """Of a text what steers its display becomes escapes; HTML's own signs are jinja's part."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return "\n".join(map(printable, value.split("\n")))
+    return value
 
 
 # Summary --------------------------------------------------------------------------------------
@@ -386,24 +395,26 @@ def _step_by_region(run: RunRecord) -> dict[str, float]:
 
 def _reproduce(run: RunRecord) -> dict[str, Any]:
     """The commands that make the run again, and its configuration as a file to keep."""
-    environment, ranks = run.environment, run.environment.get("world_size", 1)
-    git = environment.get("git") or {}
-    command = [str(part) for part in environment.get("command") or []]
-    launch = "fastrepa" if ranks in (1, None) else f"torchrun --nproc-per-node {ranks} -m fastrepa"
+    environment, file = run.environment, _file_name(run)
+    ranks, git, command = (environment.get(key) for key in ("world_size", "git", "command"))
+    ranks = ranks if isinstance(ranks, int) else 1
+    git = git if isinstance(git, dict) else {}
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    launch = "fastrepa" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m fastrepa"
     lines = []
-    if git.get("sha"):
+    if re.fullmatch("[0-9a-f]{7,64}", str(git.get("sha"))):
         lines.append(f"git checkout {git['sha']}")
     if run.config:
-        lines.append(f"{launch} train {_file_name(run)} run=runs/{_file_name(run)[:-5]}")
+        lines.append(f"{launch} train {typed(file)} {quoted(f'run=runs/{file[:-5]}')}")
     text = dump_yaml(run.config) if run.config else ""
     return {
         "name": run.name,
-        "started": shlex.join(["fastrepa", *command[1:]]) if command else "",
+        "started": " ".join(["fastrepa", *map(quoted, words[1:])]) if words else "",
         "ranks": ranks,
         "dirty": bool(git.get("dirty")),
         "commands": "\n".join(lines),
         "config": text,
-        "file": _file_name(run),
+        "file": file,
         "uri": "data:text/yaml;base64," + base64.b64encode(text.encode()).decode(),
     }
 

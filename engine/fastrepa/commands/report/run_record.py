@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastrepa.errors import DataError, nearest
+from fastrepa.errors import DataError, nearest, printable
 from fastrepa.reading.text import parse_json, read_json, read_yaml
 
 _STEP = re.compile(r"step_(\d+)(\.png)?")
@@ -65,7 +65,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         if folder.resolve() in seen:
             raise DataError(f"{folder}: is given twice")
         seen.add(folder.resolve())
-    names = _names([folder.resolve().parts for folder in folders])
+    names = map(printable, _names([folder.resolve().parts for folder in folders]))
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
@@ -110,12 +110,12 @@ def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
         try:
             record = parse_json(line, path)
             step = int(record["step"])
+            numbers = {k: math.nan if v is None else v for k, v in record.items()}
+            numbers = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
         except (DataError, ValueError, KeyError, TypeError, OverflowError):
             # Being written, or what a crash left.
             unreadable += 1
             continue
-        numbers = {k: math.nan if v is None else v for k, v in record.items()}
-        numbers = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
         by_step.setdefault(step, {}).update(numbers)
     return [by_step[step] for step in sorted(by_step)], unreadable
 
