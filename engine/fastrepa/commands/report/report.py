@@ -153,7 +153,8 @@ def _state(run: RunRecord) -> str:
 
 
 def _model(run: RunRecord) -> str:
-    model = run.setting("model") or {}
+    model = run.setting("model")
+    model = model if isinstance(model, dict) else {}
     if model.get("name"):
         return str(model["name"])
     if not model:
@@ -164,11 +165,13 @@ def _model(run: RunRecord) -> str:
 
 def _aligned(run: RunRecord) -> str:
     encoders = run.setting("vision.encoders")
+    if not isinstance(encoders, list):
+        return ""
     if not encoders:
-        return "" if encoders is None else "nothing"
+        return "nothing"
     names = ", ".join(str(e.get("name")) for e in encoders if isinstance(e, dict))
-    a = run.setting("alignment") or {}
-    return f"{names}, block {a.get('block')}, weight {a.get('weight')}"
+    block, weight = run.setting("alignment.block"), run.setting("alignment.weight")
+    return f"{names}, block {block}, weight {weight}"
 
 
 def _values(run: RunRecord, key: str) -> np.ndarray[Any, Any]:
@@ -327,7 +330,7 @@ def _blocks(run: RunRecord) -> dict[str, Any] | None:
     folder = run.folder / "probe"
     try:
         uri, width, height = _embedded(folder / "heat_map.png", side=2 * PICTURE_SIDE)
-        said = read_json(folder / "probe.json")["said"]
+        said = [str(line) for line in read_json(folder / "probe.json")["said"]]
     except (OSError, DataError, KeyError, TypeError):
         return None
     return {"name": run.name, "uri": uri, "width": width, "height": height, "said": said}
