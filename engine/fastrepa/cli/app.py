@@ -12,7 +12,7 @@ import typer
 
 from fastrepa import __version__
 from fastrepa.errors import ConfigError
-from fastrepa.runtime.paths import expanded
+from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import say
 
 _Command = TypeVar("_Command", bound=Callable[..., None])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
-from fastrepa.runtime.paths import expanded
+from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import say, typed
 
 

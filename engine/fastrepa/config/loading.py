@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from fastrepa.config.sections import Config
 from fastrepa.config.values import is_int
-from fastrepa.errors import ConfigError, nearest, shown
+from fastrepa.errors import ConfigError, nearest, printable, shown
 from fastrepa.reading.text import dump_yaml, parse_yaml, read_yaml, whole_number, written
 
 # REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
@@ -181,7 +181,8 @@ def _clause(problem: ErrorDetails) -> str:
 
 
 def _dotted(parts: Iterable[str | int]) -> str:
-    return ".".join(p if len(p) <= 80 else f"{p[:77]}..." for p in map(str, parts))
+    names = (printable(part) for part in parts)
+    return ".".join(p if len(p) <= 80 else f"{p[:77]}..." for p in names)
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

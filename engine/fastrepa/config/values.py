@@ -8,8 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError
-from fastrepa.reading.text import written
-from fastrepa.runtime.paths import expanded
+from fastrepa.reading.text import expanded, written
 
 LARGEST = 2**63 - 1  # of a whole number that torch takes
 

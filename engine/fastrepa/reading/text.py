@@ -1,4 +1,4 @@
-"""JSON and YAML, read so that whatever is wrong with one is one line that names where it stands.
+"""JSON, YAML and paths, read so that what is wrong is one line that names where it stands.
 
 YAML is 1.2's core schema: 010 is ten, and 1:30, dates and 0x_ are text. As configurations were
 always written, yes, no, on and off are booleans too, 400_000 and 1e-4 are numbers, and `<<` merges
@@ -8,13 +8,14 @@ mappings into another one, whose own keys win. Keys are text. Aliases are copies
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastrepa.errors import DataError, FastrepaError, shown
+from fastrepa.errors import ConfigError, DataError, FastrepaError, shown
 
 MAX_YAML_BYTES = 500_000
 MAX_YAML_VALUES = 20_000  # of a text whose aliases are written out
@@ -114,6 +115,17 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
+def expanded(path: str) -> str:
+    """`path` with the home folder that its ~ or ~NAME stands for.
+
+    Raises ConfigError where no such user has one: a folder called ~NAME is written ./~NAME.
+    """
+    found = os.path.expanduser(path)
+    if path.startswith("~") and found == path:
+        raise ConfigError(f"{path}: there is no such home folder (a name with ~ here: ./{path})")
+    return found
+
+
 def _bytes_of(path: Path, kind: type[FastrepaError], most: int = -1) -> bytes:
     try:
         with path.open("rb") as file:
@@ -148,6 +160,13 @@ class _Dumper(yaml.SafeDumper):
     """Puts text into quotes that YAML 1.1 or `_Loader` would take for something else."""
 
 
+def _in_full(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """In double quotes what yaml would otherwise fold, and so lose, as \\x85."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _in_full)
 for _name, _pattern, _first in _PLAIN:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)

@@ -58,7 +58,7 @@ def host_group_of(limits: Limits) -> Any:
 
 
 class _OneLine(logging.Formatter):
-    """What a name or an error says makes no line of its own, and steers no terminal."""
+    """A line for every message, which steers no terminal, whatever names and errors say."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)

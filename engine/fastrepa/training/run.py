@@ -30,7 +30,6 @@ from fastrepa.runtime.survival import Watch, host_group_of
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.bad_steps import Spikes
-from fastrepa.training.diagnosis import SampleNames, diagnosis
 from fastrepa.training.evaluation import Evaluations, MakeEvaluator
 from fastrepa.training.grids import draw_grid
 from fastrepa.training.inputs import build_inputs
@@ -298,6 +297,8 @@ class Run:
 
     def _diagnosis(self, in_row: int) -> TrainingError:
         """Say what is not finite in the last step, which is repeated for it (collective)."""
+        from fastrepa.training.diagnosis import SampleNames, diagnosis
+
         step, batches = self.step, self.trainer.last_batches
         self.trainer.step -= 1  # the draws are keyed by the step that is under way
         batch, micro = self.config.training.global_batch, self.trainer.micro

@@ -20,7 +20,6 @@ from fastrepa.vision.features import (
     cached_features,
     spatial_norm,
 )
-from fastrepa.vision.fp8 import check_likeness, use_fp8
 
 PREPARE = "fastrepa data encode PATH"
 
@@ -66,6 +65,8 @@ class Targets:
         """
         frozen = [e for e in self.encoders if isinstance(e, FrozenEncoder)]
         if self.config.precision == "fp8" and frozen:
+            from fastrepa.vision.fp8 import check_likeness, use_fp8
+
             sample = images()
             for encoder in frozen:
                 self._likeness[encoder.name] = likeness = use_fp8(encoder, sample)

@@ -31,7 +31,6 @@ from fastrepa.vision import weights as weights_of
 from fastrepa.vision.preprocess import Preprocess
 from fastrepa.vision.quantise import dequantise
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
-from fastrepa.vision.replays import Replays
 from fastrepa.vision.weights import digest
 
 RANDOM_SEED = 0
@@ -148,6 +147,8 @@ class FrozenEncoder(nn.Module):
 
     def use_graphs(self) -> None:
         """Compile the forward and replay it as a CUDA graph from now on (vision/replays.py)."""
+        from fastrepa.vision.replays import Replays
+
         self._run = Replays(torch.compile(self._tokens, dynamic=False))
 
     def _tokens(self, image_u8: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ import timm
 
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, nearest
-from fastrepa.reading.text import whole_number
-from fastrepa.runtime.paths import expanded
+from fastrepa.reading.text import expanded, whole_number
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

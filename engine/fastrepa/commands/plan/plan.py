@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 from fastrepa.config import Config, TrainingConfig
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, shown
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.hardware import GPU, Links, find_gpu
 from fastrepa.training.memory.decision import RESERVE, fitted, memory_peak, sharding, with_h
@@ -161,7 +161,7 @@ def parse_gpus(text: str) -> list[int]:
             count = int(word)
         except ValueError:
             raise ConfigError(
-                f"--gpus: {word.strip()!r} is not a number; expected such as 8,64,512"
+                f"--gpus: {shown(word.strip())} is not a number; expected such as 8,64,512"
             ) from None
         if not 1 <= count <= MOST_GPUS:
             raise ConfigError(f"--gpus: {count} is not between 1 and {MOST_GPUS:,}")

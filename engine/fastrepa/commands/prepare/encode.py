@@ -48,7 +48,7 @@ from fastrepa.data.format.shards import (
 )
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.errors import ConfigError, DataError
-from fastrepa.runtime.paths import expanded
+from fastrepa.reading.text import expanded
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, launched_world
 from fastrepa.vision.codec import build_codec

@@ -109,7 +109,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Of a text what steers its display becomes escapes; HTML's own signs are jinja's part."""
+    """Return a text with escapes for what steers its display; HTML's signs are jinja's part."""
     if isinstance(value, str) and not hasattr(value, "__html__"):
         return "\n".join(map(printable, value.split("\n")))
     return value
