@@ -25,8 +25,8 @@ def main() -> None:
     """The console script: a user's error is one line on stderr and a non-zero exit."""
     as_usual = warnings.formatwarning
 
-    def shown(message: Any, *where: Any) -> str:
-        return as_usual(printable(message), *where)
+    def shown(message: Any, *where: Any, **more: Any) -> str:
+        return as_usual(printable(message), *where, **more)
 
     warnings.formatwarning = shown  # type: ignore[assignment]
     try:

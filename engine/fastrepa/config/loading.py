@@ -33,9 +33,12 @@ PATCHES = (2, 4, 8)
 MOST_TOLD = 440  # characters of what is wrong with a file, the file's own name apart
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, run: Path | None = None
+) -> Config:
     """The validated, resolved configuration from a YAML file and `path.to.key=value` overrides.
 
+    run: the run's folder, whatever the file says.
     Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
     """
     path = Path(path)
@@ -51,6 +54,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
     for override in overrides:
         _set(tree, override)
+    if run is not None:
+        tree["run"] = str(run)
     return config_from_dict(tree, source=str(path))
 
 

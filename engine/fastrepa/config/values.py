@@ -1,4 +1,4 @@
-"""What a key of the configuration can hold: numbers, words and paths, each with its refusal."""
+"""The values that a key of the configuration takes: numbers, words and paths."""
 
 from __future__ import annotations
 

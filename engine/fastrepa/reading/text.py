@@ -118,11 +118,13 @@ def whole_number(text: str) -> int | None:
 def expanded(path: str) -> str:
     """`path` with the home folder that its ~ or ~NAME stands for.
 
-    Raises ConfigError where no such user has one: a folder called ~NAME is written ./~NAME.
+    Raises ConfigError where no such user has one. A folder called ~NAME is meant by its whole path.
     """
     found = os.path.expanduser(path)
     if path.startswith("~") and found == path:
-        raise ConfigError(f"{path}: there is no such home folder (a name with ~ here: ./{path})")
+        raise ConfigError(
+            f"{path}: there is no such home folder; what is called so needs its whole path"
+        )
     return found
 
 
@@ -216,7 +218,7 @@ class _Builder:
         return {**(merged or {}), **own}
 
     def _merged(self, node: yaml.Node) -> dict[str, Any]:
-        """What `<<` brings: of several mappings the first that has a key counts."""
+        """Return what `<<` brings: of several mappings the first that has a key counts."""
         found: dict[str, Any] = {}
         for each in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             value = self.value(each)

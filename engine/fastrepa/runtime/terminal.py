@@ -7,6 +7,7 @@ rich's markup in a text is text. Styles are given as such (`rich.text.Text`, `st
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -70,7 +71,10 @@ def quoted(word: object) -> str:
 
 def typed(path: object) -> str:
     """A path as it can be typed into a shell: not as an option, nor as a home folder."""
-    return quoted(f"./{path}" if str(path).startswith(("-", "~")) else path)
+    text = str(path)
+    if text.startswith("~"):
+        text = os.path.abspath(text)
+    return quoted(f"./{text}" if text.startswith("-") else text)
 
 
 def _in_quotes(c: str) -> str:

@@ -144,7 +144,7 @@ def import_reference(
     elif (run / "config.yaml").exists():
         raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
     else:
-        resolved = load_config(config, [f"run={run}"])
+        resolved = load_config(config, run=run)
     if source not in SOURCES:
         raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
     read = read_zero(file) if source == "zero" else load_reference(file)
