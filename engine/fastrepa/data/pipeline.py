@@ -7,7 +7,6 @@ belong as soon as they are read. A set of which no image is wanted never meets D
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections import deque
@@ -18,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
 from fastrepa.data.format.store import SampleStore, Slots
+from fastrepa.data.images import UnreadableImageError, decode_rgb
 from fastrepa.data.reader import Order, RankBatches, SampleOrder
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.randomness import KeyedRandom, Stream
@@ -272,9 +271,8 @@ class DataPipeline(Iterator[Batch]):
         for host in decoder.pending:
             for place, encoded in zip(host.slots.places, host.slots.encoded or (), strict=True):
                 try:
-                    with Image.open(io.BytesIO(encoded)) as image:
-                        image.load()
-                except Exception:
+                    decode_rgb(encoded.tobytes())
+                except UnreadableImageError:
                     return f"{self._store.name(*place)}: cannot be decoded ({why})"
         return f"DALI could not make a batch: {why}"
 

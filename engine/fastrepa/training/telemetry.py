@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
+from fastrepa.data.images import read_rgb
 from fastrepa.errors import FastrepaError
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
@@ -219,12 +220,7 @@ class Telemetry:
     def picture(self, tag: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard too."""
         if self._tensorboard is not None:
-            import numpy as np
-            from PIL import Image
-
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
+            self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
 
     def history(self) -> list[dict[str, float]]:
         """Every logged line so far."""
