@@ -34,7 +34,7 @@ def jpeg_damage(data: bytes) -> str | None:
         bare = _bare(data)
         said = _warning(bare)
         if (match := _LOST.search(said or "")) and not _is_padding(bare, match):
-            return str(said)
+            return str(said).removeprefix("Corrupt JPEG data: ")
     return "the scans that refine it are missing" if _is_unfinished(data) else None
 
 
