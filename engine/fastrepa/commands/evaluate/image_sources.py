@@ -129,7 +129,7 @@ def open_folder(folder: Path) -> Stills:
 def _classes_of(record: Path) -> list[str]:
     """The classes that `fastrepa sample` drew in turn; none where it drew without."""
     stored = read_json(record)
-    chosen = stored.get("classes") if isinstance(stored, dict) else stored
+    chosen = stored.get("classes") if isinstance(stored, dict) else ""
     if not isinstance(chosen, list | None):
         raise DataError(f"{record}: not the record of `fastrepa sample`, whose classes are a list")
     return [str(c) for c in chosen or ()]
