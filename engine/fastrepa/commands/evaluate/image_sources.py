@@ -205,7 +205,7 @@ def open_npz(path: Path) -> AdmImages | Statistics:
         return AdmImages(path, gaussians)
     if not gaussians:
         raise DataError(
-            f"{path}: holds {', '.join(names) or 'nothing'}; an npz has images (arr_0, uint8 "
+            f"{path}: holds {', '.join(names)[:80] or 'nothing'}; an npz has images (arr_0, uint8 "
             f"[N,H,W,3]) or statistics (mu and sigma, mu_s and sigma_s)"
         )
     return Statistics(path, gaussians)
