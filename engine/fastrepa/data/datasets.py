@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastrepa.data.format.reference import ReferenceSet
 from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore
@@ -77,6 +76,8 @@ def open_data(
     if (folder / MANIFEST).exists():
         return ShardSet.open(folder, resolution=resolution, verify=verify)
     if (folder / LATENTS / LABELS).exists():
+        from fastrepa.data.format.reference import ReferenceSet  # few sets are of this layout
+
         # A million files take a while to look at: say so where a person watches.
         watched = sys.stderr.isatty() and launched_world().is_rank_0
         return ReferenceSet.open(folder, resolution=resolution, progress=watched)

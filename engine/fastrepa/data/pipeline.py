@@ -23,7 +23,6 @@ from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
 from fastrepa.data.format.store import SampleStore, Slots
-from fastrepa.data.images import UnreadableImageError, decode_rgb
 from fastrepa.data.reader import Order, RankBatches, SampleOrder
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.randomness import KeyedRandom, Stream
@@ -266,6 +265,8 @@ class DataPipeline(Iterator[Batch]):
 
     def _undecodable(self, decoder: _Decoder, error: Exception) -> str:
         """DALI's message, and the sample at fault, which DALI does not name."""
+        from fastrepa.data.images import UnreadableImageError, decode_rgb
+
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else repr(error)
         for host in decoder.pending:

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
-from fastrepa.data.images import read_rgb
 from fastrepa.errors import ConfigError, FastrepaError, nearest, writing
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
@@ -393,6 +392,8 @@ def write_png(image: Tensor, path: Path) -> None:
 
 def read_png(path: Path) -> Tensor:
     """Read uint8 image [3,H,W] from a PNG; DataError that names it where it is none."""
+    from fastrepa.data.images import read_rgb  # not where images are only made
+
     return torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
 
 

@@ -28,7 +28,7 @@ _REASON = 200  # characters of a library's words
 
 
 class NpyHeader(NamedTuple):
-    """What a .npy says of its array, and the file's bytes before the values."""
+    """The header of a .npy: its array, and all of the file's bytes before the values."""
 
     shape: tuple[int, ...]
     fortran: bool

@@ -23,7 +23,6 @@ from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
-from fastrepa.data.images import read_rgb
 from fastrepa.errors import FastrepaError
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
@@ -220,6 +219,8 @@ class Telemetry:
     def picture(self, tag: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard too."""
         if self._tensorboard is not None:
+            from fastrepa.data.images import read_rgb
+
             self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
 
     def history(self) -> list[dict[str, float]]:
