@@ -36,6 +36,9 @@ from tests.runs import command, environment
 from tests.sets.pictures import chunk, every_kind, key_chunk, png, saved, smooth, tiff
 from tests.sets.trees import noise
 
+# pytest listens to Pillow's warnings, which the decoder turns off.
+pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:PIL\.")
+
 SIDE = 32
 
 
@@ -114,6 +117,16 @@ def test_colours_and_alpha_of_sixteen_bits() -> None:
         on_white = alpha[..., :-1] * alpha[..., -1:] + 1 - alpha[..., -1:]
         made = png(np.rint(alpha * 65535).astype(int), colour, 16)
         assert np.abs(seen(made) - on_white * 255).max() <= 2
+
+
+def test_alpha_that_is_multiplied_in(tmp_path: Path) -> None:
+    alpha = np.dstack([np.full((9, 11), 50), np.full((9, 11), 128)]).astype(np.uint8)
+    file = saved(Image.fromarray(alpha), "TIFF")  # unassociated: grey 50 at one half
+    assert np.abs(seen(file) - (50 * 128 + 255 * 127) / 255).max() <= 1
+    tag = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
+    assert file.count(tag) == 1
+    associated = file.replace(tag, struct.pack("<HHIHH", 338, 3, 1, 1, 0))
+    assert np.abs(seen(associated) - (50 + 127)).max() <= 2
 
 
 def test_the_range_is_what_the_file_says_it_is() -> None:
@@ -274,6 +287,22 @@ def test_other_decoders_mend_nothing_either() -> None:
         saved(black.quantize(2), "PNG"), saved(black, "PNG", compress_level=0),
     ):  # fmt: skip
         assert decode_rgb(whole).width
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (8, 8), (13, 10), (5, 9)])
+def test_an_interlaced_picture_is_whole_or_not(width: int, height: int) -> None:
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+              (0, 1, 1, 2)]  # fmt: skip
+    raw = b""
+    for x, y, across, down in passes:
+        for _ in range(y, height, down):
+            columns = len(range(x, width, across))
+            raw += b"\0" + bytes(columns * 3) if columns else b""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1))
+    start, end = b"\x89PNG\r\n\x1a\n" + head, chunk(b"IEND", b"")
+    assert not seen(start + idat(zlib.compress(raw)) + end).any()  # black, and whole
+    with pytest.raises(UnreadableImageError):
+        decode_rgb(start + idat(zlib.compress(raw[:-1])) + end)
 
 
 def test_damage_is_named_and_counted_in_prepare_and_verify(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ _MOST, _SIGNED, _TABLES = 281, 339, 347
 _OF_JPEG, _WHITE_IS_ZERO = 7, 0
 _DIM = 1 << 14  # samples of 16 bits that stay below have fewer, perhaps
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2  # JPEG's start-of-frame markers that every decoder knows
+
+
+# What Pillow finds odd beside the pixels is nobody's matter; of its two limits of size it raises at
+# the second. For the whole process, since images are decoded by threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class UnreadableImageError(Exception):
@@ -233,10 +240,7 @@ def encode(image: Image.Image, image_format: ImageFormat, quality: int) -> bytes
 def _saying_why() -> Iterator[None]:
     """Make an UnreadableImageError of whatever Pillow raises, which is almost anything."""
     try:
-        with warnings.catch_warnings():
-            # Between Pillow's two limits it warns; beyond the second it raises.
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except (UnreadableImageError, MemoryError):  # want of memory is not the image's fault
         raise
     except UnidentifiedImageError:
@@ -334,6 +338,7 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     if image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
         return _without_key(image, data)
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # no way leads further
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
