@@ -29,7 +29,9 @@ from benchmarks.provenance import COMMIT, ROOT, WHEELS, provenance
 FOLDER, DALI = ROOT / WHEELS, ROOT / ".gpu-dali"
 PARTS = FOLDER / "dali.json"
 """The parts' names and digests; it travels with the wheels."""
-BINARY = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "hjson")
+BINARY = (
+    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "hjson", "simplejpeg",
+)  # fmt: skip
 FROM_SOURCE = ("deepspeed",)
 OF_DALI = (
     "nvidia-dali-cuda130", "astunparse", "gast", "optree", "nvtx", "makefun", "libcst",

@@ -7,7 +7,6 @@ belong as soon as they are read. A set of which no image is wanted never meets D
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections import deque
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastrepa.config import DataConfig
@@ -267,14 +265,15 @@ class DataPipeline(Iterator[Batch]):
 
     def _undecodable(self, decoder: _Decoder, error: Exception) -> str:
         """DALI's message, and the sample at fault, which DALI does not name."""
+        from fastrepa.data.images import UnreadableImageError, decode_rgb
+
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else repr(error)
         for host in decoder.pending:
             for place, encoded in zip(host.slots.places, host.slots.encoded or (), strict=True):
                 try:
-                    with Image.open(io.BytesIO(encoded)) as image:
-                        image.load()
-                except Exception:
+                    decode_rgb(encoded.tobytes())
+                except UnreadableImageError:
                     return f"{self._store.name(*place)}: cannot be decoded ({why})"
         return f"DALI could not make a batch: {why}"
 

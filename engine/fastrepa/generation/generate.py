@@ -27,10 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image
 from torch import Tensor, nn
 
 from fastrepa.checkpoint import averages
@@ -393,9 +391,10 @@ def write_png(image: Tensor, path: Path) -> None:
 
 
 def read_png(path: Path) -> Tensor:
-    """Read uint8 image [3,H,W] from a PNG."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    """Read uint8 image [3,H,W] from a PNG; DataError that names it where it is none."""
+    from fastrepa.data.images import read_rgb  # not where images are only made
+
+    return torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
 
 
 def write_adm_npz(folder: Path, num: int) -> Path:

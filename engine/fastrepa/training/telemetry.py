@@ -221,12 +221,9 @@ class Telemetry:
     def picture(self, tag: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard too."""
         if self._tensorboard is not None:
-            import numpy as np
-            from PIL import Image
+            from fastrepa.data.images import read_rgb
 
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
+            self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
 
     def history(self) -> list[dict[str, float]]:
         """Every logged line so far."""

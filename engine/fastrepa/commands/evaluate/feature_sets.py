@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from fastrepa.commands.evaluate.image_sources import STATISTICS, Gaussian, Image
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.errors import DataError, writing
 from fastrepa.generation.generate import rank_batches
+from fastrepa.reading.arrays import read_npz
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.world import World
 
@@ -198,9 +197,8 @@ class StatisticsCache:
     def _fields(self, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
         """Read the file; nothing where it is missing, damaged or of another key."""
         try:
-            with np.load(self.path(digest, extractor), allow_pickle=False) as stored:
-                fields = {name: stored[name] for name in stored}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            fields = read_npz(self.path(digest, extractor))
+        except DataError:
             return {}
         return fields if fields.get("key") == _key(digest, extractor) else {}
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,17 +19,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastrepa.data.datasets import open_data
-from fastrepa.data.format.reference import npy_header
 from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
-from fastrepa.data.images import readable_extensions
+from fastrepa.data.images import image_files, read_rgb
 from fastrepa.errors import DataError
 from fastrepa.generation.generate import PNG_NAME, RECORD, generate
+from fastrepa.reading.arrays import NPZ, npz_names, npz_stream, read_npz
+from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import sha256_of
 from fastrepa.vision.codec import Codec
 
@@ -85,7 +83,7 @@ class Stills:
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         def read(number: int) -> Tensor:
-            return torch.from_numpy(np.array(self._read(number))).permute(2, 0, 1)
+            return torch.from_numpy(self._read(number)).permute(2, 0, 1)
 
         with ThreadPoolExecutor(READERS) as readers:
             jobs = [[readers.submit(read, i) for i in batch.tolist()] for batch in numbers[:1]]
@@ -104,31 +102,19 @@ def open_folder(folder: Path) -> Stills:
 
     Of a folder of `fastrepa sample` its numbered images alone. Raises DataError where none are.
     """
-    extensions, record = readable_extensions(), folder / RECORD
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in extensions and not path.name.startswith(".") and path.is_file()
-    )
+    files, record = image_files(folder), folder / RECORD
     labels, classes = None, []
     if record.is_file():
         files = [path for path in files if path.parent == folder and PNG_NAME.fullmatch(path.name)]
-        chosen = json.loads(record.read_text()).get("classes")
-        if isinstance(chosen, list):  # its images have them in turn
-            classes, labels = [str(c) for c in chosen], torch.arange(len(files)) % len(chosen)
+        classes = _classes_of(record)
+        if classes:  # the images have them in turn, by their numbers: some may be gone
+            labels = torch.tensor([int(path.stem) % len(classes) for path in files])
     if not files:
         raise DataError(f"{folder}: holds no images that can be read")
     parents = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
     if len(parents) == len(files):
         classes = sorted(set(parents))
         labels = torch.tensor([classes.index(parent) for parent in parents])
-
-    def read(number: int) -> np.ndarray:
-        try:
-            with Image.open(files[number]) as image:
-                return np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-            raise DataError(f"{files[number]}: cannot be decoded ({error})") from None
 
     def digest() -> str:
         sha = hashlib.sha256()
@@ -137,7 +123,16 @@ def open_folder(folder: Path) -> Stills:
                 sha.update(f"{path.relative_to(folder)} {contents}\n".encode())
         return sha.hexdigest()
 
-    return Stills(read, len(files), labels, classes, digest)
+    return Stills(lambda number: read_rgb(files[number]), len(files), labels, classes, digest)
+
+
+def _classes_of(record: Path) -> list[str]:
+    """The classes that `fastrepa sample` drew in turn; none where it drew without."""
+    stored = read_json(record)
+    chosen = stored.get("classes") if isinstance(stored, dict) else ""
+    if not isinstance(chosen, list | None):
+        raise DataError(f"{record}: not the record of `fastrepa sample`, whose classes are a list")
+    return [str(c) for c in chosen or ()]
 
 
 def open_set(folder: Path) -> Stills:
@@ -168,28 +163,26 @@ class AdmImages:
     def __init__(self, path: Path, gaussians: Mapping[str, Gaussian]) -> None:
         self.path, self.gaussians = path, gaussians
         self._digest = functools.cache(lambda: sha256_of(path))
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            self.shape, fortran, dtype = npy_header(member)
+        with npz_stream(path, "arr_0") as (header, _):
+            self.shape, fortran, dtype, _ = header
         if fortran:
-            raise ValueError("arr_0 is in Fortran's order")
-        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or not self.shape[0]:
+            raise DataError(f"{path}: not {NPZ} (arr_0 is in Fortran's order)")
+        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or 0 in self.shape:
             raise DataError(f"{path}: arr_0 is {dtype} {list(self.shape)}, not uint8 [N,H,W,3]")
         self.num = self.shape[0]
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield uint8 [n,3,H,W] for each of numbers [n], rising: what lies between is skipped."""
         at, size = 0, int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            npy_header(member)
+        with npz_stream(self.path, "arr_0") as (_, member):
             for batch in numbers:
                 images = np.empty((len(batch), *self.shape[1:]), dtype=np.uint8)
                 for image, number in zip(images, batch.tolist(), strict=True):
-                    member.seek((number - at) * size, os.SEEK_CUR)
-                    raw = member.read(size)
+                    while at <= number:  # no seek: the checksum is of all that is read
+                        raw, at = member.read(size), at + 1
                     if len(raw) != size:
                         raise DataError(f"{self.path}: ends inside image {number} (truncated)")
                     image[:] = np.frombuffer(raw, dtype=np.uint8).reshape(image.shape)
-                    at = number + 1
                 yield [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()]
 
     def digest(self) -> str:
@@ -198,27 +191,30 @@ class AdmImages:
 
 def open_npz(path: Path) -> AdmImages | Statistics:
     """Images and, or, statistics of an npz; DataError for one with neither."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            gaussians = {
-                name: (torch.tensor(stored[mu]).double(), torch.tensor(stored[sigma]).double())
-                for name, (mu, sigma) in STATISTICS.items()
-                if mu in stored and sigma in stored
-            }
-            names = list(stored)
-        for mu, sigma in gaussians.values():
-            if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
-                raise DataError(f"{path}: mu {list(mu.shape)}, sigma {list(sigma.shape)} misfit")
-        if "arr_0" in names:
-            return AdmImages(path, gaussians)
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not readable as npz ({error})") from None
+    names = npz_names(path)
+    stored = read_npz(path, {name for pair in STATISTICS.values() for name in pair})
+    gaussians = {
+        name: (_statistic(path, mu, stored[mu]), _statistic(path, sigma, stored[sigma]))
+        for name, (mu, sigma) in STATISTICS.items()
+        if mu in stored and sigma in stored
+    }
+    for mu, sigma in gaussians.values():
+        if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)):
+            raise DataError(f"{path}: mu {list(mu.shape)}, sigma {list(sigma.shape)} misfit")
+    if "arr_0" in names:
+        return AdmImages(path, gaussians)
     if not gaussians:
         raise DataError(
-            f"{path}: holds {', '.join(names) or 'nothing'}; an npz has images (arr_0, uint8 "
+            f"{path}: holds {', '.join(names)[:80] or 'nothing'}; an npz has images (arr_0, uint8 "
             f"[N,H,W,3]) or statistics (mu and sigma, mu_s and sigma_s)"
         )
     return Statistics(path, gaussians)
+
+
+def _statistic(path: Path, name: str, values: np.ndarray) -> Tensor:
+    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise DataError(f"{path}: {name} is {values.dtype}, not finite real numbers")
+    return torch.from_numpy(values.astype(np.float64))
 
 
 class Generated:

@@ -26,6 +26,7 @@ from fastrepa.data.format.partial import PLAN
 from fastrepa.data.format.shards import ImageFormat
 from fastrepa.data.sources.entries import Listing
 from fastrepa.errors import DataError, printable
+from fastrepa.reading.arrays import map_npy
 from fastrepa.runtime.files import write_array, write_whole
 
 _ENTRIES, _NAMES, _ENDS = "plan.entries.npy", "plan.names", "plan.ends.npy"
@@ -159,11 +160,10 @@ def open_plan(folder: Path) -> ShardPlan:
     try:
         if record is None:
             raise ValueError("no plan")
-        entries = np.load(folder / _ENTRIES, mmap_mode="r")
-        ends = np.load(folder / _ENDS, mmap_mode="r")
+        entries, ends = map_npy(folder / _ENTRIES), map_npy(folder / _ENDS)
         if not len(entries) == len(ends) == record.samples:
             raise ValueError("lengths differ")
-    except (OSError, ValueError) as error:
+    except (DataError, ValueError) as error:
         raise DataError(f"{folder}: damaged plan ({error}); {_start_again(folder)}") from None
     return ShardPlan(
         settings=record.settings,

@@ -72,6 +72,7 @@ class SetReport(_Record):
     enlarged: int  # smaller than the resolution
     original: int  # JPEGs of just this size, stored as they were
     misnamed: int  # of another format than their extension says
+    dim: int = 0  # of 16 bits, with no sample in the upper three quarters of their range
     ignored: int  # files of the source that are no images by their names
     rejected: list[SkippedRecord]
     duplicates: list[Duplicates]
@@ -148,6 +149,8 @@ def print_report(
         "enlarged": report.enlarged,
         "several frames, first taken": report.animated,
         "wrong extension": report.misnamed,
+        "of 16 bits, but below 16384": report.dim
+        and f"{report.dim:,}; perhaps of 10 to 14 bits, and stored as dark as they are",
         "ignored by their names": report.ignored,
         "rejected": len(report.rejected),
         "duplicates": sum(len(group.sources) - 1 for group in report.duplicates),

@@ -41,7 +41,7 @@ class ShardDone(BaseModel):
     sides: list[tuple[int, int]]  # width and height of their sources
     formats: dict[str, int]
     modes: dict[str, int]
-    traits: dict[str, int]  # how many were animated, enlarged, original, misnamed
+    traits: dict[str, int]  # how many were animated, enlarged, original, misnamed, dim
 
     def is_whole(self, folder: Path) -> bool:
         """Tell whether the files lie there with their sizes."""
@@ -52,7 +52,7 @@ class ShardDone(BaseModel):
             return False
 
 
-TRAITS = ("animated", "enlarged", "original", "misnamed")
+TRAITS = ("animated", "enlarged", "original", "misnamed", "dim")
 
 
 def read_done(folder: Path, shard: int) -> ShardDone | None:

@@ -28,6 +28,7 @@ from fastrepa.commands.report.curves import (
 )
 from fastrepa.commands.report.run_record import RunRecord, flattened, read_runs
 from fastrepa.config import config_from_dict
+from fastrepa.data.images import read_rgb
 from fastrepa.errors import ConfigError, DataError, printable, writing
 from fastrepa.reading.text import dump_yaml, read_json
 from fastrepa.runtime.files import aside
@@ -306,7 +307,7 @@ def _grids(run: RunRecord, steps: Sequence[int]) -> list[dict[str, Any]]:
     for step in steps:
         try:
             uri, width, height = _embedded(run.samples[step])
-        except OSError:  # being written, or damaged
+        except DataError:  # being written, or damaged
             run.notes.append(f"samples/{run.samples[step].name} cannot be read")
             continue
         out.append({"step": step, "uri": uri, "width": width, "height": height})
@@ -317,8 +318,7 @@ def _embedded(path: Path, side: int = PICTURE_SIDE) -> tuple[str, int, int]:
     """A picture as a data URI of WebP, at most `side` pixels a side, and its size."""
     from PIL import Image
 
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = Image.fromarray(read_rgb(path))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=80)

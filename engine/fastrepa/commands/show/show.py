@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.data.gallery import Gallery, choose
+from fastrepa.data.images import UnreadableImageError, open_image
 from fastrepa.data.sheet import (
     MARK,
     Strip,
@@ -154,9 +155,8 @@ def _check_free(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with Image.open(path) as image:
-            ours = image.info.get("Software") == MARK
-    except Exception:  # whatever it is, it is none of ours
+        ours = open_image(path.read_bytes()).info.get("Software") == MARK
+    except (UnreadableImageError, OSError):  # whatever it is, it is none of ours
         ours = False
     if not ours:
         raise DataError(

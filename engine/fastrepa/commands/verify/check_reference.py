@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastrepa.commands.verify.checks import Check, FileProblem, Findings, image_problem
 from fastrepa.data.format.reference_layout import (
@@ -21,7 +20,9 @@ from fastrepa.data.format.reference_layout import (
     scan_folder,
     short,
 )
+from fastrepa.data.images import UnreadableImageError, open_image
 from fastrepa.errors import DataError
+from fastrepa.reading.arrays import read_npy
 
 CHANNELS, DOWN = 8, 8  # of Stable Diffusion's moments; pixels a latent
 PAIRS_PER_CHECK = 128
@@ -84,12 +85,9 @@ class FilesCheck:
 
 def _latents_problems(path: Path, side: int) -> Iterator[str]:
     try:
-        moments = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        yield f"not a readable .npy ({error})"
-        return
-    if not isinstance(moments, np.ndarray):
-        yield "an archive of arrays, not one"
+        moments = read_npy(path)
+    except DataError as error:
+        yield str(error).removeprefix(f"{path}: ")
         return
     if moments.dtype != np.dtype("<f4"):
         yield f"of dtype {moments.dtype}, not float32 (<f4)"
@@ -166,8 +164,7 @@ def _usual_side(images: list[Path]) -> int:
     sides: Counter[int] = Counter()
     for image in images[:: max(1, len(images) // _LOOKED_AT)][: _LOOKED_AT + 1]:
         try:
-            with Image.open(image) as opened:
-                sides[min(opened.size)] += 1
-        except Exception:  # FilesCheck will say what is wrong with it
+            sides[min(open_image(image.read_bytes()).size)] += 1
+        except (UnreadableImageError, OSError):  # FilesCheck will say what is wrong with it
             continue
     return sides.most_common(1)[0][0] if sides else 0

@@ -6,15 +6,13 @@ of raising the first. So the pieces are independent: nothing that is damaged hid
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
 from fastrepa.data.format.partial import partial_folder
+from fastrepa.data.images import UnreadableImageError, decode, open_image
 from fastrepa.runtime.progress import BYTES, Bar
 from fastrepa.runtime.spawn import go_on, run_jobs
 
@@ -66,20 +64,20 @@ class Findings:
 def image_problem(data: bytes, side: int, image_format: str) -> str | None:
     """Say what is wrong with an encoded image that should be `side` px square; None: nothing.
 
-    Pillow, not the training's decoder: DALI fails a whole batch without saying which image or why.
+    Not the training's decoder: DALI fails a whole batch without saying which image or why.
     `image_format` as Pillow names it, lower case.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if (image.format or "").lower() != image_format:
-                return f"a {image.format} image, not {image_format.upper()}"
-            if image.size != (side, side):  # before it is decoded: it may be a bomb
-                return f"{image.width}x{image.height} px, not {side}x{side}"
-            if image.mode not in _MODES:
-                return f"of mode {image.mode}, not {' or '.join(_MODES)}"
-            image.load()
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        return f"cannot be decoded ({error or type(error).__name__})"
+        image = open_image(data)
+        if (image.format or "").lower() != image_format:
+            return f"a {image.format} image, not {image_format.upper()}"
+        if image.size != (side, side):  # before it is decoded: it may be a bomb
+            return f"{image.width}x{image.height} px, not {side}x{side}"
+        if image.mode not in _MODES:
+            return f"of mode {image.mode}, not {' or '.join(_MODES)}"
+        decode(image, data)
+    except UnreadableImageError as error:
+        return f"cannot be decoded ({error})"
     return None
 
 

@@ -10,7 +10,7 @@ mmap_mode="r")["tokens"]`), apart from the tar, so that a column can be added to
 left unread, without touching an image.
 
 n samples, C latent channels, h and w latent sides, T tokens (row-major), Z feature width.
-This module imports numpy only.
+This module imports nothing but numpy and what reads its files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrepa.errors import DataError
+from fastrepa.reading.arrays import map_npy
 
 CRC_BYTES = 4
 
@@ -46,12 +47,7 @@ def seal(rows: np.ndarray) -> None:
 
 def open_rows(path: Path, dtype: np.dtype, samples: int, views: int) -> np.ndarray:
     """The rows [samples, views] of a column file, memory-mapped; DataError when it is not one."""
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, but the manifest lists it") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable column ({error})") from None
+    rows = map_npy(path, "a readable column", missing="missing, but the manifest lists it")
     if rows.dtype != dtype or rows.shape != (samples, views):
         raise DataError(
             f"{path}: rows of {rows.dtype} in shape {list(rows.shape)}; the manifest says "

@@ -4,7 +4,7 @@ A structured numpy array, one record per sample in the order of the tar, saved a
 `shard-00000.idx.npy` (about 32 bytes a sample). Members that a later set stores beside the image
 (moments, features) add fields of their own; a reader takes the fields it knows.
 
-This module and `reader.py` import numpy only: DALI's worker processes load them.
+This module and `reader.py` import little: DALI's worker processes load them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from fastrepa.errors import DataError
+from fastrepa.reading.arrays import read_npy
 
 KEY_DIGITS = 8
 BLOCK = 512  # bytes of a tar header, and what a member is padded to a multiple of
@@ -34,12 +35,7 @@ INDEX_DTYPE = np.dtype(
 
 def load_index(path: Path) -> np.ndarray:
     """Read an index [samples] of `INDEX_DTYPE`'s fields; DataError when it is not one."""
-    try:
-        index = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: the shard's index is missing") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable shard index ({error})") from None
+    index = read_npy(path, "a readable shard index", missing="the shard's index is missing")
     missing = [name for name in INDEX_DTYPE.names or () if name not in (index.dtype.names or ())]
     if index.ndim != 1 or missing:
         raise DataError(

@@ -7,15 +7,14 @@ opening, an array's header and its values when it is read, an image when it is d
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
-from PIL import Image
 
 from fastrepa.data.format.reference_layout import (
     IMAGES,
@@ -30,6 +29,7 @@ from fastrepa.data.format.reference_layout import (
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn
 from fastrepa.data.format.store import Slots, read_exactly
 from fastrepa.errors import DataError
+from fastrepa.reading.arrays import NpyHeader, read_header, read_npy
 from fastrepa.runtime.progress import Bar
 
 _STAT_THREADS = 16  # on a network file system, asking takes longer than answering
@@ -42,13 +42,6 @@ class Pair(NamedTuple):
     image: Path
     moments: Path
     label: int
-
-
-class _Header(NamedTuple):
-    """The header of a .npy of moments: its bytes, and the array's shape."""
-
-    raw: bytes
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class ReferenceSet:
     features: tuple[FeaturesColumn, ...] = ()  # the layout has none
 
     def __init__(
-        self, path: Path, resolution: int, header: _Header, folders: Sequence[_Folder]
+        self, path: Path, resolution: int, header: NpyHeader, folders: Sequence[_Folder]
     ) -> None:
         self.path, self.resolution, self._header = path, resolution, header
         self._folders = list(folders)
@@ -128,7 +121,7 @@ class ReferenceSet:
 class ReferenceStore:
     """Reads samples of the reference's layout, a file for each field."""
 
-    def __init__(self, data: ReferenceSet, header: _Header, *, moments: bool) -> None:
+    def __init__(self, data: ReferenceSet, header: NpyHeader, *, moments: bool) -> None:
         self._data, self._header, self._moments = data, header, moments
 
     def fill(self, slots: Slots, i: int) -> None:
@@ -168,7 +161,7 @@ def _read_file(path: Path) -> np.ndarray:
     return data
 
 
-def _read_moments(path: Path, header: _Header, into: np.ndarray) -> None:
+def _read_moments(path: Path, header: NpyHeader, into: np.ndarray) -> None:
     """Fill `into`, float32 [2C,h,w], from a .npy of exactly that."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -184,49 +177,36 @@ def _read_moments(path: Path, header: _Header, into: np.ndarray) -> None:
         found = _read_header(path)
         if found.shape != header.shape:
             raise DataError(f"{path}: of shape {list(found.shape)}, not {list(header.shape)}")
-        into[...] = np.load(path, allow_pickle=False)
+        into[...] = read_npy(path)
     elif not whole:
         raise DataError(f"{path}: truncated")
     if not np.isfinite(into).all():
         raise DataError(f"{path}: moments that are not finite")
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(path: Path) -> NpyHeader:
     """The header of a float32 [2C,s,s] .npy; DataError for anything else."""
-    try:
-        with path.open("rb") as file:
-            shape, fortran, dtype = npy_header(file)
-            end = file.tell()
-            file.seek(0)
-            raw = file.read(end)
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, but {LATENTS}/{LABELS} lists it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not a .npy file ({error})") from None
+    missing = f"missing, but {LATENTS}/{LABELS} lists it"
+    header = read_header(path, "a .npy file", missing=missing)
+    shape, fortran, dtype, _ = header
     square = len(shape) == 3 and shape[0] % 2 == 0 and shape[0] > 0 and shape[1] == shape[2] > 0
     if dtype != np.dtype("<f4") or fortran or not square:
         raise DataError(
             f"{path}: {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; "
             "moments are float32 [2 * channels, side, side]"
         )
-    return _Header(raw, tuple(shape))
-
-
-def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read a .npy's (shape, whether in Fortran's order, dtype). ValueError for another file."""
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(file)
+    return header
 
 
 def _image_side(path: Path) -> int:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception as error:  # Pillow raises almost anything on damaged files
-        raise DataError(f"{path}: not a readable image ({error})") from None
+        with path.open("rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(start) < 24 or not start.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise DataError(f"{path}: not a readable image (no PNG)")
+    width, height = struct.unpack(">II", start[16:])  # the first chunk is the header
     if width != height:
         raise DataError(f"{path}: {width}x{height} pixels, not a square")
     return width

@@ -25,6 +25,7 @@ from fastrepa.data.sources.entries import (
 )
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
 from fastrepa.errors import DataError, nearest
+from fastrepa.reading.arrays import read_npy
 from fastrepa.runtime.files import write_array
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -249,7 +250,7 @@ def _listing(
     columns: _Columns,
     classes: list[str] | None,
 ) -> Listing:
-    tables = [np.load(copy.with_suffix(".npy")) for _, copy, _ in copies]
+    tables = [read_npy(copy.with_suffix(".npy")) for _, copy, _ in copies]
     if columns.text:
         used = [
             {note["names"][code] for code in np.unique(rows["label"])}
