@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastrepa import __version__
+from fastrepa.errors import printable
 
 app = typer.Typer(
     name="fastrepa",
@@ -27,6 +28,18 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
 ]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A class name, or names and numbers with commas; repeat for several. A name wins over "
+        "a number; #3 is always class number 3."
+    ),
+]
+
+
+def said(text: str) -> None:
+    """Print a line about what was asked for, before the work begins."""
+    print(printable(text), flush=True)
 
 
 def _version(wanted: bool) -> None:

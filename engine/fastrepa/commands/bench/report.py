@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
-from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
-from fastrepa.errors import writing
+from fastrepa.drawing import INK, PALETTE, axes_title, decoration, new_figure, save_figure
 
 PICTURE = "bench.png"
 COLOURS = {
@@ -25,8 +24,10 @@ COLOURS = {
 
 def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
     """Print the table, write the picture into `out`."""
-    with writing(f"--out: {out}"):
+    files = [FILE, TURNS]
+    with decoration(out / PICTURE):
         save_bench_picture(results, out / PICTURE)
+        files.append(PICTURE)
     if as_json:
         print(json.dumps([record(result) for result in results], indent=1))
         return
@@ -71,7 +72,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
         "ms: median of a step, or of a batch of images; ours is: as fast as that rival, so many "
         "times\n*fullest moment of a step above the fp32 weights; ours: its share of that rival's"
     )
-    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True, markup=False)
+    console.print(f"{out}/: {', '.join(files)}", soft_wrap=True, markup=False)
 
 
 def _title(result: Result) -> str:

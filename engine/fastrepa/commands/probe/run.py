@@ -28,11 +28,13 @@ from fastrepa.checkpoint.format import (
     load_ema_model,
     read_state,
 )
+from fastrepa.checkpoint.identity import check_classes, other_samples
 from fastrepa.checkpoint.kinds import EMA
 from fastrepa.commands.probe.images import choose_classes_of, read_images
 from fastrepa.commands.probe.separability import balanced_accuracy, ridge_probe
 from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
 from fastrepa.config import CodecConfig, Config, DataConfig, EncoderConfig, ObjectiveConfig
+from fastrepa.data.classes import first_difference
 from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import is_data
 from fastrepa.data.gallery import Gallery, choose
@@ -112,7 +114,9 @@ def probe_run(
     if not encoders:
         raise ConfigError(f"{run}: is aligned to no encoder; say with --encoders what to compare")
     data = _images(config.data, held_out, num, seed, progress)
-    said = list(data.said)
+    check_classes(made, data.galleries[0].data)
+    changed = [f"warning: {words}" for words in other_samples(made, data.galleries[0].data)]
+    said = [*data.said, *changed]
     features = [_encoder_features(e, data, batch_size, device, progress) for e in encoders]
     inputs = _noised(
         config.data.codec, config.objective, data, time, seed, batch_size, device, progress
@@ -278,14 +282,19 @@ def _images(
                 f"{gallery.path}: images of {gallery.resolution} px, the run's are "
                 f"{config.resolution} px"
             )
-    if list(other.classes) != list(own.classes):
-        raise DataError(f"{other.path}: its classes are not those of {own.path}")
+    if difference := first_difference(own.classes, other.classes):
+        number, wanted, found = difference
+        raise DataError(
+            f"{other.path}: its classes are not those of {own.path}: number {number} is {found!r}, "
+            f"not {wanted!r}"
+        )
     allowed, said = choose_classes_of(own.labels, num, seed)
     if beside:
         said.insert(0, f"measured on {other.path}")
         fit, rest = (choose(g.labels, num, seed, allowed) for g in (own, other))
     else:
         both = choose(own.labels, 2 * num, seed, allowed)
+        both = both[np.argsort(own.labels[both], kind="stable")]  # every class on both sides
         fit, rest = np.sort(both[0::2]), np.sort(both[1::2])
         said.insert(
             0,

@@ -294,7 +294,7 @@ def _grids(run: RunRecord, steps: Sequence[int]) -> list[dict[str, Any]]:
     for step in steps:
         try:
             uri, width, height = _embedded(run.samples[step])
-        except OSError:  # being written, or damaged
+        except Exception:  # being written, or damaged: Pillow raises almost anything
             run.notes.append(f"samples/{run.samples[step].name} cannot be read")
             continue
         out.append({"step": step, "uri": uri, "width": width, "height": height})
