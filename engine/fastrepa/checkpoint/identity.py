@@ -1,4 +1,4 @@
-"""What a checkpoint records of the data it was trained on, beside the data that is there now.
+"""A checkpoint's record of the data it was trained on, beside the data that is there now.
 
 A label is a number: a set whose classes are others, or stand in another order, would teach the
 generator other things under the labels that it knows.
@@ -27,8 +27,8 @@ def check_classes(state: RunState, data: DataSet) -> None:
     """DataError that names the first class of the set which is not the checkpoint's."""
     if found := other_classes(state, data.classes):
         raise DataError(
-            f"{data.path}: {found}; labels would change their meaning: give data.path the classes "
-            f"of the run, or run another name"
+            f"{data.path}: {found}: labels mean other classes than in the run; give the set that "
+            f"it was trained on, or name another run"
         )
 
 

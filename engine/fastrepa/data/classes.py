@@ -104,17 +104,18 @@ class _Choice:
         if not found and len(alike := self.folded.get(form.casefold(), [])) == 1:
             found = alike
         if len(found) > 1:
-            numbers = " and ".join(f"#{number}" for number in found)
+            numbers = " and ".join(map(str, found))
             raise self.kind(
-                f"--classes: {text.strip()!r} is the name of {len(found)} classes: give {numbers}"
+                f"--classes: {text.strip()!r} is the name of {len(found)} classes, numbers "
+                f"{numbers}; give {self._as_typed(found[0])} or {self._as_typed(found[1])}"
             )
         if not found:
             return None
         number = _number(text)
-        if number is not None and number != found[0] and number < self.num_classes:
+        if number is not None and number != found[0] and number < len(self.names):
             self.say(
-                f"--classes: {text.strip()} is taken as a name, that of class number {found[0]}; "
-                f"class number {number} is {named(self.names, number)}: #{number}"
+                f"--classes {text.strip()}: the class of that name is taken, number {found[0]}; "
+                f"class number {number}, {self.names[number]!r}, is '#{number}'"
             )
         return found[0]
 
@@ -123,18 +124,22 @@ class _Choice:
         if number is None or number >= self.num_classes:
             return None
         numbers_as_names = any(_number(n) not in (None, i) for i, n in enumerate(self.names))
-        if numbers_as_names and not text.startswith("#"):
+        if numbers_as_names and number < len(self.names) and not text.startswith("#"):
             self.say(
-                f"--classes: no class is named {text}: it is taken as class number {number}, "
-                f"which is {named(self.names, number)}"
+                f"--classes {text}: no class has that name; class number {number} is taken, "
+                f"{self.names[number]!r}"
             )
         return number
+
+    def _as_typed(self, number: int) -> str:
+        return f"'#{number}'" if str(number) in self.exact else str(number)
 
     def _no_class(self, text: str) -> FastrepaError:
         names = [written_form(name) for name in self.names]
         allowed = f"a class is a number from 0 to {self.num_classes - 1}"
         if 0 < len(names) <= _LISTED:
-            allowed += f", or one of: {', '.join(names)}"
+            listed = (named(self.names, number) for number in range(len(names)))
+            allowed += f", or one of: {', '.join(listed)}"
         elif names:
             allowed += ", or a class name"
         if any("," in name for name in names):

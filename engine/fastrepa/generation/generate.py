@@ -300,15 +300,15 @@ def _chosen_classes(
         say(f"{config.data.path}: {changed}; the run's names are those of its checkpoint")
     if not requested:
         if untrained := count - len(trained):
-            say(f"{untrained} of the model's {count} classes were never trained: not drawn")
+            say(f"{untrained} of the model's {count} classes had no images in training: not drawn")
         return trained
     chosen = choose_classes(requested, info.classes, count, say=say)
     for number in chosen:
         if number not in trained:
             known = ", ".join(named(info.classes, c) for c in trained[:20])
             raise ConfigError(
-                f"--classes: class number {number} was never trained: it had no images; "
-                f"{len(trained)} of {count} were: {known}{', ...' * (len(trained) > 20)}"
+                f"--classes: class number {number} was never trained, as it had no images; "
+                f"trained are {known}{', ...' * (len(trained) > 20)}"
             )
     return chosen
 
@@ -316,8 +316,8 @@ def _chosen_classes(
 def _recorded_classes(
     chosen: Sequence[int], names: Sequence[str], by_default: bool, num_classes: int
 ) -> dict[str, Any]:
-    """What sampling.json says of the classes, which images have in turn: all of the model's, or
-    their names, or numbers where there are none; numbers too where two have the same name.
+    """Return what sampling.json says of the classes, which images have in turn: all of the model's,
+    or their names, or numbers where there are none; numbers too where two have the same name.
     """
     if by_default and len(chosen) == num_classes:
         return {"classes": "all"}
@@ -389,7 +389,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
             name = entry.name
             stays = same and PNG_NAME.fullmatch(name) and int(entry.stem) < record["num"]
             kept += bool(stays)
-            if _OURS.fullmatch(name) and name != RECORD and not stays:
+            if _OURS.fullmatch(name) and name != RECORD and not stays and not entry.is_dir():
                 entry.unlink()
         (folder / RECORD).write_text(written)
         return kept

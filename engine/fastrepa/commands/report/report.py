@@ -319,7 +319,7 @@ def _blocks(run: RunRecord) -> dict[str, Any] | None:
     try:
         uri, width, height = _embedded(folder / "heat_map.png", side=2 * PICTURE_SIDE)
         said = json.loads((folder / "probe.json").read_text(encoding="utf-8"))["said"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # not there, or damaged: Pillow raises almost anything
         return None
     return {"name": run.name, "uri": uri, "width": width, "height": height, "said": said}
 
