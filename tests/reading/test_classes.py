@@ -110,7 +110,7 @@ def test_one_name_of_two_classes_is_refused_with_both_numbers():
 
 
 def test_names_are_compared_in_one_unicode_form():
-    """What was typed may be composed otherwise; what is invisible is stored as an escape."""
+    """A typed name may be composed otherwise; what is invisible is stored as an escape."""
     composed = "caf\u00e9"
     apart = unicodedata.normalize("NFD", composed)
     assert composed != apart

@@ -9,25 +9,18 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assumed, plan_as_dict
-from fastrepa.errors import printable
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
 
 def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | None = None) -> None:
-    """Print the plan, and then draw it into `picture` where one is given."""
-    if as_json:
-        print(json.dumps(plan_as_dict(plan), indent=1))
-    else:
-        _print_tables(plan)
+    """Print the plan, and draw it into `picture` where one is given."""
     if picture is not None:
         from fastrepa.commands.plan.picture import save_plan_picture
 
         save_plan_picture(plan, picture)
-        if not as_json:
-            print(f"drawn: {printable(picture)}")
-
-
-def _print_tables(plan: CapacityPlan) -> None:
+    if as_json:
+        print(json.dumps(plan_as_dict(plan), indent=1))
+        return
     console = Console(highlight=False)
     console.print(_headline(plan), soft_wrap=True, markup=False)
     console.print(_memory(plan))
@@ -43,6 +36,8 @@ def _print_tables(plan: CapacityPlan) -> None:
             text = f"cheapest that fits: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
         console.print(f"      {text}", soft_wrap=True, markup=False)
     console.print(_assumptions(plan))
+    if picture is not None:
+        console.print(f"drawn: {picture}", soft_wrap=True, markup=False)
 
 
 def _headline(plan: CapacityPlan) -> str:
