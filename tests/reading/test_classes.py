@@ -301,7 +301,7 @@ def test_by_default_a_run_draws_the_classes_that_it_was_trained_on(run, tmp_path
         sample_run(folder, tmp_path / "other", num=1, classes=["7"])
     assert not (tmp_path / "other").exists()
     world = SimpleNamespace(device=torch.device("cpu"), is_rank_0=True, size=1)
-    source, _ = _run_source(folder, tmp_path, world, {}, 4, seed=0, ema=None, num=10)
+    source = _run_source(folder, tmp_path, world, {}, [], 4, seed=0, ema=None, num=10)
     assert source.labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
 
 

@@ -82,10 +82,9 @@ def evaluate(
     def open_source(path: Path, other: Path) -> Any:
         if not is_run(path):
             return open_stored(path)
-        settled = {"seed": seed, "ema": ema, **settings}
-        source, changed = _run_source(path, other, world, record, batch_size, **settled)
-        notes.extend(changed)
-        return source
+        return _run_source(
+            path, other, world, record, notes, batch_size, seed=seed, ema=ema, **settings
+        )
 
     sources = [open_source(samples, reference), open_source(reference, samples)]
     if not record and (given := [k for k, v in settings.items() if v is not None]):
@@ -120,18 +119,11 @@ def evaluate(
     if world.size > 1:
         destroy_world()
     return Evaluation(
-        str(samples),
-        str(reference),
-        sides[0].num,
-        sides[1].num,
-        tuple(chosen),
-        scores,
-        tuple(notes),
+        str(samples), str(reference), sides[0].num, sides[1].num,
+        tuple(chosen), scores, tuple(notes),
         {name: extractor.identity for name, extractor in evaluator.extractors.items()},
-        record,
-        time.perf_counter() - started,
-        world.is_rank_0,
-    )
+        record, time.perf_counter() - started, world.is_rank_0,
+    )  # fmt: skip
 
 
 def _bias_note(evaluator: SetEvaluator, metric: Metric, samples: Side, reference: Side) -> str:
@@ -152,24 +144,25 @@ def _run_source(
     other: Path,
     world: World,
     record: dict[str, Any],
+    notes: list[str],
     batch_size: int,
     *,
     seed: int,
     ema: str | None,
     **settings: Any,
-) -> tuple[Generated, list[str]]:
+) -> Generated:
     """A run's images as `fastrepa sample` would draw them; `record` is told how.
 
-    Also what its own set is no longer, where `other`, which they are compared with, is that set.
+    Where `other`, which they are compared with, is the run's own set, it must have its classes, and
+    `notes` are told if it holds other images than it did.
     """
     model, config, info = checkpoint.load_ema_model(run, world.device, ema)
     config = with_settings(config, settings)
     model = ready_to_sample(model, config.sample, config.training, world.device)
-    changed = []
     if is_data(other) and other.resolve() == Path(config.data.path).resolve():
         data = open_data(other, verify="sizes")
         check_classes(info, data)
-        changed = list(other_samples(info, data))
+        notes.extend(other_samples(info, data))
     record.update(
         checkpoint_step=info.step,
         ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
@@ -178,7 +171,7 @@ def _run_source(
     )
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=world.device)
     drawn = trained_classes(info, len(info.classes) or config.model.num_classes)
-    source = Generated(
+    return Generated(
         model,
         codec,
         default_labels(config.sample.num, config.model.num_classes, drawn),
@@ -190,4 +183,3 @@ def _run_source(
         input_shape=(info.channels, info.side, info.side),
         null_label=config.model.num_classes,
     )
-    return source, changed

@@ -114,9 +114,9 @@ def probe_run(
     if not encoders:
         raise ConfigError(f"{run}: is aligned to no encoder; say with --encoders what to compare")
     data = _images(config.data, held_out, num, seed, progress)
-    check_classes(made, data.galleries[0].data)
-    changed = [f"warning: {words}" for words in other_samples(made, data.galleries[0].data)]
-    said = [*data.said, *changed]
+    own = data.galleries[0].data
+    check_classes(made, own)
+    said = [*data.said, *(f"warning: {words}" for words in other_samples(made, own))]
     features = [_encoder_features(e, data, batch_size, device, progress) for e in encoders]
     inputs = _noised(
         config.data.codec, config.objective, data, time, seed, batch_size, device, progress
@@ -139,8 +139,7 @@ def probe_run(
     found_cknna, found_cka, accuracy = _compared(
         blocks(), features, data, (len(model.blocks), len(steps))
     )
-    own = tuple(e.name for e in config.vision.encoders)
-    aligned = config.alignment.block if own and config.alignment.weight > 0 else None
+    aligned = bool(config.vision.encoders) and config.alignment.weight > 0
     if config.model.label_dropout == 0:
         said.append("the null class was never trained (model.label_dropout is 0)")
     m = config.model
@@ -156,13 +155,11 @@ def probe_run(
         accuracy=accuracy,
         encoder_accuracy=np.array([data.accuracy(y) for y in features]),
         chance=1 / data.num_classes if data.num_classes else np.nan,
-        block=aligned,
-        time=time,
-        seed=seed,
+        block=config.alignment.block if aligned else None,
+        time=time, seed=seed, said=said,
         fitted=int(np.count_nonzero(~data.rest)),
         held_out=int(np.count_nonzero(data.rest)),
-        said=said,
-    )
+    )  # fmt: skip
 
 
 def _compared(
