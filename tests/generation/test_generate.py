@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import SampleConfig
+from fastrepa.data.classes import choose_classes
 from fastrepa.errors import ConfigError, FastrepaError
 from fastrepa.generation.generate import (
-    choose_classes,
     claim_folder,
     default_labels,
     generate,

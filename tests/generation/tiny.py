@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from fastrepa.checkpoint.format import RunState
 from fastrepa.config import Config, config_from_dict
 from fastrepa.model.sit import SiT
 from fastrepa.vision.codec import PixelCodec
@@ -41,5 +41,8 @@ def tiny_model() -> SiT:
 
 
 def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
-    info = SimpleNamespace(step=500, classes=CLASSES, side=SIDE, channels=3, emas={})
+    info = RunState(
+        step=500, optimizer_step=500, samples_seen=5000, side=SIDE, channels=3, encoder_widths=[],
+        classes=CLASSES, world_size=1,
+    )  # fmt: skip
     return tiny_model().to(device), tiny_config(), info

@@ -58,6 +58,9 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)  # the last logged line
     emas: dict[str, Any] = field(default_factory=dict)  # kind -> 0.9999, {"sigma_rel": 0.05}, ...
     ema_since: dict[str, int] = field(default_factory=dict)  # updates taken before it began, if any
+    trained: list[int] | None = None  # numbers of the classes that had images; None: not recorded
+    num_samples: int = 0  # of the data set; 0: not recorded
+    data_digest: str = ""  # of its images and labels (DataSet.digest)
     format: int = FORMAT
 
 

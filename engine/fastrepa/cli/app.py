@@ -63,6 +63,13 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
 ]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A class name, or names and numbers with commas; repeat for several. A name wins over "
+        "a number; #3 is always class number 3."
+    ),
+]
 
 
 def _version(wanted: bool) -> None:

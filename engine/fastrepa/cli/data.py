@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import app, data_app
+from fastrepa.cli.app import ClassesOption, app, data_app
 from fastrepa.runtime.terminal import Terminal, say
 
 CodecOption = Annotated[
@@ -136,9 +136,7 @@ def data_show(
         Path | None, typer.Option(help="PNG or folder; default: NAME_show.png, here.")
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Images on the sheet.")] = 48,
-    classes: Annotated[
-        str | None, typer.Option(help="Class names or numbers, separated by commas.")
-    ] = None,
+    classes: ClassesOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
     features: Annotated[
         int, typer.Option(help="Images shown beside their latents and features; 0: no picture.")
@@ -147,8 +145,7 @@ def data_show(
     """Draw a contact sheet of a data set, and its latents and features as pictures."""
     from fastrepa.commands.show.show import print_shown, show
 
-    wanted = [c for c in classes.split(",") if c.strip()] if classes else None
-    report = show(path, out, num=num, classes=wanted, seed=seed, features=features)
+    report = show(path, out, num=num, classes=classes, seed=seed, features=features, say=say)
     print_shown(report, Terminal())
 
 

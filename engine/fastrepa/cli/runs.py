@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
+from fastrepa.cli.app import ClassesOption, ConfigArgument, OverridesArgument, app
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import say, typed
 
@@ -88,9 +88,7 @@ def sample(
     guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
     precision: SamplePrecisionOption = None,
     compile: SampleCompileOption = None,
-    classes: Annotated[
-        str | None, typer.Option(help="Class names or numbers, separated by commas.")
-    ] = None,
+    classes: ClassesOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/generated.")] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
@@ -109,7 +107,8 @@ def sample(
     done = sample_run(
         run,
         out,
-        classes=[c for c in classes.split(",") if c.strip()] if classes else None,
+        classes=classes,
+        say=say,
         seed=seed,
         batch_size=batch_size,
         npz=npz,

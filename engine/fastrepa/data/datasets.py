@@ -32,6 +32,14 @@ class DataSet(Protocol):
         """Class names; the place in the list is the label."""
 
     @property
+    def class_sizes(self) -> list[int]:
+        """Samples of each class, by its number; some may have none."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that other images, labels or another order of them would change; no column."""
+
+    @property
     def num_samples(self) -> int: ...
 
     @property

@@ -23,12 +23,13 @@ class Gallery:
     """The N samples of a set of either layout, numbered 0 .. N-1; read as training reads them.
 
     labels: int64 [N]; classes: names, or numbers where it has none; encoders: its feature columns;
-    moments: what is known of its latents, or None. Reading raises DataError, naming the sample.
+    moments: what is known of its latents, or None; data: the set itself. Reading raises DataError,
+    naming the sample.
     """
 
     def __init__(self, path: Path) -> None:
         """Open the data set in folder `path`; DataError where it is none or files do not fit."""
-        self._data = data = open_data(path, verify="sizes")
+        self.data = data = open_data(path, verify="sizes")
         self.path, self.resolution, self.classes = path, data.resolution, data.classes
         self.moments, self.encoders = data.moments, data.features
         self.labels = _labels(data)
@@ -38,8 +39,8 @@ class Gallery:
     def key(self, number: int) -> str:
         """Return the set's name for a sample."""
         place = self._place(number)
-        if isinstance(self._data, ReferenceSet):
-            image = self._data.pair(*place).image
+        if isinstance(self.data, ReferenceSet):
+            image = self.data.pair(*place).image
             return f"{image.parent.name}/{image.stem}"
         return self._store("image").name(*place).rpartition(" ")[2]
 
@@ -74,9 +75,10 @@ class Gallery:
     def summary(self) -> list[tuple[str, str]]:
         """Properties of the set, in words."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        shards, samples = len(self._data.shard_sizes), len(self.labels)
-        if isinstance(self._data, ShardSet):
-            manifest = self._data.manifest
+        without = f", {(counts == 0).sum():,} without any" if not counts.all() else ""
+        shards, samples = len(self.data.shard_sizes), len(self.labels)
+        if isinstance(self.data, ShardSet):
+            manifest = self.data.manifest
             quality = f", quality {manifest.quality}" if manifest.quality is not None else ""
             where, layout = "shards", f"{manifest.image_format}{quality}, in tar shards"
             size = [("bytes", _size(sum(shard.bytes for shard in manifest.shards), samples))]
@@ -88,7 +90,10 @@ class Gallery:
         rows = [
             ("set", str(self.path)),
             ("images", f"{samples:,} in {shards:,} {where}"),
-            ("classes", f"{len(counts):,}, of {counts.min():,} to {counts.max():,} images"),
+            (
+                "classes",
+                f"{len(counts):,}, of {counts.min():,} to {counts.max():,} images{without}",
+            ),
             ("resolution", f"{self.resolution} px"),
             ("format", layout),
             *size,
@@ -104,7 +109,7 @@ class Gallery:
     def _store(self, field: str) -> SampleStore:
         if field not in self._stores:
             encoder = field.removeprefix("features.")
-            self._stores[field] = self._data.store(
+            self._stores[field] = self.data.store(
                 image=field == "image",
                 moments=field == "moments",
                 features=[encoder] if encoder != field else [],
@@ -115,7 +120,7 @@ class Gallery:
     def _place(self, number: int) -> tuple[int, int]:
         """The shard of a sample, and its place there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, int(number - self._ends[shard] + self._data.shard_sizes[shard])
+        return shard, int(number - self._ends[shard] + self.data.shard_sizes[shard])
 
 
 def choose(

@@ -33,8 +33,11 @@ from torch import Tensor, nn
 
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
+from fastrepa.checkpoint.identity import classes_beside, trained_classes
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
-from fastrepa.errors import ConfigError, FastrepaError, nearest, writing
+from fastrepa.data.classes import choose_classes, named
+from fastrepa.drawing import decoration
+from fastrepa.errors import ConfigError, FastrepaError, writing
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator
@@ -58,39 +61,14 @@ _OURS = re.compile(
 )
 
 
+def _nobody(text: str) -> None:
+    pass
+
+
 def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
     """Labels [num] int64: the classes (all of them by default) in turn, by image number."""
     chosen = torch.tensor(list(classes) if classes else range(num_classes), dtype=torch.int64)
     return chosen[torch.arange(num) % len(chosen)]
-
-
-def choose_classes(
-    requested: Sequence[str | int] | None, names: Sequence[str], num_classes: int
-) -> list[int]:
-    """Class numbers from names or numbers; all classes where nothing is requested.
-
-    A name wins over a number that is written alike; letter case matters only where two names
-    differ in nothing else. Raises ConfigError naming the first that is neither.
-    """
-    if not requested:
-        return list(range(num_classes))
-    folded = [name.casefold() for name in names]
-    chosen = []
-    for item in requested:
-        text = str(item).strip()
-        if text in names:
-            chosen.append(list(names).index(text))
-        elif folded.count(text.casefold()) == 1:
-            chosen.append(folded.index(text.casefold()))
-        elif text.isdecimal() and int(text) < num_classes:
-            chosen.append(int(text))
-        else:
-            known = f", or one of: {', '.join(names)}" if 0 < len(names) <= 20 else ""
-            raise ConfigError(
-                f"--classes: {text!r} is no class{nearest(text, names)}; a class is a number from"
-                f" 0 to {num_classes - 1}{known or (', or a class name' if names else '')}"
-            )
-    return chosen
 
 
 def rank_batches(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Tensor]:
@@ -224,7 +202,8 @@ class SampleFolder:
     num: int
     there: int
     """Images that were there before."""
-    grid: Path
+    grid: Path | None
+    """None: it could not be drawn."""
     npz: Path | None
     seconds: float
     is_rank_0: bool
@@ -241,6 +220,7 @@ def sample_run(
     npz: bool = False,
     ema: str | None = None,
     device: torch.device | None = None,
+    say: Callable[[str], None] = _nobody,
     **settings: Any,
 ) -> SampleFolder:
     """Draw images from the averaged weights of a run's newest checkpoint into a folder.
@@ -248,9 +228,10 @@ def sample_run(
     `ema` names another average than the run's first: 0.999, or sigma_rel=0.05.
     `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high,
     precision, compile); those that are None or missing come from the run's configuration. Image i
-    gets class i of `classes` in turn. Writes `000000.png`, ..., `grid.png` (the first 64), with
-    `npz` the ADM evaluation suite's `samples_NxHxWx3.npz`, and `sampling.json`, which says how they
-    were made.
+    gets class i of `classes` in turn: names or numbers (`choose_classes`), by default all that were
+    trained. `say` is told, on the first rank, how they were understood. Writes `000000.png`, ...,
+    `grid.png` (the first 64), with `npz` the ADM evaluation suite's `samples_NxHxWx3.npz`, and
+    `sampling.json`, which says how they were made.
     `out` defaults to RUN/generated. Under torchrun every process calls this and does a share; the
     folder must be one that all of them see. Called again with the same settings (`num` may differ),
     it goes on where it was stopped; with others it starts anew.
@@ -271,13 +252,13 @@ def sample_run(
     model = ready_to_sample(model, config.sample, config.training, device)
     num = config.sample.num
     batch_size = min(batch_size, num)
-    chosen = choose_classes(classes, info.classes, config.model.num_classes)
-    drawn = [info.classes[c] if info.classes else c for c in chosen] if classes else "all"
+    chosen = _chosen_classes(classes, info, config, say if world.is_rank_0 else _nobody)
     record = {
         "run": str(run), "checkpoint_step": info.step,
         "checkpoint": checkpoint.fingerprint(run, info.step),
         "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
-        "seed": seed, "batch_size": batch_size, **config.sample.model_dump(), "classes": drawn,
+        "seed": seed, "batch_size": batch_size, **config.sample.model_dump(),
+        **_recorded_classes(chosen, info.classes, not classes, config.model.num_classes),
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
     }  # fmt: skip
     there = of_rank_0(world, lambda: claim_folder(folder, record))
@@ -296,24 +277,66 @@ def sample_run(
         )  # fmt: skip
         _write_images(draw, labels, missing, folder)
     world.wait()  # every rank has written its images
-    packed = of_rank_0(world, lambda: _gather(folder, num, len(chosen), npz))
+    grid, packed = of_rank_0(world, lambda: _gather(folder, num, len(chosen), npz))
     seconds = time.perf_counter() - started
     if world.size > 1:
         destroy_world()
     npz_path = packed if world.is_rank_0 else None
-    grid = folder / "grid.png"
     return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_rank_0)
 
 
-def _gather(folder: Path, num: int, classes: int, npz: bool) -> Path | None:
-    """Draw the grid of a complete folder; with `npz` pack its images too, and return where."""
-    try:
+def _chosen_classes(
+    requested: Sequence[str | int] | None,
+    info: checkpoint.RunState,
+    config: Config,
+    say: Callable[[str], None],
+) -> list[int]:
+    """Numbers of the classes to draw, all of them trained; ConfigError for one that was not."""
+    count = config.model.num_classes
+    trained = trained_classes(info, count)
+    if changed := classes_beside(info, Path(config.data.path)):
+        say(f"{config.data.path}: {changed}; the run's names are those of its checkpoint")
+    if not requested:
+        if untrained := count - len(trained):
+            say(f"{untrained} of the model's {count} classes had no images in training: not drawn")
+        return trained
+    chosen = choose_classes(requested, info.classes, count, say=say)
+    for number in chosen:
+        if number not in trained:
+            known = ", ".join(named(info.classes, c) for c in trained[:20])
+            raise ConfigError(
+                f"--classes: class number {number} was never trained, as it had no images; "
+                f"trained are {known}{', ...' * (len(trained) > 20)}"
+            )
+    return chosen
+
+
+def _recorded_classes(
+    chosen: Sequence[int], names: Sequence[str], by_default: bool, num_classes: int
+) -> dict[str, Any]:
+    """Return what sampling.json says of the classes, which images have in turn: all of the model's,
+    or their names, or numbers where there are none; numbers too where two have the same name.
+    """
+    if by_default and len(chosen) == num_classes:
+        return {"classes": "all"}
+    drawn: list[Any] = [names[c] if c < len(names) else c for c in chosen]
+    unclear = any(list(names).count(name) > 1 for name in drawn)
+    return {"classes": drawn, **({"class_numbers": list(chosen)} if unclear else {})}
+
+
+def _gather(folder: Path, num: int, classes: int, npz: bool) -> tuple[Path | None, Path | None]:
+    """Draw the grid of a complete folder; with `npz` pack its images. Returns where both are."""
+    _check_complete(folder, num)
+    grid, packed = None, None
+    with decoration(folder / "grid.png"):
         shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
         columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
         save_grid(torch.stack(shown), folder / "grid.png", columns)
-        return write_adm_npz(folder, num) if npz else None
-    except OSError as e:
-        raise FastrepaError(f"{e.filename}: {e.strerror}") from None
+        grid = folder / "grid.png"
+    if npz:
+        with writing(folder, FastrepaError):
+            packed = write_adm_npz(folder, num)
+    return grid, packed
 
 
 def _write_images(
@@ -364,7 +387,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
             name = entry.name
             stays = same and PNG_NAME.fullmatch(name) and int(entry.stem) < record["num"]
             kept += bool(stays)
-            if _OURS.fullmatch(name) and name != RECORD and not stays:
+            if _OURS.fullmatch(name) and name != RECORD and not stays and not entry.is_dir():
                 entry.unlink()
         (folder / RECORD).write_text(written)
         return kept
@@ -397,6 +420,14 @@ def read_png(path: Path) -> Tensor:
     return torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
 
 
+def _check_complete(folder: Path, num: int) -> None:
+    if missing := [i for i in range(num) if not image_path(folder, i).is_file()]:
+        raise FastrepaError(
+            f"{image_path(folder, missing[0])}: missing ({len(missing)} of {num}); all processes"
+            " must see one and the same output folder"
+        )
+
+
 def write_adm_npz(folder: Path, num: int) -> Path:
     """Pack the images 0 .. num - 1 of `folder` for the ADM evaluation suite.
 
@@ -404,12 +435,7 @@ def write_adm_npz(folder: Path, num: int) -> Path:
     written image by image: 50,000 images of 256 px are 9.8 GB that never stand in memory. The
     file appears under its name when it is whole. Raises FastrepaError for a missing image.
     """
-    missing = [i for i in range(num) if not image_path(folder, i).is_file()]
-    if missing:
-        raise FastrepaError(
-            f"{image_path(folder, missing[0])}: missing ({len(missing)} of {num}); all processes"
-            " must see one and the same output folder"
-        )
+    _check_complete(folder, num)
     height, width = read_png(image_path(folder, 0)).shape[1:]
     target = folder / f"samples_{num}x{height}x{width}x3.npz"
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}

@@ -37,8 +37,9 @@ class Evaluator(Protocol):
         """
 
 
-MakeEvaluator = Callable[[Config, World, Codec, list[str]], Evaluator]
-"""Of a run's configuration, its ranks, its codec and the names of its classes (collective)."""
+MakeEvaluator = Callable[[Config, World, Codec, list[str], list[int]], Evaluator]
+"""Of a run's configuration, its ranks, its codec, the names of its classes and the numbers of those
+that have images (collective)."""
 
 
 class Evaluations:

@@ -6,15 +6,17 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastrepa.checkpoint.format import checkpoint_path
+from fastrepa.checkpoint.format import RunState, checkpoint_path
+from fastrepa.checkpoint.identity import other_samples
 from fastrepa.config import Config, TrainingConfig, VisionConfig, load_config
+from fastrepa.data.datasets import DataSet
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import COMPILED
 from fastrepa.runtime.terminal import say, typed
@@ -87,6 +89,25 @@ def warn_of_changes(run: Path, config: Config) -> None:
     for key, (old, new) in _differences(before.model_dump(), config.model_dump()):
         if not key.startswith(FREE_KEYS):
             say(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
+
+
+def warn_of_other_samples(before: RunState, data: DataSet) -> None:
+    """Say where the set is no longer what it was when the checkpoint was written."""
+    for words in other_samples(before, data):
+        print(f"warning: {words}: this run's curve changes", flush=True)
+
+
+def untrained_classes(data: DataSet, trained: Sequence[int], num_classes: int) -> str:
+    """Say how many of the model's classes have no images, if any; `trained` have had some."""
+    untrained = num_classes - len(trained)
+    if not untrained:
+        return ""
+    empty = data.class_sizes.count(0)
+    of_the_set = f"{len(data.classes)}" + (f", {empty} of them without images" if empty else "")
+    return (
+        f"model.num_classes is {num_classes}, the set has {of_the_set}: {untrained} "
+        f"class{'es' * (untrained > 1)} will never be trained"
+    )
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -14,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import recorded
-from fastrepa.checkpoint.format import RunState, checkpoint_path, newest_checkpoint
+from fastrepa.checkpoint.format import (
+    RunState,
+    checkpoint_path,
+    newest_checkpoint,
+    read_state,
+)
+from fastrepa.checkpoint.identity import check_classes, trained_classes
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import Config, DataConfig, save_config
 from fastrepa.data.datasets import DataSet, open_data
@@ -34,7 +40,14 @@ from fastrepa.training.evaluation import Evaluations, MakeEvaluator
 from fastrepa.training.grids import draw_grid
 from fastrepa.training.inputs import build_inputs
 from fastrepa.training.look_ahead import Batches
-from fastrepa.training.messages import farewell, first_line, slow_precision, warn_of_changes
+from fastrepa.training.messages import (
+    farewell,
+    first_line,
+    slow_precision,
+    untrained_classes,
+    warn_of_changes,
+    warn_of_other_samples,
+)
 from fastrepa.training.meters import image_flops
 from fastrepa.training.schedule import learning_rate
 from fastrepa.training.telemetry import Telemetry, versions
@@ -63,13 +76,18 @@ class Run:
         # Small questions between hosts go over gloo, which does not make a GPU wait.
         self.host_group = host_group or host_group_of(config.survival)
         self.world, self.folder = world, Path(config.run)
-        self.data = _open_data(config.data, config.model.num_classes)
-        inputs = build_inputs(config, world, self.data)
+        self.data = data = _open_data(config.data, config.model.num_classes)
+        self.drawn = [number for number, size in enumerate(data.class_sizes) if size]
+        self.data_digest = data.digest
+        self.resumed_from = of_rank_0(world, lambda: _newest_checkpoint(self.folder))
+        self.before = None if self.resumed_from is None else read_state(self.resumed_from)
+        if self.before is not None:
+            check_classes(self.before, data)
+        inputs = build_inputs(config, world, data)
         measured = None
         if config.evaluation.every and evaluator:
-            measured = evaluator(config, world, inputs.codec, self.data.classes)
+            measured = evaluator(config, world, inputs.codec, data.classes, self.drawn)
         self.evaluations = Evaluations(config, world, inputs.codec, measured)
-        self.resumed_from = of_rank_0(world, lambda: _newest_checkpoint(self.folder))
         self.trainer = Trainer(config, world, inputs=inputs, checkpoint=self.resumed_from)
         self.config = self.trainer.config
         self.metrics: dict[str, float] = {}  # the last logged line
@@ -90,6 +108,8 @@ class Run:
             raise ConfigError("evaluation.every: this run was given nothing to evaluate with")
         if world.is_rank_0:
             warn_of_changes(self.folder, config)
+            if self.before is not None:
+                warn_of_other_samples(self.before, self.data)
             save_config(config, self.folder / "config.yaml")
         ran = attention_record(config.attention, self.trainer.attention)
         with Telemetry(
@@ -112,6 +132,8 @@ class Run:
                     telemetry.say(line)
             for line in self.evaluations.first_words():
                 telemetry.warn(line)
+            if untrained := untrained_classes(self.data, self.trained, config.model.num_classes):
+                telemetry.say(untrained)
             if self.step >= config.training.steps:
                 telemetry.say(
                     f"{self.folder} is finished already: to go on, raise training.steps; "
@@ -240,7 +262,20 @@ class Run:
             metrics=self.metrics | self.evaluations.at(self.step),
             emas=recorded(self.config.training.ema),
             ema_since=self.trainer.optimizer.ema_since,
+            trained=self.trained,
+            num_samples=self.data.num_samples,
+            data_digest=self.data_digest,
         )
+
+    @property
+    def trained(self) -> list[int]:
+        """Numbers of the classes that have had images, in this process or before."""
+        before = (
+            []
+            if self.before is None
+            else trained_classes(self.before, self.config.model.num_classes)
+        )
+        return sorted({*before, *self.drawn})
 
     def _evaluate(self, telemetry: Telemetry, watch: Watch) -> None:
         """Metrics of the averaged weights; training.keep_best may go by them (collective)."""
@@ -256,7 +291,7 @@ class Run:
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """Write the grid of this step: samples/step_*.png (collective)."""
-        grid = draw_grid(self.trainer, len(self.data.classes))
+        grid = draw_grid(self.trainer, self.drawn, telemetry.warn)
         if grid is not None:
             path = self.folder / "samples" / f"step_{self.step:07d}.png"
             with telemetry.dispensable(f"samples/{path.name}"):

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
+from fastrepa.drawing import decoration
 from fastrepa.errors import DataError, FastrepaError
 from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import aside
@@ -119,9 +120,10 @@ class Telemetry:
         ran_on = machine() | (environment or {})
         (run / "environment.json").write_text(json.dumps(ran_on, indent=1))
         if config.training.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with decoration(run / "tensorboard", self._end_tensorboard):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+                self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
         if config.training.wandb:
             self._wandb = _start_wandb(run, config)
 
@@ -132,9 +134,19 @@ class Telemetry:
         if self._bar is not None:
             self._bar.__exit__()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with decoration(self.run / "tensorboard", self._end_tensorboard):
+                self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with decoration("wandb", self._end_wandb):
+                self._wandb.finish()
+
+    def _end_tensorboard(self, problem: str) -> None:
+        self._tensorboard = None  # its thread has ended and takes no more
+        self.warn(problem)
+
+    def _end_wandb(self, problem: str) -> None:
+        self._wandb = None
+        self.warn(problem)
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -170,15 +182,13 @@ class Telemetry:
         step = int(metrics["step"])
         numbers = {k: v for k, v in metrics.items() if k != "step"}
         if self._tensorboard is not None:
-            try:
+            with decoration(self.run / "tensorboard", self._end_tensorboard):
                 for key, value in numbers.items():
                     group = "share of time/" if key in NAMES else ""
                     self._tensorboard.add_scalar(group + key, value, step)
-            except OSError as e:  # its thread has ended and takes no more
-                self._tensorboard = None
-                self.warn(f"{self.run / 'tensorboard'}: cannot be written ({e}); it ends here")
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            with decoration("wandb", self._end_wandb):
+                self._wandb.log(numbers, step=step)
         shown = {
             "loss": f"{metrics['loss']:.4f}",
             "align": f"{metrics['alignment_loss']:.3f}" if "alignment_loss" in metrics else None,
@@ -212,18 +222,17 @@ class Telemetry:
 
     @contextlib.contextmanager
     def dispensable(self, name: str) -> Iterator[None]:
-        """Around writing what training can do without: where it cannot be, that is a warning."""
-        try:
+        """Around what training can do without: whatever fails there is a warning."""
+        with decoration(self.run / name, self.warn):
             yield
-        except OSError as e:
-            self.warn(f"{self.run / name}: cannot be written ({e}); training goes on")
 
     def picture(self, tag: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard too."""
         if self._tensorboard is not None:
             from fastrepa.data.images import read_rgb
 
-            self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
+            with decoration(self.run / "tensorboard", self._end_tensorboard):
+                self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
 
     def history(self) -> list[dict[str, float]]:
         """Every logged line so far."""

@@ -169,6 +169,7 @@ def test_without_a_held_out_set_a_run_is_measured_on_its_own_with_a_warning(tmp_
     config = load_config(tmp_path / "run/config.yaml")
     data = _images(config.data, None, 40, 0, lambda *_: None)
     assert not set(data.places[0]) & set(data.places[1])
+    assert set(data.labels[data.rest]) == set(data.labels[~data.rest])  # every class on both sides
     given = probe_run(
         tmp_path / "run", num=40, encoders=[small], held_out=EMOJI / "validation", seed=0
     )

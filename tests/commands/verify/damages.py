@@ -216,8 +216,6 @@ for number, (change, line) in enumerate((
     (lambda m: m["classes"][0].update(samples=10),
      "manifest.json: class 'ant' has 10 samples, the indices 9"),
     (lambda m: m.update(num_samples=35), "manifest.json: num_samples is 35, its shards hold 34"),
-    (lambda m: m["classes"][0].update(name="bee"),
-     "manifest.json: class 'bee' is there more than once"),
     (lambda m: m["features"][0]["files"].pop(),
      "manifest.json: features.enc has 4 files for 5 shards"),
 )):  # fmt: skip

@@ -124,6 +124,13 @@ def test_a_sound_set(folder: Path) -> None:
     assert report.num_bytes == sum(path.stat().st_size for path in listed)
 
 
+def test_two_classes_of_one_name_are_worth_a_look_and_not_wrong(folder: Path) -> None:
+    edit_manifest(folder, lambda m: m["classes"][2].update(name="ant"))
+    report = check(folder)
+    assert report.ok
+    assert report.notes == ["manifest.json: 'ant' is the name of classes 0 and 2"]
+
+
 def test_truncated_tar_names_every_sample_that_is_lost(folder: Path) -> None:
     starts = load_index(folder / INDEX)["image_offset"]
     os.truncate(folder / TAR, int(starts[6]) - 512)

@@ -9,8 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
-from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
-from fastrepa.errors import writing
+from fastrepa.drawing import INK, PALETTE, axes_title, decoration, new_figure, save_figure
 from fastrepa.runtime.terminal import Terminal, say_json
 
 PICTURE = "bench.png"
@@ -24,8 +23,10 @@ COLOURS = {
 
 def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) -> None:
     """Print the table, write the picture into `out`."""
-    with writing(f"--out: {out}"):
+    files = [FILE, TURNS]
+    with decoration(out / PICTURE):
         save_bench_picture(results, out / PICTURE)
+        files.append(PICTURE)
     if as_json:
         say_json([record(result) for result in results], indent=1)
         return
@@ -72,7 +73,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
         "*fullest moment of a step above the fp32 weights; ours: its share of that rival's",
     ):
         console.print(line)
-    console.print(f"{out}/: {FILE}, {TURNS}, {PICTURE}", soft_wrap=True)
+    console.print(f"{out}/: {', '.join(files)}", soft_wrap=True)
 
 
 def _title(result: Result) -> str:

@@ -155,6 +155,7 @@ def import_reference(
         samples_seen=read.steps * resolved.training.global_batch,
         **_shape_of(read.model, resolved.model.patch, file),
         classes=_classes(resolved.data),
+        trained=list(range(resolved.model.num_classes)),  # of a set that is not known
         world_size=1,
         versions=versions(),
         emas=read.record,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,17 @@ class RunEvaluator:
     first step. Features of the reference are made, or found beside it, when they are first needed.
     """
 
-    def __init__(self, config: Config, world: World, codec: Codec, classes: list[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        codec: Codec,
+        classes: list[str],
+        drawn: Sequence[int] | None = None,
+    ) -> None:
+        """drawn: numbers of the classes that take turns; None: all of `classes`."""
         self.config, self.world, self.codec, self.classes = config, world, codec, classes
+        self.drawn = range(len(classes)) if drawn is None else drawn
         self.settings = config.evaluation
         self._reference: Side | None = None
         metrics, encoders = choose_metrics(self.settings.metrics, self.settings.encoders)
@@ -79,7 +88,7 @@ class RunEvaluator:
         return Generated(
             model,
             self.codec,
-            default_labels(settings.num, len(self.classes)),
+            default_labels(settings.num, len(self.classes), self.drawn),
             self.classes,
             seed=config.seed,
             batch_size=min(settings.batch_size, settings.num),

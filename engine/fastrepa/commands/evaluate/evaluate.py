@@ -10,6 +10,7 @@ from typing import Any
 
 from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
+from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
     ENOUGH,
@@ -23,6 +24,7 @@ from fastrepa.commands.evaluate.feature_sets import save_statistics as write_sta
 from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
 from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
+from fastrepa.data.datasets import is_data, open_data
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
 from fastrepa.runtime.progress import Bar
@@ -77,12 +79,14 @@ def evaluate(
     notes: list[str] = []
     record: dict[str, Any] = {}
 
-    def open_source(path: Path) -> Any:
+    def open_source(path: Path, other: Path) -> Any:
         if not is_run(path):
             return open_stored(path)
-        return _run_source(path, world, record, batch_size, seed=seed, ema=ema, **settings)
+        return _run_source(
+            path, other, world, record, notes, batch_size, seed=seed, ema=ema, **settings
+        )
 
-    sources = [open_source(path) for path in (samples, reference)]
+    sources = [open_source(samples, reference), open_source(reference, samples)]
     if not record and (given := [k for k, v in settings.items() if v is not None]):
         raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
     evaluator = SetEvaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
@@ -115,18 +119,11 @@ def evaluate(
     if world.size > 1:
         destroy_world()
     return Evaluation(
-        str(samples),
-        str(reference),
-        sides[0].num,
-        sides[1].num,
-        tuple(chosen),
-        scores,
-        tuple(notes),
+        str(samples), str(reference), sides[0].num, sides[1].num,
+        tuple(chosen), scores, tuple(notes),
         {name: extractor.identity for name, extractor in evaluator.extractors.items()},
-        record,
-        time.perf_counter() - started,
-        world.is_rank_0,
-    )
+        record, time.perf_counter() - started, world.is_rank_0,
+    )  # fmt: skip
 
 
 def _bias_note(evaluator: SetEvaluator, metric: Metric, samples: Side, reference: Side) -> str:
@@ -144,19 +141,28 @@ def _bias_note(evaluator: SetEvaluator, metric: Metric, samples: Side, reference
 
 def _run_source(
     run: Path,
+    other: Path,
     world: World,
     record: dict[str, Any],
+    notes: list[str],
     batch_size: int,
     *,
     seed: int,
     ema: str | None,
     **settings: Any,
 ) -> Generated:
-    """A run's images as `fastrepa sample` would draw them; `record` is told how."""
+    """A run's images as `fastrepa sample` would draw them; `record` is told how.
 
+    Where `other`, which they are compared with, is the run's own set, it must have its classes, and
+    `notes` are told if it holds other images than it did.
+    """
     model, config, info = checkpoint.load_ema_model(run, world.device, ema)
     config = with_settings(config, settings)
     model = ready_to_sample(model, config.sample, config.training, world.device)
+    if is_data(other) and other.resolve() == Path(config.data.path).resolve():
+        data = open_data(other, verify="sizes")
+        check_classes(info, data)
+        notes.extend(other_samples(info, data))
     record.update(
         checkpoint_step=info.step,
         ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
@@ -164,10 +170,11 @@ def _run_source(
         **config.sample.model_dump(),
     )
     codec = build_codec(config.data.codec, resolution=config.data.resolution, device=world.device)
+    drawn = trained_classes(info, len(info.classes) or config.model.num_classes)
     return Generated(
         model,
         codec,
-        default_labels(config.sample.num, len(info.classes) or config.model.num_classes),
+        default_labels(config.sample.num, config.model.num_classes, drawn),
         info.classes,
         seed=seed,
         batch_size=min(batch_size, config.sample.num),

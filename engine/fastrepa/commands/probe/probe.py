@@ -24,6 +24,7 @@ from fastrepa.commands.probe.report import (
 from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
+from fastrepa.drawing import decoration
 from fastrepa.errors import ConfigError, DataError, writing
 from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.vision.registry import parse_encoders
@@ -34,12 +35,12 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Probed:
-    """A probe's findings, its record, and where record and picture lie."""
+    """A probe's findings, its record, and the files in its folder: that and a picture."""
 
     found: RunProbe | DataProbe
     record: dict[str, Any]
     folder: Path
-    picture: str
+    files: list[str]
 
 
 def probe(
@@ -93,11 +94,14 @@ def probe(
     picture = HEAT_MAP if is_run else FEATURES
     with writing(f"--out: {folder}"):
         (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    files = [RECORD]
+    with decoration(folder / picture):
         if isinstance(found, RunProbe):
             save_heat_map(found, folder / picture)
         else:
             save_features(found, folder / picture)
-    return Probed(found, record, folder, picture)
+        files.append(picture)
+    return Probed(found, record, folder, files)
 
 
 def print_probe(probed: Probed, *, as_json: bool = False) -> None:
@@ -110,7 +114,7 @@ def print_probe(probed: Probed, *, as_json: bool = False) -> None:
         print_run_probe(probed.found, console)
     else:
         print_data_probe(probed.found, console)
-    console.print(f"{probed.folder}/: {RECORD}, {probed.picture}", soft_wrap=True)
+    console.print(f"{probed.folder}/: {', '.join(probed.files)}", soft_wrap=True)
 
 
 def kind_of(target: Path) -> str:

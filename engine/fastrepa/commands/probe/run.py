@@ -28,11 +28,13 @@ from fastrepa.checkpoint.format import (
     load_ema_model,
     read_state,
 )
+from fastrepa.checkpoint.identity import check_classes, other_samples
 from fastrepa.checkpoint.kinds import EMA
 from fastrepa.commands.probe.images import choose_classes_of, read_images
 from fastrepa.commands.probe.separability import balanced_accuracy, ridge_probe
 from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
 from fastrepa.config import CodecConfig, Config, DataConfig, EncoderConfig, ObjectiveConfig
+from fastrepa.data.classes import first_difference
 from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import is_data
 from fastrepa.data.gallery import Gallery, choose
@@ -112,7 +114,9 @@ def probe_run(
     if not encoders:
         raise ConfigError(f"{run}: is aligned to no encoder; say with --encoders what to compare")
     data = _images(config.data, held_out, num, seed, progress)
-    said = list(data.said)
+    own = data.galleries[0].data
+    check_classes(made, own)
+    said = [*data.said, *(f"warning: {words}" for words in other_samples(made, own))]
     features = [_encoder_features(e, data, batch_size, device, progress) for e in encoders]
     inputs = _noised(
         config.data.codec, config.objective, data, time, seed, batch_size, device, progress
@@ -135,8 +139,7 @@ def probe_run(
     found_cknna, found_cka, accuracy = _compared(
         blocks(), features, data, (len(model.blocks), len(steps))
     )
-    own = tuple(e.name for e in config.vision.encoders)
-    aligned = config.alignment.block if own and config.alignment.weight > 0 else None
+    aligned = bool(config.vision.encoders) and config.alignment.weight > 0
     if config.model.label_dropout == 0:
         said.append("the null class was never trained (model.label_dropout is 0)")
     m = config.model
@@ -152,13 +155,11 @@ def probe_run(
         accuracy=accuracy,
         encoder_accuracy=np.array([data.accuracy(y) for y in features]),
         chance=1 / data.num_classes if data.num_classes else np.nan,
-        block=aligned,
-        time=time,
-        seed=seed,
+        block=config.alignment.block if aligned else None,
+        time=time, seed=seed, said=said,
         fitted=int(np.count_nonzero(~data.rest)),
         held_out=int(np.count_nonzero(data.rest)),
-        said=said,
-    )
+    )  # fmt: skip
 
 
 def _compared(
@@ -278,14 +279,19 @@ def _images(
                 f"{gallery.path}: images of {gallery.resolution} px, the run's are "
                 f"{config.resolution} px"
             )
-    if list(other.classes) != list(own.classes):
-        raise DataError(f"{other.path}: its classes are not those of {own.path}")
+    if difference := first_difference(own.classes, other.classes):
+        number, wanted, found = difference
+        raise DataError(
+            f"{other.path}: its classes are not those of {own.path}: number {number} is {found!r}, "
+            f"not {wanted!r}"
+        )
     allowed, said = choose_classes_of(own.labels, num, seed)
     if beside:
         said.insert(0, f"measured on {other.path}")
         fit, rest = (choose(g.labels, num, seed, allowed) for g in (own, other))
     else:
         both = choose(own.labels, 2 * num, seed, allowed)
+        both = both[np.argsort(own.labels[both], kind="stable")]  # every class on both sides
         fit, rest = np.sort(both[0::2]), np.sort(both[1::2])
         said.insert(
             0,

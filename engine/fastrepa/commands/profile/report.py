@@ -18,6 +18,7 @@ from fastrepa.commands.profile.profile import (
     mfu_of_ceiling,
     report_as_dict,
 )
+from fastrepa.drawing import decoration
 from fastrepa.errors import writing
 from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.terminal import Terminal, say, say_json
@@ -32,15 +33,13 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
     from fastrepa.commands.profile.picture import save_roofline, save_step
 
     tree = report_as_dict(report)
-    files = [
-        report.folder / "step.png",
-        report.folder / "roofline.png",
-        report.folder / "profile.json",
-    ]
+    files = [report.folder / "profile.json"]
     with writing(f"--out: {report.folder}"):
-        save_step(report, files[0])
-        save_roofline(report, files[1])
-        files[2].write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        files[0].write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    for name, save in (("roofline.png", save_roofline), ("step.png", save_step)):
+        with decoration(report.folder / name):
+            save(report, report.folder / name)
+            files.insert(0, report.folder / name)
     if as_json:
         say_json(tree, indent=1)
         return

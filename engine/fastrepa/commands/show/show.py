@@ -7,7 +7,7 @@ with each encoder's patch tokens (their first three principal components as colo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
+from fastrepa.data.classes import choose_classes, named
 from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.images import UnreadableImageError, open_image
 from fastrepa.data.sheet import (
@@ -27,7 +28,7 @@ from fastrepa.data.sheet import (
     principal_components,
     save_picture,
 )
-from fastrepa.errors import DataError, nearest
+from fastrepa.errors import DataError
 
 _PREVIEWED = 3  # channels of a latent that become red, green and blue
 
@@ -48,6 +49,7 @@ def show(
     classes: Sequence[str] | None = None,
     seed: int = 0,
     features: int = 6,
+    say: Callable[[str], None] = lambda text: None,
 ) -> ShowReport:
     """Write the contact sheet of the data set in folder `path`, and the picture of its columns.
 
@@ -55,9 +57,10 @@ def show(
         out: the contact sheet, a .png, or a folder for it; default `<name>_show.png` in the current
             folder. The columns' picture lies beside it, `<name>_show_columns.png`.
         num: images on the sheet, as evenly over the classes as they allow.
-        classes: names or numbers of the classes to show; None: all.
+        classes: names or numbers of the classes to show (`choose_classes`); None: all.
         seed: of the choice.
         features: images in the columns' picture; 0: no such picture.
+        say: is told how names and numbers of classes were understood.
 
     Raises DataError: no data set, an unknown class, or a file in the way that is none of ours.
     """
@@ -73,7 +76,7 @@ def show(
     for picture in wanted:
         _check_free(picture)
 
-    allowed = _labels_of(gallery, classes)
+    allowed = _labels_of(gallery, classes, say)
     chosen = choose(gallery.labels, num, seed, allowed)
     # Classes in their order; within one, images in the order of the draw.
     chosen = chosen[np.argsort(gallery.labels[chosen], kind="stable")]
@@ -117,26 +120,23 @@ def _columns_picture(gallery: Gallery, chosen: np.ndarray, name: str) -> Image.I
 
 
 def _caption(gallery: Gallery, number: int) -> tuple[str, str]:
-    return gallery.classes[int(gallery.labels[number])], gallery.key(number)
+    return named(gallery.classes, int(gallery.labels[number])), gallery.key(number)
 
 
-def _labels_of(gallery: Gallery, classes: Sequence[str] | None) -> list[int] | None:
-    """Labels of class names or numbers."""
-    if classes is None:
+def _labels_of(
+    gallery: Gallery, classes: Sequence[str] | None, say: Callable[[str], None]
+) -> list[int] | None:
+    """Numbers of the chosen classes, each of which has images; None: all."""
+    if not classes:
         return None
-    names = {name: label for label, name in enumerate(gallery.classes)}
-    labels = []
-    for word in (word.strip() for word in classes):
-        label = names.get(word, int(word) if word.isascii() and word.isdigit() else -1)
-        if not 0 <= label < len(names):
-            raise DataError(
-                f"class {word!r}: not a class of {gallery.path}, nor a number in "
-                f"0..{len(names) - 1}{nearest(word, names)}"
-            )
-        if not (gallery.labels == label).any():
-            raise DataError(f"class {word!r}: has no image in {gallery.path}")
-        labels.append(label)
-    return labels
+    names = gallery.classes
+    chosen = choose_classes(classes, names, len(names), kind=DataError, say=say)
+    sizes = np.bincount(gallery.labels, minlength=len(names))
+    if empty := [number for number in chosen if not sizes[number]]:
+        raise DataError(
+            f"{gallery.path}: class number {empty[0]}, {names[empty[0]]!r}, has no images"
+        )
+    return chosen
 
 
 def _picture_path(name: str, out: str | Path | None) -> Path:

@@ -6,6 +6,8 @@ opening, an array's header and its values when it is read, an image when it is d
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -67,6 +69,8 @@ class ReferenceSet:
         self.num_samples = sum(self.shard_sizes)
         count = 1 + max(int(folder.labels.max()) for folder in self._folders)
         self.classes = [str(label) for label in range(count)]  # their names are not stored
+        counts = sum(np.bincount(folder.labels, minlength=count) for folder in self._folders)
+        self.class_sizes: list[int] = np.asarray(counts).tolist()
 
     @classmethod
     def open(
@@ -92,6 +96,15 @@ class ReferenceSet:
             )
         folders = [_folder(name, labels[name]) for name in sorted(labels)]
         return cls(folder, side, header, folders)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the samples' names and labels, in their order."""
+        sha = hashlib.sha256()
+        for folder in self._folders:
+            sha.update(json.dumps([folder.name, len(folder.labels)]).encode())
+            sha.update(folder.numbers.tobytes() + folder.labels.tobytes())
+        return sha.hexdigest()
 
     @property
     def moments(self) -> MomentsColumn:

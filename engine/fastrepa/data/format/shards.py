@@ -12,6 +12,7 @@ layout").
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -214,6 +215,17 @@ class ShardSet:
     def classes(self) -> list[str]:
         """Class names; the place in the list is the label."""
         return [record.name for record in self.manifest.classes]
+
+    @property
+    def class_sizes(self) -> list[int]:
+        """Samples of each class, by its number; some may have none."""
+        return [record.samples for record in self.manifest.classes]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of those of the shards and their indices: of the images, labels and order."""
+        parts = [[shard.sha256, shard.index.sha256] for shard in self.manifest.shards]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def shard_sizes(self) -> list[int]:
