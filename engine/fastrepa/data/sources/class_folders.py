@@ -7,13 +7,12 @@ are.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from fastrepa.data.sources.label_files import refuse_tables
+from fastrepa.data.sources.label_files import refuse_notes, refuse_tables
 from fastrepa.data.sources.members import (
     ARCHIVE_EXTENSIONS,
     TABLE_EXTENSIONS,
@@ -36,23 +35,27 @@ _UNSEEN = dict.fromkeys(
 class Inside:
     """The part of a source that was asked for: a path in it; a "." at its end: as it is."""
 
-    def __init__(self, text: str | None) -> None:
+    def __init__(self, text: str | None = None) -> None:
         parts = [part for part in (text or "").split("/") if part]
         if ".." in parts:
-            raise DataError(f"--inside {printable(text)}: '..' leads out of the source")
+            raise DataError(f"--inside {text}: '..' leads out of the source")
         self.given = text is not None
         self.as_it_is = bool(parts) and parts[-1] == "."
-        self.path = self._said = "/".join(part for part in parts if part != ".")
+        self.path = "/".join(part for part in parts if part != ".")  # what is still to be found
+        self.reached = ""  # the folders that were
 
-    def reached(self) -> Inside:
-        """The same, seen from there."""
-        there = copy.copy(self)
-        there.path = ""
-        return there
+    def enter(self, source: Path) -> Path:
+        """Go down the path as far as there are folders; return the last one."""
+        while self.path:
+            first, _, rest = self.path.partition("/")
+            if not (source / first).is_dir():
+                break
+            source, self.path, self.reached = source / first, rest, self.below(first, whole=False)
+        return source
 
-    def below(self, *folders: str) -> str:
+    def below(self, *folders: str, whole: bool = True) -> str:
         """What to give for a folder that was found inside."""
-        return "/".join(filter(None, (self._said, *folders)))
+        return "/".join(filter(None, (self.reached, self.path if whole else "", *folders)))
 
 
 def labels_of_folders(
@@ -100,6 +103,8 @@ def labels_of_folders(
                 members.reject(members.names[i], "lies in no class folder")
             del row[i]
     raw = {name for row in class_of for name in row.values() if name is not None}
+    if len(raw) == 1 and not inside.as_it_is:
+        refuse_notes(found)
     _check_classes(source, found, flat, lead, raw)
     if not raw:
         refuse_tables(found, [], "")
@@ -207,10 +212,11 @@ def _refuse_parts(
         pair = masks_among(stems)
         if pair is not None:
             image, mask = ("/".join(filter(None, (*lead, above, name))) for name in pair)
-            give = "" if above else f", --inside {inside.below(image)}"
+            nested = not above and any(folder.split("/")[0] == pair[0] for folder in by_folder)
+            give = f"--inside {inside.below(image)}" if nested else "the images without masks"
             raise DataError(
                 f"{source}: {mask} has pictures for those of {image}, as masks do, and is no "
-                f"class; give the images alone{give}, or {take}"
+                f"class; give {give}, or {take}"
             )
     _refuse_masks_beside(source, found, take)
     if are_chunks(by_folder[""]):

@@ -20,6 +20,7 @@ from typing import Any
 from fastrepa.data.format.reference_layout import LABELS, short
 from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, MAX_LABEL
 from fastrepa.data.sources.members import Members, Note, Rows, extension_of, same_name
+from fastrepa.data.sources.splits import is_mask_name
 from fastrepa.errors import DataError
 from fastrepa.reading.text import parse_json
 
@@ -34,7 +35,9 @@ _NO_LABEL = re.compile(
     r"captions?|text|prompts?|descriptions?|urls?|source|reason|licen[cs]e|author|date|time|"
     r"md5|sha1|sha256|hash|phash|index|path|folder|split|fold)"
 )
-_LABELLED_FILES = re.compile(r".*(?:label|annotation|target).*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?)")
+_LABELLED_FILES = re.compile(
+    r".*(?:label|annotation|target|metadata)[^/]*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?|parquet)"
+)
 
 Row = list[tuple[str, str]]
 """One row of a table: (column, text)."""
@@ -112,7 +115,8 @@ def _labels(members: Members, place: int, most: int) -> dict[int, int]:
             raise DataError(
                 f"{where}: labels[{number}] is {short(entry)}, not [PATH, class number]"
             )
-        path = "/".join(part for part in entry[0].split("/") if part not in ("", "."))
+        parts = re.split(r"[/\\]", entry[0])  # some were written on Windows
+        path = "/".join(part for part in parts if part not in ("", "."))
         i = by_name.get(same_name(folder + path))
         if i is None:
             members.reject(folder + path, f"labelled in {LABELS}, but missing")
@@ -153,6 +157,25 @@ def refuse_tables(found: list[Members], class_of: Rows, take: str) -> None:
                     "labels are not read; give class folders, or a dataset.json of [PATH, number]"
                     + instead
                 )
+
+
+def refuse_notes(found: list[Members]) -> None:
+    """Raise DataError where images of one folder have a note each in a folder of labels.
+
+    Pascal VOC's JPEGImages/ and Annotations/, YOLO's images/ and labels/.
+    """
+    stems = {_stem(members.names[i]) for members in found for i in members.pictures()}
+    for members in found:
+        for name in members.left():
+            if is_mask_name(name.rpartition("/")[0]) and _stem(name) in stems:
+                raise DataError(
+                    f"{members.label}: {name} looks like the labels of an image, and such are not "
+                    "read; give class folders, or the images alone, as one class"
+                )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
 
 
 class _Names:
@@ -199,8 +222,8 @@ class _Names:
                 other |= said.keys()
         # A column without a value that comes twice numbers the images.
         labels = {c for c in other if named < _FEW or len(values[c]) < named}
-        if not labels or (extension_of(note.name) == ".txt" and 2 * named < rows):
-            return False
+        if not labels or (extension_of(note.name) == ".txt" and (named < 2 or 2 * named < rows)):
+            return False  # prose may name an image, too
         # A bare number or word may be a name by chance; half of all pictures are not.
         return by_stem < named or 2 * by_stem >= self._count
 

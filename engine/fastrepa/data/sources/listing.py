@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrepa.data.format.reference_layout import is_reference
+from fastrepa.data.format.reference_layout import IMAGES, is_reference
 from fastrepa.data.format.shards import FORMAT, MANIFEST, ShardSet
 from fastrepa.data.sources.archives import scan_archives
 from fastrepa.data.sources.class_folders import Inside, labels_of_folders, refuse_splits
@@ -86,8 +86,7 @@ def _list(
     spool: Path,
     progress: bool,
 ) -> Listing:
-    if source.is_dir() and inside.path and (source / inside.path).is_dir():
-        source, inside = source / inside.path, inside.reached()
+    source = inside.enter(source)
     tables, archives = _files_of(source)
     if tables and archives:
         raise DataError(f"{source}: holds {tables[0].name} and {archives[0].name}; "
@@ -110,6 +109,8 @@ def _list(
         only_folder = "image_column label_column" + (" inside" if inside.path else "")
         _refuse(source, given, only_folder, "a set in the reference's layout")
         return list_reference(source, names)
+    if source.name == IMAGES and is_reference(source.parent) and not inside.as_it_is:
+        raise DataError(f"{source}: its labels lie beside it, in REPA's layout; give its folder")
     _refuse(source, given, "image_column label_column", "a folder of class folders")
     if inside.path:
         raise DataError(f"{source}: holds no folder {inside.path} (--inside)")
@@ -151,12 +152,13 @@ def _of_one_split(source: Path, paths: list[Path], inside: Inside) -> tuple[list
     chosen = [path for path in paths if wanted and split.get(path) == wanted[0]]
     if not chosen:
         first = {split[path]: path.name for path in reversed(paths) if name_of[path] in several}
+        one = "train" if "train" in first else min(first)
         raise DataError(
             f"{source}: its files are of several splits ({', '.join(sorted(first.values()))}); "
-            f"give one of them, --inside {'train' if 'train' in first else min(first)}, or all, "
-            "--inside ."
+            f"give one of them, --inside {inside.below(one, whole=False)}, or all, --inside "
+            + inside.below(".", whole=False)
         )
-    return chosen, inside.reached()
+    return chosen, Inside()
 
 
 def _bare_name(path: Path) -> str:

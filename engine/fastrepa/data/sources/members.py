@@ -224,7 +224,7 @@ class Members:
     def _starts_as_a_picture(self, name: str, offset: int, size: int, inflated: int) -> bool:
         """Whether a file's first bytes are those of a picture. A few thousand are looked at."""
         self._looked += 1
-        if size < 16 or self._looked > _LOOKED:
+        if max(size, inflated) < 16 or self._looked > _LOOKED:
             return False
         try:
             if self.folders is not None:

@@ -111,6 +111,11 @@ def _telling(stems: Sequence[str]) -> bool:
     return numbers[0] > 1 or numbers[-1] - numbers[0] != len(numbers) - 1
 
 
+def is_mask_name(name: str) -> bool:
+    """Tell whether a folder is called as what belongs to images: masks, labels, annotations."""
+    return _MASKS.search(name.casefold()) is not None
+
+
 def mask_of(stem: str) -> str | None:
     """Return the stem of the picture that a mask's stem names: "a" of "a_mask" and of "a_seg_1"."""
     match = _MASK_OF.fullmatch(stem.casefold())

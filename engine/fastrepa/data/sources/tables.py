@@ -24,6 +24,7 @@ from fastrepa.data.sources.entries import (
     printable,
 )
 from fastrepa.data.sources.members import same_name
+from fastrepa.data.sources.splits import splits_among
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
 from fastrepa.errors import DataError, nearest
 from fastrepa.reading.text import parse_json
@@ -31,6 +32,7 @@ from fastrepa.runtime.files import write_array
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "cls")
+_SPLIT_NAMES = {"split", "subset", "partition", "set"}
 _BATCH = 64  # rows in memory
 _MAX_CLASS_NAME = 4096  # characters
 
@@ -73,6 +75,7 @@ def list_tables(
     total, before = sum(path.stat().st_size for path in paths), 0
     with byte_bar(f"copying images of {source.name}", total, progress) as report:
         for number, path in enumerate(paths):
+            _refuse_splits(path, columns)
             if _choose(path, columns.image, columns.label) != columns:
                 raise DataError(printable(f"{path}: other columns or classes than {paths[0].name}"))
             copy = spool / f"{number:05d}.bin"
@@ -133,6 +136,23 @@ def _choose(path: Path, image: str | None, label: str | None) -> _Columns:
     image = _pick(image, images, _IMAGE_NAMES, "image", "binary or a struct with bytes", where)
     label = _pick(label, labels, _LABEL_NAMES, "label", "integer or text", where)
     return _Columns(image, images[image], label, labels[label], _metadata_names(schema, label))
+
+
+def _refuse_splits(path: Path, columns: _Columns) -> None:
+    """Raise DataError where a column beside the label's says that rows are of several splits."""
+    import pyarrow as pa
+
+    with _open(path) as table:
+        named = set(table.schema_arrow.names) & _SPLIT_NAMES - {columns.label}
+        for name in sorted(named):
+            try:
+                values = table.read([name]).column(name).unique().to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(path, error) from None
+            if splits := splits_among(value for value in values if isinstance(value, str)):
+                raise DataError(
+                    f"{path}: its column {name} has {', '.join(splits)}; give a table of one split"
+                )
 
 
 def _pick(
