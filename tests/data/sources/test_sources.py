@@ -101,12 +101,13 @@ def test_a_source_that_is_none(tree: Path, tmp_path: Path) -> None:
     assert "not a regular file" in refused(tmp_path / "pipe.tar")
 
 
-@pytest.mark.parametrize("argument", ["inside", "class_names", "image_column", "label_column"])
+@pytest.mark.parametrize("argument", ["class_names", "image_column", "label_column"])
 def test_arguments_that_do_not_apply(tree: Path, tmp_path: Path, argument: str) -> None:
     (tmp_path / "names.txt").write_text("a\nb\n")
     value = tmp_path / "names.txt" if argument == "class_names" else "x"
     expected = f"{argument.replace('_', ' ')} does not apply to a folder of class folders"
     assert expected in refused(tree, **{argument: value})
+    assert "holds no folder x" in refused(tree, inside="x")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from numpy.lib import format as npy
 
 from fastrepa.data.format.columns import seal
 from fastrepa.data.format.shards import FeaturesColumn, FileRecord, MomentsColumn
+from fastrepa.errors import DataError
+from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import NewFile, write_whole
 
 Column = MomentsColumn | FeaturesColumn
@@ -79,8 +81,8 @@ def finished(folder: Path, column: Column, stem: str) -> dict[str, Any] | None:
     """The record of a finished column file, when it is one of this column's and still there."""
     path, record = paths(folder, column, stem)
     try:
-        done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        done: dict[str, Any] = read_json(record)
         whole = path.stat().st_size == done["file"]["bytes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, DataError, KeyError, TypeError):
         return None
     return done if whole and done["column"] == identity(column) else None

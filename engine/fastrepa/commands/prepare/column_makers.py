@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +19,7 @@ from fastrepa.data.format.reference import read_moments
 from fastrepa.data.format.reference_layout import moments_of
 from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.reading.text import parse_json
 from fastrepa.vision.codec import build_codec
 from fastrepa.vision.features import own_grid_encoder
 from fastrepa.vision.quantise import cosines, dequantise, quantise
@@ -113,7 +113,7 @@ class CopiesMoments:
     def __init__(self, data: ShardSet, root: Path) -> None:
         self._paths, self._root = data.index_paths, root
         with (data.path / data.manifest.sources.file).open(encoding="utf-8") as file:
-            self._sources = [json.loads(line) for line in file]
+            self._sources = [parse_json(line, file.name) for line in file]
         first = next(name for name in self._sources if name)
         channels2, side, _ = read_moments(root / moments_of(first)).shape
         if data.resolution != 8 * side:

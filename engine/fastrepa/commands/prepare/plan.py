@@ -27,6 +27,7 @@ from fastrepa.data.format.shards import ImageFormat
 from fastrepa.data.sources.entries import Listing
 from fastrepa.errors import DataError, printable
 from fastrepa.reading.arrays import map_npy
+from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import write_array, write_whole
 
 _ENTRIES, _NAMES, _ENDS = "plan.entries.npy", "plan.names", "plan.ends.npy"
@@ -58,6 +59,7 @@ class _Record(BaseModel):
     containers: list[str]
     rejected: list[tuple[str, str]]
     ignored: list[str]
+    unread: list[str] = []  # not in older plans
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class ShardPlan:
     containers: list[Path]
     rejected: list[tuple[str, str]]  # (printable name, reason)
     ignored: list[str]
+    unread: list[str]  # of those ignored: pictures by their first bytes
     entries: np.ndarray  # [n] of ENTRY_DTYPE, memory-mapped
     _ends: np.ndarray
     _names: Path
@@ -149,6 +152,7 @@ def write_plan(folder: Path, listing: Listing, settings: Settings) -> None:
         containers=[str(path.absolute()) for path in listing.containers],
         rejected=[(rejected.name, rejected.reason) for rejected in listing.rejected],
         ignored=listing.ignored,
+        unread=listing.unread,
     )
     # json, not pydantic's: names may hold bytes that are no UTF-8 (surrogates).
     write_whole(folder / PLAN, json.dumps(record.model_dump()).encode())
@@ -172,6 +176,7 @@ def open_plan(folder: Path) -> ShardPlan:
         containers=[Path(path) for path in record.containers],
         rejected=record.rejected,
         ignored=record.ignored,
+        unread=record.unread,
         entries=entries,
         _ends=ends,
         _names=folder / _NAMES,
@@ -200,12 +205,14 @@ def check_settings(folder: Path, before: Settings, now: Settings) -> None:
 
 def _read(folder: Path) -> _Record | None:
     try:
-        return _Record.model_validate(json.loads((folder / PLAN).read_bytes()))
+        text = (folder / PLAN).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{folder / PLAN}: cannot be read ({error.strerror})") from None
-    except (ValueError, ValidationError):
+    try:
+        return _Record.model_validate(parse_json(text, folder / PLAN))
+    except (DataError, ValidationError):
         raise DataError(
             f"{folder / PLAN}: not this fastrepa's plan; {_start_again(folder)}"
         ) from None

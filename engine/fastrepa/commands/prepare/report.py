@@ -6,6 +6,7 @@ The file holds no times and nothing about the machine: it depends on the source 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastrepa.data.format.index import load_index
 from fastrepa.data.format.partial import REPORT
 from fastrepa.data.format.shards import Manifest, SkippedRecord
 from fastrepa.errors import DataError, printable
+from fastrepa.reading.text import read_json
 
 _SHOWN = 5  # examples of each reason and of duplicates on the screen
 
@@ -52,6 +54,15 @@ class Duplicates(_Record):
     labels_differ: bool
 
 
+class PassedOver(_Record):
+    """Files of the source that are no images by their names, of one extension."""
+
+    extension: str  # ".heic", "" for none
+    files: int
+    pictures: int  # of them: pictures by their first bytes, or in no class folder
+    first: list[str]
+
+
 class SetReport(_Record):
     """`report.json`, typed."""
 
@@ -74,9 +85,10 @@ class SetReport(_Record):
     misnamed: int  # of another format than their extension says
     dim: int = 0  # of 16 bits, with no sample in the upper three quarters of their range
     ignored: int  # files of the source that are no images by their names
+    passed_over: list[PassedOver] = []  # what they are; not in older reports
     rejected: list[SkippedRecord]
     duplicates: list[Duplicates]
-    counts: dict[str, int]  # samples of each class, in label order
+    counts: dict[str, int]  # samples of each class, in label order; "NAME (LABEL)" if it has twins
 
 
 def make_report(
@@ -109,10 +121,40 @@ def make_report(
         source_modes=_sorted(modes),
         **{trait: traits[trait] for trait in TRAITS},
         ignored=len(plan.ignored),
+        passed_over=_passed_over(plan),
         rejected=list(manifest.skipped),
         duplicates=_duplicates(plan, indices, [h for mark in done for h in mark.hashes]),
-        counts={record.name: record.samples for record in manifest.classes},
+        counts=_counts(manifest),
     )
+
+
+def _counts(manifest: Manifest) -> dict[str, int]:
+    """Samples of each class by its name; a class is its number, so twins are named with theirs."""
+    names = Counter(record.name for record in manifest.classes)
+    counts: dict[str, int] = {}
+    for label, record in enumerate(manifest.classes):
+        key = record.name if names[record.name] == 1 else f"{record.name} ({label})"
+        while key in names and names[record.name] > 1:
+            key += f" ({label})"
+        counts[key] = record.samples
+    return counts
+
+
+def _passed_over(plan: ShardPlan) -> list[PassedOver]:
+    """What was passed over, the extension of most files first; of its names, pictures' first."""
+    pictures = set(plan.unread)
+    kinds: dict[str, list[str]] = {}
+    for name in plan.ignored:
+        kinds.setdefault(os.path.splitext(name)[1].lower(), []).append(name)
+    return [
+        PassedOver(
+            extension=extension,
+            files=len(names),
+            pictures=sum(name in pictures for name in names),
+            first=sorted(names, key=lambda name: name not in pictures)[:_SHOWN],
+        )
+        for extension, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
 
 
 def report_bytes(report: SetReport) -> bytes:
@@ -122,10 +164,8 @@ def report_bytes(report: SetReport) -> bytes:
 def read_report(folder: Path) -> SetReport:
     """The report inside a set. Raises DataError when it is missing or not one."""
     try:
-        return SetReport.model_validate(json.loads((folder / REPORT).read_bytes()))
-    except OSError as error:
-        raise DataError(f"{folder / REPORT}: cannot be read ({error.strerror})") from None
-    except (ValueError, ValidationError):
+        return SetReport.model_validate(read_json(folder / REPORT))
+    except ValidationError:
         raise DataError(f"{folder / REPORT}: not the report of a preparation") from None
 
 
@@ -161,8 +201,24 @@ def print_report(
         if value:  # what is not there says nothing
             table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
     console.print(table)
+    _print_passed_over(report.passed_over, console)
     _print_rejected(report.rejected, console)
     _print_duplicates(report.duplicates, console)
+
+
+def _print_passed_over(passed_over: Sequence[PassedOver], console: Console) -> None:
+    if not passed_over:
+        return
+    table = Table(
+        "extension", Column("files", justify="right"), Column("pictures", justify="right"),
+        "such as", title="passed over: no images by their names, or in no class folder",
+        title_justify="left",
+    )  # fmt: skip
+    for kind in passed_over:
+        pictures = f"{kind.pictures:,}" if kind.pictures else ""
+        name = kind.extension or "without extension"
+        table.add_row(escape(name), f"{kind.files:,}", pictures, escape("\n".join(kind.first)))
+    console.print(table)
 
 
 def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None:

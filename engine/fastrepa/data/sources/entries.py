@@ -56,6 +56,7 @@ class Listing:
     names: list[str]  # [n] for people, unique: f"{root}/{name}" says where the entry comes from
     rejected: list[Rejected] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # files that are no pictures by their names
+    unread: list[str] = field(default_factory=list)  # of those: pictures by their first bytes
     moments: list[str] | None = None  # [n] reference layout: the .npy of each, relative to root
 
 

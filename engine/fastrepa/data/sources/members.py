@@ -1,25 +1,44 @@
-"""An archive's members. A member's name is only ever a name: nothing is written under it."""
+"""Members of an archive or a folder. A name is only ever a name: nothing is written under it."""
 
 from __future__ import annotations
 
 import functools
 import os
 import re
+import stat
+import unicodedata
+import zlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from fastrepa.data.images import readable_extensions
-from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, Rejected
-from fastrepa.errors import printable
+from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, Rejected, read_file, read_range
+from fastrepa.errors import DataError, printable
 
 LABEL_EXTENSIONS = {".cls", ".json"}
+NOTE_EXTENSIONS = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt"}  # may be tables of labels
+_NOTES = 64  # of them that are looked into
+# Passed over with all that is below them, as is every name that begins with a dot.
+_HIDDEN = {"__MACOSX", "@eaDir"}
 # By their names. What a file is, its first bytes say.
 ARCHIVE_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip",
                       ".tar.zst", ".tzst")  # fmt: skip
+TABLE_EXTENSIONS = (".parquet", ".pq")
 
+_LOOKED = 4096  # files of unknown names that are looked into
+# How pictures begin that Pillow reads, and those of telephones and cameras that it does not.
+_PICTURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{12}[\x28\x6c\x7c]|II\*\0|MM\0\*|"
+    rb".{4}ftyp(?:hei|hev|mif|msf|avi|crx)|\xff\x0a|\0\0\0\x0cJXL |\0\0\0\x0cjP  |FUJIFILM",
+    re.DOTALL,
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+Rows = list[dict[int, "str | None"]]
+"""Of each container: a text about every image, by its place there."""
 
 ReportByte = Callable[[int], None]  # gets the byte of the archive that was reached
 
@@ -32,6 +51,16 @@ class UnsafeNameError(Exception):
 def picture_extensions() -> frozenset[str]:
     """Lower-case extensions, with their dot, of the files that count as images."""
     return frozenset(readable_extensions())
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is passed over, without a word: systems leave such behind."""
+    return name.startswith(".") or name in _HIDDEN
+
+
+def same_name(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): one text for what is one name to people."""
+    return unicodedata.normalize("NFC", name)
 
 
 def extension_of(name: str) -> str:
@@ -62,16 +91,26 @@ def safe_name(raw: str) -> str | None:
         raise UnsafeNameError("'..' in its name")
     if not parts:
         raise UnsafeNameError("no name")
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+    if any(map(is_hidden, parts)):
         return None
     return "/".join(parts)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A file that may be a table of labels, and where it lies."""
+
+    name: str
+    offset: int
+    size: int
+    inflated: int
 
 
 @dataclass
 class Members:
     """Images and labels found in one container, in its order, and what became of the rest."""
 
-    path: Path  # of the container
+    path: Path  # of the container: an archive, or a folder, whose members are files below it
     label: str  # what the user calls it, for messages
     prefix: str = ""  # before every name that people see
     inside: str = ""  # "" or a path with "/" at its end: only members below it count
@@ -82,9 +121,14 @@ class Members:
     rejected: list[Rejected] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)  # safe names of rejected images, why
     ignored: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # of those ignored: pictures by their bytes
     nested: list[str] = field(default_factory=list)  # folders that nested archives stand for
     labelled: bool = False  # .cls and .json were read as labels
+    label_file: str | None = None  # the member that was read as the labels of all
+    notes: list[Note] = field(default_factory=list)
+    folders: list[str] | None = None  # of a folder: the visible ones below it; None: an archive
     _seen: set[str] = field(default_factory=set)
+    _looked: int = 0
 
     def offer(
         self, raw: str, offset: int, size: int, inflated: int = -1, wrong: str | None = None
@@ -98,13 +142,12 @@ class Members:
         if name is None or not name.startswith(self.inside):
             return
         name = name[len(self.inside) :]
-        extension = extension_of(name)
-        picture = extension in picture_extensions()
-        if not picture and extension not in LABEL_EXTENSIONS:
+        picture = extension_of(name) in picture_extensions()
+        if not picture and extension_of(name) not in LABEL_EXTENSIONS:
             if name.lower().endswith(ARCHIVE_EXTENSIONS):
                 self.reject(name, "an archive inside an archive; unpack or list it by itself")
             else:
-                self.ignored.append(printable(self.prefix + name))
+                self.pass_over(name, None if wrong else (offset, size, inflated))
             return
         if wrong is None and name in self._seen:
             wrong = "a second member of this name"
@@ -116,10 +159,84 @@ class Members:
                 self.lost.append((name, wrong))
             return
         self._seen.add(name)
+        self.take(name, offset, size, inflated)
+
+    def take(self, name: str, offset: int, size: int, inflated: int = -1) -> None:
+        """Take in an image or a file of labels."""
         self.names.append(name)
         self.offset.append(offset)
         self.size.append(size)
         self.inflated.append(inflated)
+
+    def pass_over(self, name: str, place: tuple[int, int, int] | None) -> None:
+        """Note a file that is neither; `place`: its offset, size and inflated size, if it has one.
+
+        A file that begins as pictures do is noted as one of those that are not read.
+        """
+        extension = extension_of(name)
+        shown = printable(self.prefix + name)
+        self.ignored.append(shown)
+        if place is None:
+            return
+        if extension in NOTE_EXTENSIONS:
+            if len(self.notes) < _NOTES:
+                self.notes.append(Note(name, *place))
+        elif self._starts_as_a_picture(name, *place):
+            self.unread.append(shown)
+
+    def stray(self, name: str) -> None:
+        """Note an image that belongs to no class."""
+        self.ignored.append(printable(self.prefix + name))
+        self.unread.append(self.ignored[-1])
+
+    def left(self) -> list[str]:
+        """Printable names of what is neither an image nor was read as labels."""
+        pictures = picture_extensions()
+        unread = (
+            printable(self.prefix + name)
+            for name in ([] if self.labelled else self.names)
+            if extension_of(name) not in pictures and name != self.label_file
+        )
+        return [*self.ignored, *unread]
+
+    def pictures(self) -> list[int]:
+        """The places of the images."""
+        pictures = picture_extensions()
+        return [i for i, name in enumerate(self.names) if extension_of(name) in pictures]
+
+    def read(self, place: int, limit: int) -> bytes | None:
+        """The bytes of a member; None where there are more than `limit`, or it cannot be read."""
+        return self.read_note(
+            Note(self.names[place], self.offset[place], self.size[place], self.inflated[place]),
+            limit,
+        )
+
+    def read_note(self, note: Note, limit: int) -> bytes | None:
+        if max(note.size, note.inflated) > limit:
+            return None
+        try:
+            if self.folders is not None:
+                return read_file(self.path / note.name)
+            return read_range(self.path, note.offset, note.size, note.inflated)
+        except (OSError, DataError):
+            return None
+
+    def _starts_as_a_picture(self, name: str, offset: int, size: int, inflated: int) -> bool:
+        """Whether a file's first bytes are those of a picture. A few thousand are looked at."""
+        self._looked += 1
+        if max(size, inflated) < 16 or self._looked > _LOOKED:
+            return False
+        try:
+            if self.folders is not None:
+                with FileIO(os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)) as file:
+                    start = file.read(16) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+            else:
+                start = read_range(self.path, offset, min(size, 64))
+                if inflated >= 0:
+                    start = zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(start, 16)
+        except (OSError, DataError, zlib.error):
+            return False
+        return _PICTURE.match(start or b"") is not None
 
     def nest(self, raw: str) -> str | None:
         """The folder that a tar inside the archive stands for; None: it is not to be read."""

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from fastrepa.data.sources.tars import BLOCK, is_header
 from fastrepa.errors import DataError, printable
+from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import aside, fsync, write_whole
 from fastrepa.runtime.progress import BYTES, Bar
 
@@ -48,10 +49,10 @@ def identity(path: Path, **settings: Any) -> dict[str, Any]:
 def finished(copy: Path, source: dict[str, Any]) -> dict[str, Any] | None:
     """Return what was noted about a complete copy of this very source; None where there is none."""
     try:
-        note = json.loads(copy.with_suffix(".json").read_bytes())
+        note = read_json(copy.with_suffix(".json"))
         if note["source"] == source and copy.stat().st_size == note["bytes"]:
-            return note
-    except (OSError, ValueError, KeyError, TypeError):
+            return dict(note)
+    except (OSError, DataError, KeyError, TypeError):
         pass
     return None
 

@@ -6,7 +6,6 @@ The image bytes are copied once, in order, to `spool/00000.bin`, with their plac
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrepa.data.sources.class_folders import distinct_classes
 from fastrepa.data.sources.entries import (
     ENTRY_DTYPE,
     MAX_IMAGE_BYTES,
@@ -23,13 +23,17 @@ from fastrepa.data.sources.entries import (
     Rejected,
     printable,
 )
+from fastrepa.data.sources.members import same_name
+from fastrepa.data.sources.splits import splits_among
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
 from fastrepa.errors import DataError, nearest
 from fastrepa.reading.arrays import read_npy
+from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import write_array
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "cls")
+_SPLIT_NAMES = {"split", "subset", "partition", "set"}
 _BATCH = 64  # rows in memory
 _MAX_CLASS_NAME = 4096  # characters
 
@@ -72,6 +76,7 @@ def list_tables(
     total, before = sum(path.stat().st_size for path in paths), 0
     with byte_bar(f"copying images of {source.name}", total, progress) as report:
         for number, path in enumerate(paths):
+            _refuse_splits(path, columns)
             if _choose(path, columns.image, columns.label) != columns:
                 raise DataError(printable(f"{path}: other columns or classes than {paths[0].name}"))
             copy = spool / f"{number:05d}.bin"
@@ -134,6 +139,23 @@ def _choose(path: Path, image: str | None, label: str | None) -> _Columns:
     return _Columns(image, images[image], label, labels[label], _metadata_names(schema, label))
 
 
+def _refuse_splits(path: Path, columns: _Columns) -> None:
+    """Raise DataError where a column beside the label's says that rows are of several splits."""
+    import pyarrow as pa
+
+    with _open(path) as table:
+        named = set(table.schema_arrow.names) & _SPLIT_NAMES - {columns.label}
+        for name in sorted(named):
+            try:
+                values = table.read([name]).column(name).unique().to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(path, error) from None
+            if splits := splits_among(value for value in values if isinstance(value, str)):
+                raise DataError(
+                    f"{path}: its column {name} has {', '.join(splits)}; give a table of one split"
+                )
+
+
 def _pick(
     wanted: str | None,
     candidates: dict[str, Any],
@@ -167,12 +189,12 @@ def _is_bytes(kind: Any) -> bool:
 def _metadata_names(schema: Any, label: str) -> list[str] | None:
     """Class names that Hugging Face's `datasets` writes into the schema."""
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])
+        info = parse_json((schema.metadata or {})[b"huggingface"], "huggingface")
         names = info["info"]["features"][label]["names"]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, DataError, TypeError):
         return None
     strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if strings and names and len(set(names)) == len(names) else None
+    return list(map(same_name, names)) if strings and names else None
 
 
 def _copied(
@@ -256,7 +278,7 @@ def _listing(
             {note["names"][code] for code in np.unique(rows["label"])}
             for rows, (_, _, note) in zip(tables, copies, strict=True)
         ]
-        classes = sorted(set().union(*used))
+        classes = distinct_classes(source, set[str]().union(*used))
     elif classes is None:
         top = max((int(rows["label"].max()) for rows in tables if len(rows)), default=-1)
         classes = [str(label) for label in range(top + 1)]
@@ -269,7 +291,8 @@ def _listing(
         ]
         if columns.text:
             # -1: a name that only rejected rows have
-            codes = np.array([places.get(name, -1) for name in note["names"]], dtype=np.int64)
+            known = (places.get(same_name(name), -1) for name in note["names"])
+            codes = np.fromiter(known, dtype=np.int64, count=len(note["names"]))
             labels = codes[rows["label"]]
         else:
             labels = rows["label"]

@@ -1,17 +1,17 @@
-"""Labels of WebDataset tars: KEY.jpg with KEY.cls (decimal text) or KEY.json ("label" or "cls").
+"""Labels of WebDataset: KEY.jpg with KEY.cls (decimal text) or KEY.json ("label" or "cls").
 
 The key is the name up to the first dot after the last slash. Labels stay the numbers they are.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrepa.data.sources.entries import MAX_LABEL, read_range
-from fastrepa.data.sources.members import Members, extension_of, picture_extensions
+from fastrepa.data.sources.entries import MAX_LABEL
+from fastrepa.data.sources.members import Members, extension_of, picture_extensions, same_name
 from fastrepa.errors import DataError, printable
+from fastrepa.reading.text import parse_json
 
 _MAX_CLS = 64  # bytes
 _MAX_JSON = 1 << 20
@@ -101,7 +101,7 @@ def _label(members: Members, sample: _Sample) -> int | str:
     """A label, or why there is none."""
     if sample.cls is None:
         return "no .cls" if sample.json is None else _json_label(members, sample.json)
-    text = _read(members, sample.cls, _MAX_CLS)
+    text = members.read(sample.cls, _MAX_CLS)
     if text is None:
         return "its .cls cannot be read"
     stripped = text.strip()
@@ -111,31 +111,22 @@ def _label(members: Members, sample: _Sample) -> int | str:
 
 
 def _json_label(members: Members, place: int) -> int | str:
-    raw = _read(members, place, _MAX_JSON)
+    raw = members.read(place, _MAX_JSON)
     try:
-        value = json.loads(raw or b"")
+        value = parse_json(raw or b"", members.names[place])
         label = value.get("label", value.get("cls"))
-    except (ValueError, AttributeError, RecursionError):
+    except (DataError, AttributeError):
         return "its .json is not a JSON object"
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
         return 'its .json has no class index as "label" or "cls"'
     return label
 
 
-def _read(members: Members, place: int, limit: int) -> bytes | None:
-    size, inflated = members.size[place], members.inflated[place]
-    if max(size, inflated) > limit:
-        return None
-    try:
-        return read_range(members.path, members.offset[place], size, inflated)
-    except (OSError, DataError):
-        return None
-
-
 def read_class_names(path: Path) -> list[str]:
-    """Class names from a text file, one a line; DataError when it is none."""
+    """Class names from a text file, one a line, in composed form; DataError when it is none."""
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        # Lines end as files' do: a name may hold what str.splitlines takes for an end.
+        names = same_name(path.read_text(encoding="utf-8-sig")).split("\n")
     except OSError as error:
         raise DataError(printable(f"{path}: cannot be read ({error.strerror})")) from None
     except ValueError:
