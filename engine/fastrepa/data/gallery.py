@@ -50,7 +50,7 @@ class Gallery:
         self._fill("image", number, encoded=encoded)
         try:
             # `data verify` names what a decoder repairs in shards; training sees it as it is.
-            repaired = isinstance(self._data, ShardSet)
+            repaired = isinstance(self.data, ShardSet)
             return np.array(decode_rgb(encoded[0].tobytes(), repaired=repaired))
         except UnreadableImageError as error:
             name = self._store("image").name(*self._place(number))
