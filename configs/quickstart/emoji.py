@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 from fastrepa.commands.prepare.prepare import prepare
 from fastrepa.errors import DataError
+from fastrepa.reading.text import read_json
 
 LEFT_OUT = ("Component", "Flags")
 TONES = ("1F3FD",)
@@ -64,7 +64,7 @@ def choose(images: Path, labels: Path) -> Iterator[Emoji]:
     if not images.is_dir():
         raise DataError(f"{images}: no such folder")
     try:
-        entries: list[dict[str, Any]] = json.loads(labels.read_text(encoding="utf-8"))
+        entries: list[dict[str, Any]] = read_json(labels)
         for entry in entries:
             if entry["category"] in LEFT_OUT:
                 continue
@@ -74,8 +74,6 @@ def choose(images: Path, labels: Path) -> Iterator[Emoji]:
                 image = _image(images, form)
                 if image:
                     yield Emoji(image, entry["category"], base_of(form["unified"]))
-    except OSError as error:
-        raise DataError(f"{labels}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{labels}: not emoji-datasource's emoji.json ({error!r})") from None
 

@@ -37,11 +37,12 @@ from fastrepa.checkpoint.identity import classes_beside, trained_classes
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
 from fastrepa.data.classes import choose_classes, named
 from fastrepa.drawing import decoration
-from fastrepa.errors import ConfigError, FastrepaError, writing
+from fastrepa.errors import ConfigError, DataError, FastrepaError, writing
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import destroy_world, init_or_alone, of_rank_0
@@ -381,7 +382,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
                 f"{folder}: holds files that `fastrepa sample` did not write"
                 f" ({min(entries).name}, ...); nothing is overwritten, choose another --out"
             )
-        before = (folder / RECORD).read_text() if entries else ""
+        before = (folder / RECORD).read_bytes() if entries else b""
         kept, same = 0, _but_num(before) == _but_num(written)
         for entry in entries:
             name = entry.name
@@ -393,11 +394,11 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> int:
         return kept
 
 
-def _but_num(record: str) -> dict[str, Any] | None:
+def _but_num(record: str | bytes) -> dict[str, Any] | None:
     """Return what decides an image; None for no record."""
     try:
-        return {k: v for k, v in json.loads(record).items() if k != "num"}
-    except (ValueError, AttributeError):
+        return {k: v for k, v in parse_json(record, RECORD).items() if k != "num"}
+    except (DataError, AttributeError):
         return None
 
 
