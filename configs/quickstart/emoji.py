@@ -63,8 +63,12 @@ def choose(images: Path, labels: Path) -> Iterator[Emoji]:
     """The emoji of the set, in the order of emoji.json; those without an image are passed over."""
     if not images.is_dir():
         raise DataError(f"{images}: no such folder")
+    foreign = "not emoji-datasource's emoji.json"
     try:
         entries: list[dict[str, Any]] = read_json(labels)
+    except DataError as error:
+        raise DataError(f"{error}: {foreign}") from None
+    try:
         for entry in entries:
             if entry["category"] in LEFT_OUT:
                 continue
@@ -75,7 +79,7 @@ def choose(images: Path, labels: Path) -> Iterator[Emoji]:
                 if image:
                     yield Emoji(image, entry["category"], base_of(form["unified"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{labels}: not emoji-datasource's emoji.json ({error!r})") from None
+        raise DataError(f"{labels}: {foreign} ({error!r})") from None
 
 
 def build(images: Path, labels: Path, out: Path, *, quality: int, progress: bool = True) -> None:
