@@ -49,7 +49,7 @@ def test_a_set_has_its_own_resolution():
 
 
 def test_names_with_stray_bytes_and_controls_can_be_written_and_drawn(tmp_path):
-    """A folder has bytes for a name: what is no text is an escape on the sheet and in the record."""
+    """A folder has bytes for a name: what is no text is an escape on sheet and record."""
     names = (b"caf\xe9", b"ant\x1b[31m")
     for number, name in enumerate(names):
         write_tree(tmp_path / str(number), {"x": LEAST_OF_CLASS})
