@@ -116,6 +116,8 @@ def test_sample_run_again_with_classes(loaded, tmp_path):
     assert len(after) == 6
     assert all(before[name] != after[name] for name in after)  # other classes, other images
     assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == ["Food", "3"]
+    sample_run("run", tmp_path, num=6, classes=CLASSES[::-1])  # all of them, and in what order
+    assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == CLASSES[::-1]
 
 
 def test_precision_and_compilation_of_the_generator(loaded, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from fastrepa.drawing import INK, PALE
-from fastrepa.errors import DataError, writing
+from fastrepa.errors import DataError, printable, writing
 from fastrepa.runtime.files import write_whole
 
 TILE = 128
@@ -193,7 +193,7 @@ def _line_height(size: int) -> int:
 
 def _shortened(text: str, size: int, width: int) -> str:
     """The text, or as much of it as fits into `width` pixels with an ellipsis, on one line."""
-    text, font = " ".join(text.split()), _font(size)
+    text, font = printable(" ".join(text.split())), _font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

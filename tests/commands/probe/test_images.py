@@ -1,12 +1,18 @@
 """A sample of a set: its labels are those of its images, however few classes are drawn."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 
 from fastrepa.commands.probe.images import LEAST_OF_CLASS, choose_classes_of, draw_sample
+from fastrepa.commands.probe.probe import probe
 from fastrepa.data.gallery import Gallery
 from fastrepa.errors import ConfigError
 from tests.runs import ROOT
+from tests.sets.trees import write_tree
 
 EMOJI = ROOT / "configs/quickstart/emoji/validation"
 
@@ -40,3 +46,16 @@ def test_classes_that_cannot_be_told_are_passed_over():
 def test_a_set_has_its_own_resolution():
     with pytest.raises(ConfigError, match=r"--resolution: 32, but .* was prepared at 64 px"):
         draw_sample(EMOJI, 20, resolution=32)
+
+
+def test_names_with_stray_bytes_and_controls_can_be_written_and_drawn(tmp_path):
+    """A folder has bytes for a name: what is no text is an escape on sheet and record."""
+    names = (b"caf\xe9", b"ant\x1b[31m")
+    for number, name in enumerate(names):
+        write_tree(tmp_path / str(number), {"x": LEAST_OF_CLASS})
+        shutil.copytree(tmp_path / str(number) / "x", tmp_path / "set" / os.fsdecode(name))
+    probed = probe(tmp_path / "set", encoders="resnet10t=random@32", resolution=16, out=tmp_path)
+    assert probed.files == ["probe.json", "features.png"]
+    assert json.loads((tmp_path / "probe.json").read_text())["classes"] == [
+        "ant\\x1b[31m", "caf\\udce9"
+    ]  # fmt: skip

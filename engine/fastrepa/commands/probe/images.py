@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrepa.data.classes import written_form
 from fastrepa.data.datasets import is_data
 from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.images import UnreadableImageError, load_square
 from fastrepa.data.sources.entries import read_entry, read_file
 from fastrepa.data.sources.listing import list_source
 from fastrepa.data.sources.members import picture_extensions
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError, printable
 
 FOLDER_RESOLUTION = 256  # of a plain folder's images, unless said otherwise
 LEAST_OF_CLASS = 10  # images, for a class to be told from others
@@ -129,7 +130,8 @@ def _sample(
         )
         return ImageSample(images, None, [], names, why, said)
     place = np.searchsorted(allowed, labels)
-    return ImageSample(images, place, [classes[c] for c in allowed], names, "", said)
+    kept = [written_form(classes[c]) for c in allowed]
+    return ImageSample(images, place, kept, names, "", said)
 
 
 def _of_folder(path: Path, num: int, seed: int, resolution: int, progress: Progress) -> ImageSample:
@@ -146,7 +148,7 @@ def _of_folder(path: Path, num: int, seed: int, resolution: int, progress: Progr
     pictures, kept, names, bad = [], [], [], []
     places = choose(labels, num, seed, allowed)
     for row, place in enumerate(places):
-        name = flat[place].name if flat else listing.names[place]
+        name = printable(flat[place].name if flat else listing.names[place])
         try:
             data = read_file(flat[place]) if flat else read_entry(listing, int(place))
             pictures.append(np.asarray(load_square(data, resolution)))
