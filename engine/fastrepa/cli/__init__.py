@@ -28,7 +28,7 @@ def main() -> None:
     def shown(message: Any, *where: Any, **more: Any) -> str:
         return as_usual(printable(message), *where, **more)
 
-    warnings.formatwarning = shown  # type: ignore[assignment]
+    warnings.formatwarning = shown
     try:
         code = app(standalone_mode=False) or 0
     except FastrepaError as e:
