@@ -270,6 +270,8 @@ def test_other_decoders_mend_nothing_either() -> None:
         "PNG: half of its chunks": start + idat(good[at + 4 : at + 3000]) + good[-12:],
         "PNG: half of its file": good[: len(good) // 2],
         "TIFF: JPEG data": bytes(ended),
+        "TIFF: strips": tiff(pixels[..., 0], 8, t278=2),
+        "TIFF: a last strip": tiff(pixels[..., 0], 16, t257=60),
         "GIF: half": saved(SCENE, "GIF")[:2000] + b"\0;",
         "WebP: half": saved(SCENE, "WEBP")[:600],
         "JPEG 2000: half": saved(SCENE, "JPEG2000")[:3000] + EOI,
