@@ -23,6 +23,7 @@ from fastrepa.commands.evaluate.image_sources import Stills, open_stored
 from fastrepa.commands.prepare.prepare import prepare
 from fastrepa.commands.probe.images import draw_sample
 from fastrepa.commands.verify.checks import image_problem
+from fastrepa.commands.verify.verify import verify
 from fastrepa.data.images import (
     UnreadableImageError,
     decode_rgb,
@@ -321,6 +322,22 @@ def test_damage_is_named_and_counted_in_prepare_and_verify(tmp_path: Path) -> No
     assert image_problem(cut(JPEG), 96, "jpeg") == said
     with pytest.raises(DataError, match=r"cut\.jpg: cannot be decoded \(damaged"):
         images_of(source)
+
+
+def test_a_set_made_before_damage_was_seen_opens_and_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "source/a/whole.jpg", JPEG)
+    put(tmp_path / "source/a/cut.jpg", cut(JPEG))
+    monkeypatch.setattr("fastrepa.data.images.jpeg_damage", lambda data: None)
+    prepare(
+        tmp_path / "source", tmp_path / "set", resolution=96, image_format="jpeg", workers=0,
+        progress=False,
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert len(images_of(tmp_path / "set")) == 2
+    (problem,) = verify(tmp_path / "set", workers=0, progress=False).problems
+    assert "cannot be decoded (damaged: premature end" in str(problem)
 
 
 # --- what is no image -------------------------------------------------------------------------

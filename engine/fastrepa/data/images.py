@@ -44,7 +44,7 @@ _UPRIGHT = {
 # TIFF's tags, and some of their values.
 _BITS, _COMPRESSION, _POLARITY, _OFFSETS, _COUNTS = 258, 259, 262, (273, 324), (279, 325)
 _MOST, _PLANAR, _SIGNED, _TABLES = 281, 284, 339, 347
-_OF_JPEG, _WHITE_IS_ZERO, _SEPARATE = 7, 0, 2
+_OF_JPEG, _SEPARATE = 7, 2
 _DIM = 1 << 14  # samples of 16 bits that stay below have fewer, perhaps
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2  # JPEG's start-of-frame markers that every decoder knows
 
@@ -365,8 +365,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     full = _full_range(image)
     full = full if values.max() <= full else 65535
     grey = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-    if _tag(image, _POLARITY) == _WHITE_IS_ZERO:  # Pillow turns 1 to 8 bits over, but not 16
-        grey = 255 - grey
+    if image.format == "TIFF" and not _tag(image, _POLARITY):  # white is zero, or Pillow's default
+        grey = 255 - grey  # Pillow turns 1 to 8 bits over, but not 16
     if (key := image.info.get("transparency")) is not None:
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
