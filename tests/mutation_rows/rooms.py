@@ -75,6 +75,35 @@ ROWS = (
         "tests/data/test_images.py",
     ),
     (
+        "white is zero is black", "engine/fastrepa/data/images.py",
+        "grey = 255 - grey", "pass", "tests/reading/test_pictures.py",
+    ),
+    (
+        "a brightest sample is a range", "engine/fastrepa/data/images.py",
+        " and most & (most + 1) == 0", "", "tests/reading/test_pictures.py",
+    ),
+    (
+        "a 16-bit key of high bytes", "engine/fastrepa/data/images.py",
+        " & (np.asarray(rest) == key & 255)", "", "tests/reading/test_pictures.py",
+    ),
+    (
+        "a first warning hides the next", "engine/fastrepa/reading/damage.py",
+        "bare = _bare(data)", "bare = data", "tests/reading/test_pictures.py",
+    ),
+    (
+        "rough scans are whole", "engine/fastrepa/reading/damage.py",
+        "or any(low[c].values())", "", "tests/reading/test_pictures.py",
+    ),
+    (
+        "labels of samples by position", "engine/fastrepa/commands/evaluate/image_sources.py",
+        "int(path.stem) % len(classes) for path in files",
+        "i % len(classes) for i, path in enumerate(files)", "tests/reading/test_pictures.py",
+    ),
+    (
+        "an endless shape is believed", "engine/fastrepa/reading/arrays.py",
+        "if size != wanted:", "if size < 0:", "tests/reading/test_arrays.py",
+    ),
+    (
         "damaged rows pass", "engine/fastrepa/data/format/store.py",
         'if crc != int.from_bytes(stored, "little"):', "if False:",
         "tests/data/format/test_store.py",

@@ -23,6 +23,7 @@ from fastrepa.commands.evaluate.image_sources import Stills, open_stored
 from fastrepa.commands.prepare.prepare import prepare
 from fastrepa.commands.probe.images import draw_sample
 from fastrepa.commands.verify.checks import image_problem
+from fastrepa.commands.verify.verify import verify
 from fastrepa.data.images import (
     UnreadableImageError,
     decode_rgb,
@@ -35,9 +36,6 @@ from fastrepa.errors import DataError
 from tests.runs import command, environment
 from tests.sets.pictures import chunk, every_kind, key_chunk, png, saved, smooth, tiff
 from tests.sets.trees import noise
-
-# pytest listens to Pillow's warnings, which the decoder turns off.
-pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:PIL\.")
 
 SIDE = 32
 
@@ -139,7 +137,7 @@ def test_the_range_is_what_the_file_says_it_is() -> None:
         "both, white is zero": (tiff(4095 - ramp, 16, white_is_zero=True, t281=4095), wanted),
         "its sign": (tiff((ramp * 8).astype(np.int16), 16, t339=2), np.rint(wanted)),
         "maxval": (b"P5 66 4 4095\n" + ramp.astype(">u2").tobytes(), wanted),
-        "one picture's brightest": (tiff(ramp, 16, t281=4032), dark),
+        "one picture's brightest": (tiff(ramp, 16, t281=5000), dark),
         "a range that it exceeds": (tiff(ramp, 16, t281=1023), dark),
         # Significant bits are the upper ones: the samples are scaled.
         "significant bits": (png(ramp, 0, 16, chunk(b"sBIT", b"\x0c")), dark),
@@ -273,6 +271,8 @@ def test_other_decoders_mend_nothing_either() -> None:
         "PNG: half of its chunks": start + idat(good[at + 4 : at + 3000]) + good[-12:],
         "PNG: half of its file": good[: len(good) // 2],
         "TIFF: JPEG data": bytes(ended),
+        "TIFF: strips": tiff(pixels[..., 0], 8, t278=2),
+        "TIFF: a last strip": tiff(pixels[..., 0], 16, t257=60),
         "GIF: half": saved(SCENE, "GIF")[:2000] + b"\0;",
         "WebP: half": saved(SCENE, "WEBP")[:600],
         "JPEG 2000: half": saved(SCENE, "JPEG2000")[:3000] + EOI,
@@ -322,6 +322,22 @@ def test_damage_is_named_and_counted_in_prepare_and_verify(tmp_path: Path) -> No
     assert image_problem(cut(JPEG), 96, "jpeg") == said
     with pytest.raises(DataError, match=r"cut\.jpg: cannot be decoded \(damaged"):
         images_of(source)
+
+
+def test_a_set_made_before_damage_was_seen_opens_and_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "source/a/whole.jpg", JPEG)
+    put(tmp_path / "source/a/cut.jpg", cut(JPEG))
+    monkeypatch.setattr("fastrepa.data.images.jpeg_damage", lambda data: None)
+    prepare(
+        tmp_path / "source", tmp_path / "set", resolution=96, image_format="jpeg", workers=0,
+        progress=False,
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert len(images_of(tmp_path / "set")) == 2
+    (problem,) = verify(tmp_path / "set", workers=0, progress=False).problems
+    assert "cannot be decoded (damaged: premature end" in str(problem)
 
 
 # --- what is no image -------------------------------------------------------------------------

@@ -41,10 +41,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# TIFF's tags, and two of their values.
+# TIFF's tags, and some of their values.
 _BITS, _COMPRESSION, _POLARITY, _OFFSETS, _COUNTS = 258, 259, 262, (273, 324), (279, 325)
-_MOST, _SIGNED, _TABLES = 281, 339, 347
-_OF_JPEG, _WHITE_IS_ZERO = 7, 0
+_MOST, _PLANAR, _SIGNED, _TABLES = 281, 284, 339, 347
+_OF_JPEG, _SEPARATE = 7, 2
 _DIM = 1 << 14  # samples of 16 bits that stay below have fewer, perhaps
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2  # JPEG's start-of-frame markers that every decoder knows
 
@@ -195,8 +195,9 @@ def decode(image: Image.Image, data: bytes, *, repaired: bool = False) -> int | 
     Raises UnreadableImageError, unless `repaired` also for damage that the decoder repairs.
     """
     with _saying_why():
+        damage = None if repaired else _strips_missing(image)
         image.load()
-        damage = None if repaired else _damage(image, data)
+        damage = damage or (None if repaired else _damage(image, data))
         if damage is not None:
             raise UnreadableImageError(f"damaged: {damage}")
         return _orientation(image)
@@ -260,6 +261,17 @@ def _damage(image: Image.Image, data: bytes) -> str | None:
     if image.format == "TIFF":
         return next(filter(None, map(jpeg_damage, _jpegs_of_tiff(image, data))), None)
     return None
+
+
+def _strips_missing(image: Image.Image) -> str | None:
+    """Say whether the strips or tiles of a TIFF, not yet loaded, leave a part of it black."""
+    if image.format != "TIFF":
+        return None
+    planes = len(image.getbands()) if _tag(image, _PLANAR) == _SEPARATE else 1
+    extents = [tile[1] for tile in image.tile]  # type: ignore[attr-defined]
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in extents)
+    whole = covered >= planes * image.width * image.height
+    return None if whole else "strips of it are missing"
 
 
 def _jpegs_of_tiff(image: Image.Image, data: bytes) -> Iterator[bytes]:
@@ -353,8 +365,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     full = _full_range(image)
     full = full if values.max() <= full else 65535
     grey = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-    if _tag(image, _POLARITY) == _WHITE_IS_ZERO:  # Pillow turns 1 to 8 bits over, but not 16
-        grey = 255 - grey
+    if image.format == "TIFF" and not _tag(image, _POLARITY):  # white is zero, or Pillow's default
+        grey = 255 - grey  # Pillow turns 1 to 8 bits over, but not 16
     if (key := image.info.get("transparency")) is not None:
         grey[values == key] = 255
     return Image.fromarray(grey).convert("RGB")
