@@ -185,7 +185,7 @@ def _stem(name: str) -> str:
 
 
 class _Names:
-    """What a table may call the images of a source, and the class folders of those images."""
+    """All that a table may call the images of a source, and the class folders of those images."""
 
     def __init__(self, found: list[Members], folders: Rows) -> None:
         self._classes: dict[str, set[str]] = {}  # of every file name, also with its folder
@@ -220,7 +220,9 @@ class _Names:
             said = {
                 (i, column): text
                 for i, (column, text) in enumerate(row)
-                if not _NO_LABEL.fullmatch(column.casefold()) and self.named(text) != name
+                if not _NO_LABEL.fullmatch(column.casefold())
+                and self.named(text) != name
+                and not set(_tails(text)) & self._classes.keys()
             }
             named += 1
             by_stem += not any(text.strip().casefold().endswith(name) for _, text in row)
@@ -290,7 +292,7 @@ def _csv_rows(text: str, extension: str) -> Iterator[Row]:
 
 
 def _json_rows(value: Any, names: _Names) -> Iterator[Row]:
-    """Whatever in a JSON value may be a row: objects, {name: label} and [name, label]."""
+    """Yield whatever in a JSON value may be a row: objects, {name: label} and [name, label]."""
     coco = isinstance(value, dict) and {"images", "annotations"} <= value.keys()
     stack = [value]
     while stack:

@@ -101,7 +101,7 @@ def _shared(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def _telling(stems: Sequence[str]) -> bool:
-    """Whether names are none that every folder has: 0, 1, 2 or img0001, img0002."""
+    """Tell whether names are none that every folder has: 0, 1, 2 or img0001, img0002."""
     if sum(map(len, stems)) < _TELLING * len(stems):
         return False
     matches = [_RUNNING.fullmatch(stem) for stem in stems]
