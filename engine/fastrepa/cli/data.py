@@ -34,8 +34,8 @@ def prepare(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Class folders of images, a tar, tar.gz or zip of them, images with a dataset.json, "
-            "WebDataset tars, parquet tables, or a set of REPA's layout."
+            help="Class folders of images, a tar, tar.gz or zip of them, images with a "
+            "dataset.json, WebDataset tars, parquet tables, or a set of REPA's layout."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
