@@ -34,8 +34,8 @@ def prepare(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Class folders of images, a tar, tar.gz or zip of them, WebDataset tars, parquet "
-            "tables, or a set of REPA's layout."
+            help="Class folders of images, a tar, tar.gz or zip of them, images with a "
+            "dataset.json, WebDataset tars, parquet tables, or a set of REPA's layout."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
@@ -53,7 +53,11 @@ def prepare(
         bool, typer.Option("--skip-bad", help="Leave unusable images out, named and counted.")
     ] = False,
     inside: Annotated[
-        str | None, typer.Option(help="Folder inside the source that holds the class folders.")
+        str | None,
+        typer.Option(
+            help="Folder inside the source that holds the class folders, or a split of its files; "
+            "'.' at its end: the folders there, whatever they are called."
+        ),
     ] = None,
     class_names: Annotated[
         Path | None, typer.Option(help="File that names the classes of a source with numbers.")

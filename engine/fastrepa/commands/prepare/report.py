@@ -129,7 +129,7 @@ def make_report(
 
 
 def _counts(manifest: Manifest) -> dict[str, int]:
-    """Samples of each class by its name; a class is its number, so twins are named with theirs."""
+    """Count samples by class name; a class is its number, so twins are named with theirs."""
     names = Counter(record.name for record in manifest.classes)
     counts: dict[str, int] = {}
     for label, record in enumerate(manifest.classes):
@@ -141,7 +141,7 @@ def _counts(manifest: Manifest) -> dict[str, int]:
 
 
 def _passed_over(plan: ShardPlan) -> list[PassedOver]:
-    """What was passed over, the extension of most files first; of its names, pictures' first."""
+    """Count passed-over files by extension, most files first; of the names, pictures' first."""
     pictures = set(plan.unread)
     kinds: dict[str, list[str]] = {}
     for name in plan.ignored:

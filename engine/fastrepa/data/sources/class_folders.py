@@ -54,7 +54,7 @@ class Inside:
         return source
 
     def below(self, *folders: str, whole: bool = True) -> str:
-        """What to give for a folder that was found inside."""
+        """Return what to give for a folder that was found inside."""
         return "/".join(filter(None, (self.reached, self.path if whole else "", *folders)))
 
 

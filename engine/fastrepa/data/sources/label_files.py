@@ -174,21 +174,28 @@ def refuse_notes(found: list[Members]) -> None:
                 )
 
 
+def _tails(name: str) -> tuple[str, str]:
+    """A path's file name, and the same with the folder that it lies in."""
+    parts = name.casefold().split("/")
+    return parts[-1], "/".join(parts[-2:])
+
+
 def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
 class _Names:
-    """What a table may call the images of a source, and the class folders of those images."""
+    """All that a table may call the images of a source, and the class folders of those images."""
 
     def __init__(self, found: list[Members], folders: Rows) -> None:
-        self._classes: dict[str, set[str]] = {}  # of every file name
+        self._classes: dict[str, set[str]] = {}  # of every file name, also with its folder
         self._count = 0
         stems: dict[str, set[str]] = {}
         for members, row in zip(found, folders, strict=True):
             for i in members.pictures():
-                base = members.names[i].rpartition("/")[2].casefold()
-                self._classes.setdefault(base, set()).add(same_name(row.get(i) or ""))
+                base, longer = _tails(members.names[i])
+                for name in {base, longer}:
+                    self._classes.setdefault(name, set()).add(same_name(row.get(i) or ""))
                 stems.setdefault(base.rpartition(".")[0], set()).add(base)
                 self._count += 1
         # A bare stem is a name only where one file name has it.
@@ -196,8 +203,9 @@ class _Names:
 
     def named(self, text: str) -> str | None:
         """The file name that a text is, with its extension or without; None: it is none."""
-        base = text.replace("\\", "/").rpartition("/")[2].strip().casefold()
-        return base if base in self._classes else self._of_stem.get(base)
+        base, longer = _tails(text.replace("\\", "/").strip())
+        name = longer if longer in self._classes else base
+        return name if name in self._classes else self._of_stem.get(base)
 
     def are_labelled_by(self, members: Members, note: Note) -> bool:
         """Tell whether a table's rows label images otherwise than the images' folders do."""
@@ -212,7 +220,9 @@ class _Names:
             said = {
                 (i, column): text
                 for i, (column, text) in enumerate(row)
-                if not _NO_LABEL.fullmatch(column.casefold()) and self.named(text) != name
+                if not _NO_LABEL.fullmatch(column.casefold())
+                and self.named(text) != name
+                and not set(_tails(text)) & self._classes.keys()
             }
             named += 1
             by_stem += not any(text.strip().casefold().endswith(name) for _, text in row)
@@ -282,7 +292,7 @@ def _csv_rows(text: str, extension: str) -> Iterator[Row]:
 
 
 def _json_rows(value: Any, names: _Names) -> Iterator[Row]:
-    """Whatever in a JSON value may be a row: objects, {name: label} and [name, label]."""
+    """Yield whatever in a JSON value may be a row: objects, {name: label} and [name, label]."""
     coco = isinstance(value, dict) and {"images", "annotations"} <= value.keys()
     stack = [value]
     while stack:

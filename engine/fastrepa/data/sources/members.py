@@ -222,7 +222,7 @@ class Members:
             return None
 
     def _starts_as_a_picture(self, name: str, offset: int, size: int, inflated: int) -> bool:
-        """Whether a file's first bytes are those of a picture. A few thousand are looked at."""
+        """Tell whether a file's first bytes are a picture's. A few thousand are looked at."""
         self._looked += 1
         if max(size, inflated) < 16 or self._looked > _LOOKED:
             return False

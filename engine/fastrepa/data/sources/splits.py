@@ -65,19 +65,18 @@ def masks_among(stems: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
     By their names (images/ and masks/; cat/ and cat_mask/ of the same pictures), or because two
     hold pictures of the same telling names.
     """
-    for mask in stems:
-        match = _MASKS.search(mask.casefold())
+    by_name = {folder.casefold(): folder for folder in stems}
+    images = [folder for name, folder in by_name.items() if _IMAGES.fullmatch(name)]
+    for name, mask in by_name.items():
+        match = _MASKS.search(name)
         if match is None:
             continue
-        lower = mask.casefold()
-        rest = (lower[: match.start()] + lower[match.end() :]).strip("-_. ")
-        for folder in stems:
-            if folder == mask:
-                continue
-            if not rest and _IMAGES.fullmatch(folder.casefold()):
-                return folder, mask
-            if rest and folder.casefold() == rest and _shared(stems[folder], stems[mask]) > 0.5:
-                return folder, mask
+        rest = (name[: match.start()] + name[match.end() :]).strip("-_. ")
+        if not rest and images:
+            return images[0], mask
+        image = by_name.get(rest, mask)
+        if image != mask and _shared(stems[image], stems[mask]) > 0.5:
+            return image, mask
     return _pairs(stems)
 
 
@@ -101,7 +100,7 @@ def _shared(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def _telling(stems: Sequence[str]) -> bool:
-    """Whether names are none that every folder has: 0, 1, 2 or img0001, img0002."""
+    """Tell whether names are none that every folder has: 0, 1, 2 or img0001, img0002."""
     if sum(map(len, stems)) < _TELLING * len(stems):
         return False
     matches = [_RUNNING.fullmatch(stem) for stem in stems]
@@ -118,7 +117,8 @@ def is_mask_name(name: str) -> bool:
 
 def mask_of(stem: str) -> str | None:
     """Return the stem of the picture that a mask's stem names: "a" of "a_mask" and of "a_seg_1"."""
-    match = _MASK_OF.fullmatch(stem.casefold())
+    lower = stem.casefold()
+    match = _MASK_OF.fullmatch(lower) if _MASKS.search(lower) else None  # the search is fast
     return stem[: len(match[1])] if match else None
 
 
