@@ -233,7 +233,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def order_of(data: DataSet) -> list[int]:
     """Numbers of the samples of ours' first batches."""
-    window = DataConfig(path="", resolution=data.resolution).window
+    window = DataConfig(path="-", resolution=data.resolution).window
     order = SampleOrder(data.shard_sizes, seed=0, window=window)
     starts = [0, *itertools.accumulate(data.shard_sizes)]
     places = [order.locate(position) for position in range(4 * BATCH)]

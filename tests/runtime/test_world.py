@@ -6,16 +6,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.runtime.world import (
     LAUNCHER_VARIABLES,
     World,
+    init_world,
     launched_world,
     of_rank_0,
     outside_the_world,
     patient_world,
 )
+from tests.runs import environment, train_command
 
 RANK = """
 import os, time
@@ -103,3 +106,56 @@ def test_what_is_empty_is_not_set_and_what_is_no_number_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "first")
     with pytest.raises(ConfigError, match="LOCAL_RANK: 'first' in the environment is no number"):
         launched_world()
+
+
+MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"WORLD_SIZE": "8", "RANK": "0"}, "WORLD_SIZE is 8, but MASTER_ADDR is not set"),
+        (MEET | {"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but RANK is not set"),
+        (MEET | {"WORLD_SIZE": "8", "RANK": ""}, "WORLD_SIZE is 8, but RANK is not set"),
+        (MEET | {"WORLD_SIZE": "8", "RANK": "0", "MASTER_PORT": ""}, "but MASTER_PORT is not set"),
+        ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE is not set"),
+        ({"RANK": "0"}, "RANK is 0, but WORLD_SIZE is not set"),
+        (MEET | {"RANK": "8", "WORLD_SIZE": "8"}, "RANK: 8 is none of the 8 ranks of WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "RANK: 0 is none of the 0 ranks"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' in the environment is no number"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE: '²' in the environment is no number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: '-1' in the environment is no number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: '999"),
+        (MEET | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT: 'http'"),
+        (MEET | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "65536"}, "MASTER_PORT: '65536'"),
+        (MEET | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "0"}, "MASTER_PORT: '0'"),
+    ],
+)
+def test_ranks_that_could_never_meet_are_refused_at_once(alone, monkeypatch, said, words):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        init_world()
+    assert words in str(caught.value) and len(str(caught.value)) < 200
+    with pytest.raises(ConfigError), patient_world():
+        pass
+
+
+@pytest.mark.parametrize("said", [{"WORLD_SIZE": "8", "RANK": "0"}, {"RANK": "3"}])
+def test_the_command_ends_where_ranks_could_never_meet(tmp_path, said):
+    done = subprocess.run(
+        train_command(tmp_path / "run", "training.steps=2"),
+        env=environment() | said, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    assert (
+        "fastrepa: error" in done.stderr and f"is {next(iter(said.values()))}, but" in done.stderr
+    )
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(alone, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 2, but this host shows 2 GPUs"):
+        init_world()

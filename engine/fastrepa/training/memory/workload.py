@@ -143,7 +143,7 @@ def _curve(
     config: Config, training: TrainingConfig, side: int, channels: int, widths: tuple[int, ...]
 ) -> MemoryCurve:
     # What the generator's memory does not depend on must not make it be traced again.
-    same = {"run": "", "seed": 0, "data": DataConfig(path=""), "training": training,
+    same = {"run": "-", "seed": 0, "data": DataConfig(path="-"), "training": training,
             "vision": VisionConfig(), "sample": SampleConfig(), "zero": ZeroConfig()}  # fmt: skip
     key = config.model_copy(update=same).model_dump_json()
     return _curve_of(key, side, channels, widths)
