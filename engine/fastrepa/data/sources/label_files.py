@@ -36,7 +36,7 @@ _NO_LABEL = re.compile(
     r"md5|sha1|sha256|hash|phash|index|path|folder|split|fold)"
 )
 _LABELLED_FILES = re.compile(
-    r".*(?:label|annotation|target|metadata)[^/]*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?|parquet)"
+    r".*(?:label|anno|target|metadata)[^/]*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?|parquet)"
 )
 
 Row = list[tuple[str, str]]
