@@ -119,6 +119,19 @@ ROWS = (
         "tests/data/sources/test_archives.py::test_joined_tars_are_read_to_the_end",
     ),
     (
+        "splits become classes", "engine/fastrepa/data/sources/splits.py",
+        "if len(group) > 1]", "if len(group) > 9]", "tests/reading/test_sources.py",
+    ),
+    (
+        "a file's labels are lost", "engine/fastrepa/data/sources/label_files.py",
+        "labels[i] = label\n", "labels[i] = 0\n", "tests/reading/test_label_files.py",
+    ),
+    (
+        "twins are counted as one", "engine/fastrepa/commands/prepare/report.py",
+        "while names[record.name] > 1 and", "while names[record.name] > 9 and",
+        "tests/reading/test_sources.py::test_twins_are_counted_by_number",
+    ),
+    (
         "mirroring by another stream", "engine/fastrepa/randomness.py",
         "FLIP = 6", "FLIP = 7", "tests/data/test_mirrored.py",
     ),

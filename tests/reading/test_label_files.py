@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastrepa.errors import DataError
 from tests.sets.archives import Files, written
 from tests.sets.sources import KINDS, PNG, classes, counts, listed, made, pictures, refused
 
@@ -149,3 +151,55 @@ def test_a_list_that_numbers_the_images(tmp_path: Path) -> None:
 def test_labels_of_an_unpacked_webdataset(tmp_path: Path) -> None:
     files = {"0.input.png": PNG, "0.output.cls": b"2", "1.png": PNG, "1.json": {"label": 0}}
     assert counts(made(tmp_path, "folder", files)) == {"2": 1, "0": 1}
+
+
+# --- files of any bytes ---------------------------------------------------------------------------
+
+FILES = {
+    "dataset.json": json.dumps({"labels": [["a/0.png", 1], ["a/1.png", 0]]}).encode(),
+    "map.json": b'{"0.png": 1, "x": [["1.png", {"label": 2}]], "images": [], "annotations": []}',
+    "rows.jsonl": b'{"file_name": "a/0.png", "label": 3}\n{"file_name": "a/1.png"}\n',
+    "rows.csv": b'file,label\n"a/0.png",dog\na/1.png,"x,y"\n',
+    "rows.txt": b"0.png 1\n1.png 2\n",
+    "0.cls": b"12\n",
+}
+PIECES = [
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b",",
+        b"\n",
+        b"\\",
+        b"\\ud800",
+        b"null",
+        b"-1",
+        b"1e999",
+        b"NaN",
+    ),
+    *(b"", b"\0", b"\xff", b"../", b"a/0.png", b"\xef\xbb\xbf", b"9" * 5000, b"[" * 3000),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_bytes_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    """No change of such a file ends in anything but a listing or one line."""
+    below = "a/" if name == "0.cls" else ""
+    source = made(tmp_path, "folder", {**classes("a", count=2), below + name: FILES[name]})
+    draw = random.Random(name)
+    refusals = set()
+    for _ in range(2000):
+        data = FILES[name]
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(len(data) + 1)
+            end = start + draw.choice((0, 0, 1, 5, 40))
+            data = data[:start] + draw.choice(PIECES) + data[end:]
+        (source / below / name).write_bytes(data)
+        try:
+            listed(source)
+        except DataError as error:
+            refusals.add(str(error))
+    assert refusals
+    assert all(message.isprintable() and len(message) < 600 for message in refusals)

@@ -133,8 +133,8 @@ def _counts(manifest: Manifest) -> dict[str, int]:
     names = Counter(record.name for record in manifest.classes)
     counts: dict[str, int] = {}
     for label, record in enumerate(manifest.classes):
-        key = record.name if names[record.name] == 1 else f"{record.name} ({label})"
-        while key in names and names[record.name] > 1:
+        key = record.name
+        while names[record.name] > 1 and key in names:
             key += f" ({label})"
         counts[key] = record.samples
     return counts

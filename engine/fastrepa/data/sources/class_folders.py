@@ -255,7 +255,7 @@ def _check_classes(
     """Raise DataError where a class would silently be lost."""
     for members, is_flat in zip(found, flat, strict=True):
         if members.folders is not None:
-            _check_folders(source, members, lead, classes)
+            _check_folders(members, lead, classes)
             continue
         for name, reason in members.lost:
             lost = stem_of(members.label) if is_flat else _class(name, len(lead))
@@ -272,7 +272,7 @@ def _check_classes(
             raise DataError(f"{members.label}: holds no image")
 
 
-def _check_folders(source: Path, members: Members, lead: list[str], classes: set[str]) -> None:
+def _check_folders(members: Members, lead: list[str], classes: set[str]) -> None:
     """Raise DataError for a class folder on the disk that has no image."""
     assert members.folders is not None
     level = "/".join(lead)
@@ -286,15 +286,16 @@ def _check_folders(source: Path, members: Members, lead: list[str], classes: set
     for folder in members.folders:
         head, _, name = folder.rpartition("/")
         if (head == level and name not in classes) or (head in beside and folder not in filled):
-            _refuse_empty(source, members, folder)
+            _refuse_empty(members, folder)
 
 
-def _refuse_empty(source: Path, members: Members, folder: str) -> NoReturn:
-    other = [
-        name
-        for name in members.ignored
-        if name.startswith(f"{folder}/")
-        and name.lower().endswith((*TABLE_EXTENSIONS, *ARCHIVE_EXTENSIONS))
-    ]
-    hint = f"it holds {other[0]}: give that, or its folder" if other else "remove or fill it"
+def _refuse_empty(members: Members, folder: str) -> NoReturn:
+    held = [name for name in members.left() if name.startswith(f"{folder}/")]
+    whole = (*TABLE_EXTENSIONS, *ARCHIVE_EXTENSIONS)
+    other = next((name for name in held if name.lower().endswith(whole)), None)
+    hint = "remove or fill it"
+    if other:
+        hint = f"it holds {other}: give that, or its folder"
+    elif held:
+        hint += f" ({len(held)} other files, such as {held[0]})"
     raise DataError(f"{members.path / folder}: class folder without images; {hint}")

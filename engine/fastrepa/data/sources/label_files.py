@@ -28,6 +28,7 @@ _CHUNK = re.compile(r"(?:.*/)?[0-9]{5}/img[0-9]{8}\.[A-Za-z]+")  # dataset_tool'
 _MOST = 64 << 20  # bytes of a table that is looked into
 _ROWS = 200_000
 _TRIED = 64  # files that are looked into
+_LONGEST = 255  # characters of a path that is shown
 _FEW = 20  # rows, of which a column of labels may have no two alike
 # What a table may say of an image without labelling it.
 _NO_LABEL = re.compile(
@@ -36,7 +37,7 @@ _NO_LABEL = re.compile(
     r"md5|sha1|sha256|hash|phash|index|path|folder|split|fold)"
 )
 _LABELLED_FILES = re.compile(
-    r".*(?:label|annotation|target|metadata)[^/]*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?|parquet)"
+    r".*(?:label|anno|target|metadata)[^/]*\.(?:mat|npy|npz|pkl|h5|hdf5|xlsx?|parquet)"
 )
 
 Row = list[tuple[str, str]]
@@ -119,7 +120,7 @@ def _labels(members: Members, place: int, most: int) -> dict[int, int]:
         path = "/".join(part for part in parts if part not in ("", "."))
         i = by_name.get(same_name(folder + path))
         if i is None:
-            members.reject(folder + path, f"labelled in {LABELS}, but missing")
+            members.reject((folder + path)[:_LONGEST], f"labelled in {LABELS}, but missing")
         elif i in labels:
             twice.add(i)
         elif label > most:

@@ -103,7 +103,7 @@ def _open(path: Path) -> Any:
     try:
         # Buffered streams, and no whole row group ahead: these are gigabytes.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
@@ -148,7 +148,7 @@ def _refuse_splits(path: Path, columns: _Columns) -> None:
         for name in sorted(named):
             try:
                 values = table.read([name]).column(name).unique().to_pylist()
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise _damaged(path, error) from None
             if splits := splits_among(value for value in values if isinstance(value, str)):
                 raise DataError(
@@ -242,7 +242,7 @@ def _rows(path: Path, table: Any, columns: _Columns) -> Any:
             for image, label in zip(images, labels, strict=True):
                 yield row, image.as_py(), label.as_py()
                 row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
