@@ -110,7 +110,7 @@ def read_state(path: Path) -> RunState:
         named_emas(state.emas)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False, include_context=False)[0]
-        key = ".".join(str(part)[:80] for part in first["loc"])
+        key = ".".join(str(part)[:80] for part in first["loc"]) or "emas"
         raise CheckpointError(f"{file}: not readable ({key}: {first['msg']})") from None
     except ValueError as e:
         raise CheckpointError(f"{file}: not readable (emas: {e})") from None
