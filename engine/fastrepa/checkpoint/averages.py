@@ -29,7 +29,21 @@ def recorded(emas: Sequence[EmaConfig]) -> dict[str, Any]:
 
 def stored_emas(record: Mapping[str, Any], first: EmaConfig) -> dict[str, EmaConfig]:
     """The averages of a checkpoint by state name; one without a record holds `first` alone."""
-    return {key: EmaConfig.model_validate(value) for key, value in record.items()} or {EMA: first}
+    return named_emas(record) or {EMA: first}
+
+
+def named_emas(record: Mapping[str, Any]) -> dict[str, EmaConfig]:
+    """Return the averages of a record by state name.
+
+    Names become names of files, so each must be the one that its average has: ValueError.
+    """
+    emas = {key: EmaConfig.model_validate(value) for key, value in record.items()}
+    for key, ema in emas.items():
+        if key not in ema_keys((ema, ema)):
+            raise ValueError(f"{key[:80]!r} is not the name of an average")
+    if emas and EMA not in emas:
+        raise ValueError(f"no average is called {EMA!r}")
+    return emas
 
 
 def choose_ema(stored: Mapping[str, EmaConfig], name: str | None, *, source: Path) -> str:

@@ -21,45 +21,51 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fastrepa.checkpoint.averages import choose_ema, resumed_emas, stored_emas
+from fastrepa.checkpoint.averages import choose_ema, named_emas, resumed_emas, stored_emas
 from fastrepa.checkpoint.host_tensors import write_durably
-from fastrepa.checkpoint.kinds import WEIGHT, Whole
+from fastrepa.checkpoint.kinds import KINDS, WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
+from fastrepa.reading.tensors import MOST, SafeTensors, read_weights, reason, shown
+from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import fsync_folder, sha256_of
 from fastrepa.runtime.world import World
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+Size = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 
 
 @dataclass(frozen=True)
 class RunState:
     """A checkpoint's facts beside its tensors (state.json)."""
 
-    step: int
-    optimizer_step: int
-    samples_seen: int
-    side: int
-    channels: int
-    encoder_widths: list[int]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: Count
+    optimizer_step: Count
+    samples_seen: Count
+    side: Size
+    channels: Size
+    encoder_widths: list[Size]
     classes: list[str]
-    world_size: int
+    world_size: Size
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the last logged line
     emas: dict[str, Any] = field(default_factory=dict)  # kind -> 0.9999, {"sigma_rel": 0.05}, ...
-    ema_since: dict[str, int] = field(default_factory=dict)  # updates taken before it began, if any
-    trained: list[int] | None = None  # numbers of the classes that had images; None: not recorded
-    num_samples: int = 0  # of the data set; 0: not recorded
+    # Updates taken before an average began, if any.
+    ema_since: dict[str, Count] = field(default_factory=dict)
+    trained: list[Count] | None = None  # numbers of the classes that had images; None: not recorded
+    num_samples: Count = 0  # of the data set; 0: not recorded
     data_digest: str = ""  # of its images and labels (DataSet.digest)
     format: int = FORMAT
 
@@ -94,17 +100,27 @@ def fingerprint(run: Path, step: int) -> str:
 
 
 def read_state(path: Path) -> RunState:
-    """Read state.json of a checkpoint folder."""
-    try:
-        fields = json.loads((path / "state.json").read_text())
-        state = RunState(**fields)
-    except (OSError, ValueError, TypeError) as e:
-        raise CheckpointError(f"{path / 'state.json'}: not readable ({e})") from None
-    if state.format not in READABLE:
+    """Read state.json of a checkpoint folder; CheckpointError names what is wrong in it."""
+    file = path / "state.json"
+    fields = read_json(file, CheckpointError)
+    if not _known_format(fields):
         raise CheckpointError(
-            f"{path}: checkpoint format {state.format}, this version reads {READABLE}"
+            f"{path}: checkpoint format {shown(fields['format'])}, this version reads {READABLE}"
         )
+    try:
+        state: RunState = TypeAdapter(RunState).validate_python(fields)
+        named_emas(state.emas)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False, include_context=False)[0]
+        key = ".".join(str(part)[:80] for part in first["loc"]) or "emas"
+        raise CheckpointError(f"{file}: not readable ({key}: {first['msg']})") from None
+    except ValueError as e:
+        raise CheckpointError(f"{file}: not readable (emas: {e})") from None
     return state
+
+
+def _known_format(fields: Any) -> bool:
+    return not isinstance(fields, dict) or fields.get("format", FORMAT) in READABLE
 
 
 def seal(folder: Path, files: Mapping[str, Any], state: RunState) -> None:
@@ -133,16 +149,24 @@ def load_engine_state(path: Path, whole: Whole, state: RunState, world: World) -
         whole.ema_since.update({kind: since} if since else {})
     for kind in whole.kinds:
         stored = StoredTensors(path, sources.get(kind, kind))
-        for name in whole.params:
+        for name, param in whole.params.items():
+            shape = tuple(getattr(param, "ds_shape", param.shape))
+            if name not in stored or tuple(stored[name].shape) != shape:
+                raise CheckpointError(f"{path}: {kind} has no {name} {list(shape)}")
             whole.set(name, kind, stored[name])
     whole.release()
     whole.optimizer_step = state.optimizer_step
     rng = path / f"rng_rank_{world.rank:05d}.safetensors"
     if rng.exists():  # a rank that joined later starts its generators from the seed
-        stored_rng = load_file(rng)
-        torch.set_rng_state(stored_rng["cpu"])
-        if "cuda" in stored_rng and world.device.type == "cuda":
-            torch.cuda.set_rng_state(stored_rng["cuda"])
+        stored_rng = read_weights(rng, CheckpointError)
+        try:
+            torch.set_rng_state(stored_rng["cpu"])
+            if "cuda" in stored_rng and world.device.type == "cuda":
+                torch.cuda.set_rng_state(stored_rng["cuda"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise CheckpointError(
+                f"{rng}: not the states of torch's generators ({reason(e)})"
+            ) from None
     return said
 
 
@@ -208,43 +232,87 @@ def rng_state(world: World) -> dict[str, Tensor]:
 
 
 def damage(folder: Path, *, contents: bool = True) -> str | None:
-    """Say what differs from the manifest, None where all is well; without `contents` sizes only."""
+    """Say what differs from the manifest, None where all is well; without `contents` sizes only.
+
+    The manifest lists every file that is read of a checkpoint, or what is not listed could be
+    anything. Files that change after this look are not noticed; they can give other numbers, and no
+    more than that.
+    """
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        manifest = read_json(folder / "manifest.json", CheckpointError)
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        if not isinstance(files, dict) or not files:
+            return "manifest.json lists no files"
         for name, expected in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} differs in size from its manifest"
-            if contents and sha256_of(path) != expected["sha256"]:
-                return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        return f"manifest.json: {e}"
+            if problem := _difference(folder, name, expected, contents):
+                return problem
+        return _unlisted(folder, files)
+    except CheckpointError as e:
+        return str(e).removeprefix(f"{folder}/")
+    except OSError as e:
+        return f"{e.filename or folder}: {e.strerror or e}"
+
+
+def _difference(folder: Path, name: str, expected: Any, contents: bool) -> str | None:
+    """Say how a file of the manifest is not what is written there of it."""
+    if Path(name).name != name or not name.isprintable():
+        return f"manifest.json names {name[:80]!r}, which is no file of this folder"
+    size, digest = (
+        (expected.get("bytes"), expected.get("sha256")) if isinstance(expected, dict) else (0, 0)
+    )
+    if type(size) is not int or not isinstance(digest, str):
+        return f"manifest.json: {name} has no bytes and sha256"
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} differs in size from its manifest"
+    if contents and sha256_of(path) != digest:
+        return f"{name} differs from its checksum"
     return None
+
+
+def _unlisted(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """Say which file of a checkpoint is not in its manifest, or not there at all."""
+    if "state.json" not in files:
+        return "manifest.json leaves out state.json"
+    if not _known_format(read_json(folder / "state.json", CheckpointError)):
+        return None  # whole, and of a later version, which read_state says
+    for kind in (*KINDS, *read_state(folder).emas):
+        names = [path.name for path in _paths(folder, kind)]
+        whole = [part_name(kind, rank, len(names)) for rank in range(len(names))]
+        if not names or names != whole:
+            return f"{(names or [part_name(kind, 0, 1)])[0]}: not all of its parts are there"
+        if left := next((name for name in names if name not in files), None):
+            return f"manifest.json leaves out {left}"
+    return None
+
+
+def _paths(folder: Path, kind: str) -> list[Path]:
+    """Return the files of one kind: one, or a part of each rank."""
+    stem = _stem(kind)
+    return sorted(folder.glob(f"{stem}.safetensors")) + sorted(
+        folder.glob(f"{stem}-*-of-*.safetensors")
+    )
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of one kind in a checkpoint, read one at a time from however many files."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        stem = _stem(kind)
-        paths = sorted(folder.glob(f"{stem}.safetensors")) + sorted(
-            folder.glob(f"{stem}-*-of-*.safetensors")
-        )
+        paths = _paths(folder, kind)
         if not paths:
-            raise CheckpointError(f"{folder}: {stem}.safetensors is missing")
-        self._file: dict[str, Any] = {}
+            raise CheckpointError(f"{folder}: {part_name(kind, 0, 1)} is missing")
+        self._file: dict[str, SafeTensors] = {}
         for path in paths:
-            try:
-                stored = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as e:
-                raise CheckpointError(f"{path}: not readable ({e})") from None
-            self._file.update(dict.fromkeys(stored.keys(), stored))
+            stored = SafeTensors(path, CheckpointError)
+            self._file.update(dict.fromkeys(stored, stored))
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file[name].get_tensor(name)
-        return tensor
+        return self._file[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

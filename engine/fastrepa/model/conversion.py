@@ -6,19 +6,17 @@ Nothing is unpickled beyond tensors, containers and the reference's argparse nam
 from __future__ import annotations
 
 import argparse
-import pickle
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastrepa.errors import CheckpointError
+from fastrepa.errors import CheckpointError, FastrepaError
+from fastrepa.reading.tensors import read_weights, reason, state_dict, whole_number
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,17 @@ class Reference:
 def load_reference(path: str | Path) -> Reference:
     """A whole reference file, AdamW's moments included, or a bare state dict or safetensors."""
     path = Path(path)
-    stored = _read(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    # The reference keeps its command line in the file; a Namespace runs nothing.
+    stored = read_weights(path, CheckpointError, classes=[argparse.Namespace])
     if not _is_training_file(stored):
-        bare = _tensors(stored, str(path))
+        bare = state_dict(stored, path, CheckpointError)
         return Reference(bare, bare)
-    model, ema = (_tensors(stored[key], f"{path}: {key}") for key in ("model", "ema"))
-    steps = stored.get("steps", 0)
-    if not isinstance(steps, int) or steps < 0:
-        raise CheckpointError(f"{path}: steps: expected a whole number, got {steps!r}")
+    model, ema = (
+        state_dict(stored[key], f"{path}: {key}", CheckpointError) for key in ("model", "ema")
+    )
+    steps = whole_number(stored.get("steps", 0), f"{path}: steps", CheckpointError)
     opt = stored.get("opt") or {}
     try:
         # torch numbers an optimiser's parameters in the order of the module's own.
@@ -74,36 +75,21 @@ def load_reference(path: str | Path) -> Reference:
             ema,
             exp_avg={n: m["exp_avg"] for n, m in named.items()},
             exp_avg_sq={n: m["exp_avg_sq"] for n, m in named.items()},
-            optimizer_step=max((int(m["step"]) for m in named.values()), default=0),
+            optimizer_step=whole_number(
+                max((int(m["step"]) for m in named.values()), default=0),
+                f"{path}: opt: step",
+                CheckpointError,
+            ),
             steps=steps,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"{path}: opt: not the state of an AdamW ({e!r})") from None
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
-        raise CheckpointError(f"{path}: holds more than tensors, refused ({reason})") from None
-    except (OSError, RuntimeError, EOFError, struct.error, SafetensorError) as e:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({e})") from None
+    except FastrepaError:
+        raise
+    except Exception as e:  # the values are of whatever kinds the file has
+        raise CheckpointError(f"{path}: opt: not the state of an AdamW ({reason(e)})") from None
 
 
 def _is_training_file(stored: Any) -> bool:
     return isinstance(stored, Mapping) and "model" in stored and "ema" in stored
-
-
-def _tensors(stored: Any, source: str) -> dict[str, Tensor]:
-    if not isinstance(stored, Mapping) or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise CheckpointError(f"{source}: expected a state dict or {{model, ema, ...}} of tensors")
-    return {str(k).removeprefix("module."): v for k, v in stored.items()}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -115,18 +101,27 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Compare `state`, [...] by name, with a model, which may be on the meta device.
 
-    Raises CheckpointError, naming the first tensor whose name or shape differs.
+    Raises CheckpointError, naming the first tensor whose name or shape differs, or that has whole
+    numbers where the model's has real ones.
     """
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
             raise CheckpointError(f"{source}: {name} is missing: another architecture")
         if name not in own:
-            raise CheckpointError(f"{source}: {name} is not in this model: another architecture")
-        if own[name].shape != state[name].shape:
             raise CheckpointError(
-                f"{source}: {name} is {list(state[name].shape)}, this model's is "
+                f"{source}: {name[:120]} is not in this model: another architecture"
+            )
+        given = state[name]
+        if own[name].shape != given.shape:
+            raise CheckpointError(
+                f"{source}: {name} is {list(given.shape)}, this model's is "
                 f"{list(own[name].shape)}: another architecture"
+            )
+        if own[name].is_floating_point() and not given.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} is of {str(given.dtype).removeprefix('torch.')}, real numbers "
+                f"were expected"
             )
 
 

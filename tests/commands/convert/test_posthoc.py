@@ -1,15 +1,12 @@
 """An average that was never kept, against the same one kept all along."""
 
-import json
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fastrepa.checkpoint.averages import recorded
-from fastrepa.checkpoint.format import RunState, checkpoint_path, part_name
+from fastrepa.checkpoint.format import RunState, checkpoint_path, part_name, seal
 from fastrepa.checkpoint.host_tensors import write_durably
 from fastrepa.checkpoint.kinds import ema_keys
 from fastrepa.commands.convert.posthoc import combination, posthoc_ema
@@ -37,19 +34,19 @@ def trained_run(run, *, since=None):
             folder.mkdir(parents=True)
             fixed = torch.arange(3.0)
             tensors = {"weight": {"w": weight.float(), "fixed": fixed},
-                       "exp_avg": {"w": weight.float()}}  # fmt: skip
+                       "exp_avg": {"w": weight.float()},
+                       "exp_avg_sq": {"w": weight.float()}}  # fmt: skip
             for kind, average in zip(ema_keys(KEPT), averages, strict=False):
                 tensors[kind] = {"w": average.float(), "fixed": fixed}
             files = {}
             for kind, named in tensors.items():
-                save_file(named, folder / part_name(kind, 0, 1))
+                name = part_name(kind, 0, 1)
+                files[name] = write_durably(folder / name, [save(named)])
             state = RunState(
                 step=t, optimizer_step=t, samples_seen=0, side=1, channels=1, encoder_widths=[],
                 classes=[], world_size=1, emas=recorded(KEPT), ema_since=since or {},
             )  # fmt: skip
-            text = json.dumps(asdict(state)).encode()
-            files["state.json"] = write_durably(folder / "state.json", [text])
-            (folder / "manifest.json").write_text(json.dumps({"files": files}))
+            seal(folder, files, state)
     return averages
 
 

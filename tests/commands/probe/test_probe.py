@@ -2,16 +2,17 @@
 
 import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from typer.testing import CliRunner
 
-from fastrepa.checkpoint.format import RunState, checkpoint_path, read_state
+from fastrepa.checkpoint.format import RunState, checkpoint_path, part_name, read_state, seal
+from fastrepa.checkpoint.host_tensors import write_durably
+from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.cli import app
 from fastrepa.commands.probe.data import PIXELS, RANDOM, Measured, pixel_tokens, probe_data, verdict
 from fastrepa.commands.probe.probe import kind_of, probe
@@ -57,11 +58,12 @@ def write_run(folder, *, data=EMOJI / "train", **changes):
         path = checkpoint_path(folder, step)
         path.mkdir(parents=True)
         models[step] = model_of(config, step)
-        save_file(models[step].state_dict(), path / "ema.safetensors")
+        held = [save(models[step].state_dict())]
+        names = [part_name(kind, 0, 1) for kind in KINDS]
+        files = {name: write_durably(path / name, held) for name in names}
         state = RunState(step=step, optimizer_step=step, samples_seen=16 * step, side=32,
                          channels=3, encoder_widths=[112], classes=[], world_size=1)  # fmt: skip
-        (path / "state.json").write_text(json.dumps(asdict(state)))
-        (path / "manifest.json").write_text(json.dumps({"files": {}}))
+        seal(path, files, state)
     save_config(config, folder / "config.yaml")
     return config, models
 

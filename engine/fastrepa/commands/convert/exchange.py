@@ -40,6 +40,7 @@ from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
+from fastrepa.reading.tensors import sized
 from fastrepa.runtime.files import aside, fsync_folder
 from fastrepa.training.telemetry import versions
 
@@ -203,16 +204,16 @@ def _empty_model(config: Config, state: RunState) -> SiT:
 
 def _shape_of(model: Mapping[str, Tensor], patch: int, file: Path) -> dict[str, Any]:
     """Read side, channels and encoder_widths from the tensors themselves."""
-    try:
-        tokens, channels = model["pos_embed"].shape[1], model["x_embedder.proj.weight"].shape[1]
-        count = len({n.split(".")[1] for n in model if n.startswith("projectors.")})
-        widths = [model[f"projectors.{i}.4.weight"].shape[0] for i in range(count)]
-    except (KeyError, IndexError) as e:
-        raise CheckpointError(f"{file}: {e} is missing: not a SiT of REPA's") from None
+
+    def shape(name: str, form: str) -> torch.Size:
+        return sized(model, name, form, f"{file}: not a SiT of REPA's", CheckpointError).shape
+
+    tokens = shape("pos_embed", "[1, T, D]")[1]
+    count = len({n.split(".")[1] for n in model if n.startswith("projectors.")})
     return {
         "side": math.isqrt(tokens) * patch,
-        "channels": channels,
-        "encoder_widths": widths,
+        "channels": shape("x_embedder.proj.weight", "[D, C, patch, patch]")[1],
+        "encoder_widths": [shape(f"projectors.{i}.4.weight", "[Z, P]")[0] for i in range(count)],
     }
 
 

@@ -13,13 +13,12 @@ of stages 1 to 3 with `"checkpoint": {"load_universal": true}` in its configurat
 on any number, with optimiser states. Without the setting stages 0 to 2 load its weights alone
 (load_module_only=True). Tried with DeepSpeed 0.19.8.
 
-Everything is read with weights_only=True; beyond tensors and containers only the four plain classes
-are let through that DeepSpeed itself writes.
+Everything is read as tensors alone (reading/tensors.py); beyond containers only the four plain
+classes are let through that DeepSpeed itself writes.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastrepa.checkpoint.averages import named_emas
 from fastrepa.checkpoint.format import RunState, StoredTensors
-from fastrepa.checkpoint.kinds import EMA, MOMENTS, WEIGHT, ema_keys
-from fastrepa.config import Config, EmaConfig
+from fastrepa.checkpoint.kinds import EMA, MOMENTS, WEIGHT
+from fastrepa.config import Config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import Reference
+from fastrepa.reading.tensors import read_weights, reason, state_dict, whole_number
 from fastrepa.runtime.progress import counted
 
 RECORD = "fastrepa"  # of ours among DeepSpeed's keys; load_checkpoint returns it as client state
@@ -130,20 +130,25 @@ def read_zero(folder: Path) -> Reference:
         averages = {}
         if record:  # one of ours
             kinds = record["emas"] or (EMA,)
-            averages = {kind: _safetensors(tag / f"{kind}.safetensors") for kind in kinds}
+            averages = {kind: _load(tag / f"{kind}.safetensors") for kind in kinds}
+        moments = {k: {n: v for n, v in states[k].items() if n not in fixed} for k in MOMENTS}
+        weights = state_dict(weights, tag, CheckpointError)
         return Reference(
             weights,
             averages.pop(EMA, weights),
-            exp_avg={n: v for n, v in states["exp_avg"].items() if n not in fixed},
-            exp_avg_sq={n: v for n, v in states["exp_avg_sq"].items() if n not in fixed},
+            **{k: state_dict(m, tag, CheckpointError) if m else m for k, m in moments.items()},
             optimizer_step=step,
-            steps=int(main["global_steps"]),
+            steps=_count(main["global_steps"], f"{tag}: global_steps"),
             emas=averages,
             record=record.get("emas", {}),
             ema_since=record.get("ema_since", {}),
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise CheckpointError(f"{tag}: not a DeepSpeed checkpoint that is known ({e!r})") from None
+    except CheckpointError:
+        raise
+    except Exception as e:  # the values are of whatever kinds the files have
+        raise CheckpointError(
+            f"{tag}: not a DeepSpeed checkpoint that is known ({type(e).__name__}: {reason(e)})"
+        ) from None
 
 
 def _read_universal(
@@ -163,7 +168,7 @@ def _read_universal(
                 states[key][parameter.name] = value.detach().view(shape)
         if (parameter / "step.pt").is_file():
             count = _load(parameter / "step.pt")
-    return states, int(count)
+    return states, _count(count, f"{zero}: step")
 
 
 def _read_partitions(
@@ -193,7 +198,7 @@ def _read_partitions(
         key: {n: torch.cat(p)[: shapes[n].numel()].view(shapes[n]) for n, p in named.items()}
         for key, named in pieces.items()
     }
-    return states, int(step)
+    return states, _count(step, f"{files[-1]}: step")
 
 
 def _shapes(main: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -228,22 +233,30 @@ def _fixed(main: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str,
 
 
 def _record(main: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Read our own record, empty in other people's. Names of averages become names of files, so
-    they must be those that their values have.
-    """
+    """Read our own record of the averages, empty in other people's."""
     record: Mapping[str, Any] = main.get(RECORD, {})
-    for kind, value in record.get("emas", {}).items():
-        ema = EmaConfig.model_validate(value)
-        if kind not in ema_keys((ema, ema)):
-            raise ValueError(f"{kind!r} is not the name of an average")
-    return record
+    if not record:
+        return {}
+    emas = named_emas(record["emas"])
+    since = record.get("ema_since", {}).items()
+    return {
+        "emas": {kind: ema.as_written() for kind, ema in emas.items()},
+        "ema_since": {
+            str(kind): _count(updates, f"{RECORD}: ema_since") for kind, updates in since
+        },
+    }
 
 
 def _tag(folder: Path) -> Path:
     """The folder of one step."""
     for latest in ("latest_universal", "latest"):
         if (folder / latest).is_file():
-            name = (folder / latest).read_text().strip()
+            try:
+                name = (folder / latest).read_text().strip()
+            except (OSError, ValueError):  # no text
+                raise CheckpointError(
+                    f"{folder / latest}: not readable; the name of a folder was expected"
+                ) from None
             if (folder / name).is_dir() and Path(name).name == name:
                 return folder / name
             raise CheckpointError(f"{folder / latest}: names {name!r}, which is not a folder here")
@@ -263,20 +276,12 @@ def _load(file: Path) -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(plain):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
-        raise CheckpointError(
-            f"{file}: holds more than DeepSpeed writes, refused ({reason})"
-        ) from e
-    except (OSError, RuntimeError, EOFError) as e:
-        raise CheckpointError(f"{file}: not a readable checkpoint ({e})") from None
+    return read_weights(file, CheckpointError, classes=plain, content="DeepSpeed writes")
 
 
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{file}: not readable ({e})") from None
+def _count(value: Any, source: str) -> int:
+    """Return what DeepSpeed counts as an int, a float or a tensor of one."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    return whole_number(number, source, CheckpointError)

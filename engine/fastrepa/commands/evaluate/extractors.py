@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.reading.tensors import read_weights, reason
 from fastrepa.vision.pooled import PooledEncoder
-from fastrepa.vision.weights import digest, one_line, read_checkpoint
+from fastrepa.vision.weights import digest, one_line, read_checkpoint, unwrap
 
 SPATIAL_CHANNELS = 7  # of sFID: what ADM takes of mixed_6/conv
 SPATIAL_SIDE = 17
@@ -59,10 +60,14 @@ class Inception(nn.Module):
         super().__init__()
         path = inception_file(weights)
         kind = _torch_fidelity().FeatureExtractorInceptionV3
-        read_checkpoint(path)  # plain tensors, before torch-fidelity unpickles whatever is there
+        # torch-fidelity unpickles whatever it is given, so it never sees the file: it is given, as
+        # torch.load takes one, a buffer that we wrote of the tensors which were read and checked.
+        checked = io.BytesIO()
+        torch.save(unwrap(read_checkpoint(path), path), checked)
+        checked.seek(0)
         try:
             with torch.random.fork_rng(devices=[]):
-                self.network = kind("inception", ["2048", "logits_unbiased"], str(path)).eval()
+                self.network = kind("inception", ["2048", "logits_unbiased"], checked).eval()
         except (RuntimeError, TypeError, AttributeError) as error:
             raise WeightsError(
                 f"{path}: not torch-fidelity's Inception ({one_line(error)})"
@@ -153,14 +158,16 @@ class Clip(nn.Module):
         except ImportError:
             raise ConfigError("clip_score needs open_clip: pip install 'fastrepa[clip]'") from None
         try:
-            with torch.random.fork_rng(devices=[]), _quiet():
+            with torch.random.fork_rng(devices=[]), _quiet(), _our_reader(open_clip.factory):
                 self.network: Any = open_clip.create_model(
                     model, None if ":" in model else weights, require_pretrained=True
                 ).eval()
                 self.tokenizer = open_clip.get_tokenizer(model)
+        except WeightsError as error:
+            raise WeightsError(f"--clip: {model}: {error}") from None
         except Exception as error:  # the hub's client has errors of its own, without a common base
             raise WeightsError(
-                f"--clip: {model}={weights}: could not be loaded ({one_line(error)}); give "
+                f"--clip: {model}={weights}: could not be loaded ({reason(error)}); give "
                 f"NAME=FILE with a local checkpoint, or local-dir:FOLDER"
             ) from None
         self.requires_grad_(False)
@@ -186,6 +193,26 @@ class Clip(nn.Module):
         """Embeddings [N,D] of texts, on the host."""
         tokens = self.tokenizer(list(words)).to(self.get_buffer("mean").device)
         return self.network.encode_text(tokens).float().cpu()
+
+
+@contextlib.contextmanager
+def _our_reader(factory: Any) -> Iterator[None]:
+    """Let open_clip read weights, wherever it found them, as every other file of them is read.
+
+    create_model finds, downloads, renames and loads; `load_state_dict` is the one function that it
+    opens a file with, and tensors cannot be handed in past it.
+    """
+
+    def read(checkpoint_path: str, *_: Any, **__: Any) -> dict[str, Tensor]:
+        path = Path(checkpoint_path)
+        return unwrap(read_weights(path, WeightsError), path)
+
+    theirs = factory.load_state_dict
+    factory.load_state_dict = read
+    try:
+        yield
+    finally:
+        factory.load_state_dict = theirs
 
 
 @contextlib.contextmanager
