@@ -6,14 +6,8 @@ matplotlib is imported when a figure is made, and without pyplot: no state is sh
 from __future__ import annotations
 
 import io
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from fastrepa.errors import FastrepaError
-from fastrepa.runtime.terminal import say
 
 INK, PALE, AXIS, GRID = "#222222", "#666666", "#999999", "#e8e8e8"
 PALETTE = {
@@ -24,29 +18,6 @@ PALETTE = {
 BLUE, RED = PALETTE["blue"], PALETTE["red"]
 
 TITLE_FROM_TOP, BELOW_FROM_TOP = 0.27, 0.43  # inches
-
-
-def _to_screen(text: str) -> None:
-    say(f"warning: {text}", file=sys.stderr)
-
-
-@contextmanager
-def decoration(what: object, warn: Callable[[str], None] = _to_screen) -> Iterator[None]:
-    """Around a picture, or the like, beside work that is done: should it fail, for whatever reason,
-    `warn` is told in a line, and the work stands.
-    """
-    try:
-        yield
-    except OSError as e:
-        warn(f"{what}: cannot be written ({_in_a_line(e)}); the rest goes on")
-    except Exception as e:  # libraries of pictures raise almost anything
-        kind = "" if isinstance(e, FastrepaError) else f"{type(e).__name__}: "
-        warn(f"{what}: left out ({kind}{_in_a_line(e)}); the rest goes on")
-
-
-def _in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def palette(names: str) -> tuple[str, ...]:

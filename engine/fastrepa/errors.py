@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -68,6 +68,31 @@ def writing(what: object, kind: type[FastrepaError] = ConfigError) -> Iterator[N
         yield
     except OSError as e:
         raise kind(f"{what}: cannot be written ({e.strerror or e})") from None
+
+
+def print_warning(text: object) -> None:
+    """Print a warning on one line of stderr."""
+    sys.stderr.write(f"warning: {printable(text)}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def decoration(what: object, warn: Callable[[str], None] = print_warning) -> Iterator[None]:
+    """Around a picture, or the like, beside work that is done: should it fail, for whatever reason,
+    `warn` is told in a line, and the work stands.
+    """
+    try:
+        yield
+    except OSError as e:
+        warn(f"{what}: cannot be written ({_in_a_line(e)}); the rest goes on")
+    except Exception as e:  # libraries of pictures raise almost anything
+        kind = "" if isinstance(e, FastrepaError) else f"{type(e).__name__}: "
+        warn(f"{what}: left out ({kind}{_in_a_line(e)}); the rest goes on")
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

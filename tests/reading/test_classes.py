@@ -31,8 +31,7 @@ from fastrepa.commands.verify.verify import verify
 from fastrepa.config import load_config
 from fastrepa.data.classes import choose_classes, named, written_form
 from fastrepa.data.datasets import open_data
-from fastrepa.drawing import decoration
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError, decoration
 from fastrepa.generation import generate as drawing
 from fastrepa.generation.generate import sample_run
 from fastrepa.training import grids

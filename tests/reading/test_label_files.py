@@ -62,7 +62,7 @@ def test_dataset_json_of_less_or_more(tmp_path: Path, kind: str) -> None:
         message = refused(of(f"bad{number}", [[CHUNKED[0], bad]]))
         assert "dataset.json: labels[0] is " in message
     damaged = made(tmp_path / "damaged", kind, {**pictures(*CHUNKED), "dataset.json": '{"labels"'})
-    assert "dataset.json: not readable as JSON" in refused(damaged)
+    assert "dataset.json: not valid JSON" in refused(damaged)
     other = made(tmp_path / "other", kind, {**classes("a"), "dataset.json": {"name": "x"}})
     assert counts(other) == {"a": 3}
     both = made(tmp_path / "both", kind, {"0.png": PNG, "0.cls": b"1",

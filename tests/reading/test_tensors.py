@@ -370,8 +370,8 @@ DAMAGES = {
         {"state.json": {"bytes": True, "sha256": "a"}})),
     "ema.safetensors has no bytes and": rewritten(lambda m: m["files"].update(
         {"ema.safetensors": None})),
-    "manifest.json: not readable as JSON": text("manifest.json", "[" * 100_000),
-    "json: not readable": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"),
+    "manifest.json: not valid JSON": text("manifest.json", "[" * 100_000),
+    "manifest.json: not valid JSON (": lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"),
     "manifest.json: cannot be read": lambda path: (path / "manifest.json").unlink(),
 }  # fmt: skip
 

@@ -36,8 +36,7 @@ from fastrepa.checkpoint import format as checkpoint
 from fastrepa.checkpoint.identity import classes_beside, trained_classes
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
 from fastrepa.data.classes import choose_classes, named
-from fastrepa.drawing import decoration
-from fastrepa.errors import ConfigError, DataError, FastrepaError, writing
+from fastrepa.errors import ConfigError, DataError, FastrepaError, decoration, writing
 from fastrepa.generation.pictures import save_grid, to_image
 from fastrepa.generation.sampler import Velocity, model_evaluations, sample
 from fastrepa.model.compilation import check_compile, compile_generator

@@ -48,8 +48,10 @@ def parse_json(text: str | bytes, what: object, kind: type[FastrepaError] = Data
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
         raise kind(f"{what}: not valid JSON (nested too deeply)") from None
-    except ValueError as e:  # bytes that are no text, and numbers of too many digits, too
-        raise kind(f"{what}: not valid JSON ({e})") from None
+    except ValueError as e:  # bytes that are no text, too
+        # Python's words for such a number are advice on its own settings.
+        why = "a number of too many digits" if "digits" in str(e) else e
+        raise kind(f"{what}: not valid JSON ({why})") from None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import ema_model
-from fastrepa.drawing import decoration
+from fastrepa.errors import decoration
 from fastrepa.generation.generate import SAMPLE_BATCH, default_labels, generate, rank_batches
 from fastrepa.training.trainer import Trainer
 

@@ -94,7 +94,7 @@ def warn_of_changes(run: Path, config: Config) -> None:
 def warn_of_other_samples(before: RunState, data: DataSet) -> None:
     """Say where the set is no longer what it was when the checkpoint was written."""
     for words in other_samples(before, data):
-        print(f"warning: {words}: this run's curve changes", flush=True)
+        say(f"warning: {words}: this run's curve changes")
 
 
 def untrained_classes(data: DataSet, trained: Sequence[int], num_classes: int) -> str:

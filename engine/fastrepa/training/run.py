@@ -37,7 +37,6 @@ from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.bad_steps import Spikes
 from fastrepa.training.evaluation import Evaluations, MakeEvaluator
-from fastrepa.training.grids import draw_grid
 from fastrepa.training.inputs import build_inputs
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.messages import (
@@ -291,6 +290,8 @@ class Run:
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """Write the grid of this step: samples/step_*.png (collective)."""
+        from fastrepa.training.grids import draw_grid
+
         grid = draw_grid(self.trainer, self.drawn, telemetry.warn)
         if grid is not None:
             path = self.folder / "samples" / f"step_{self.step:07d}.png"

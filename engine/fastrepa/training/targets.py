@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import DataConfig, VisionConfig
-from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import Batch
 from fastrepa.errors import ConfigError, nearest
@@ -83,6 +82,8 @@ class Targets:
         """
         if not self.cached:
             return
+        from fastrepa.data.column_check import check_column
+
         stored = {column.encoder: column for column in data.features}
         for config, encoder in zip(self.config.encoders, self.encoders, strict=True):
             if config.name not in stored:

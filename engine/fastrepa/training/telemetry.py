@@ -22,8 +22,7 @@ from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
-from fastrepa.drawing import decoration
-from fastrepa.errors import DataError, FastrepaError
+from fastrepa.errors import DataError, FastrepaError, decoration
 from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.progress import Bar

@@ -29,7 +29,6 @@ from fastrepa.training.objective import Draws, Objective, lognormal_time
 from fastrepa.training.schedule import learning_rate
 from fastrepa.training.zero.collectives import time_collectives
 from fastrepa.training.zero.engine import WholeTensors, grad_norm, start_engine
-from fastrepa.training.zero.offload import check_offload
 from fastrepa.training.zero.settings import micro_batch, resolve_zero, trained_elements
 from fastrepa.vision.codec import token_grid
 from fastrepa_kernels.attention import Choice
@@ -49,7 +48,10 @@ def check_run(config: Config, world: World) -> Choice:
         config.training.dtype,
         deterministic=config.deterministic,
     )
-    check_offload(config.zero, config.run)
+    if config.zero.swaps:
+        from fastrepa.training.zero.offload import check_offload
+
+        check_offload(config.zero, config.run)
     check_compile("training.compile", config.training.compile, world.device)
     check_compile("vision.compile", config.vision.compile, world.device)
     return choice

@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
-from fastrepa.drawing import INK, PALETTE, axes_title, decoration, new_figure, save_figure
+from fastrepa.drawing import INK, PALETTE, axes_title, new_figure, save_figure
+from fastrepa.errors import decoration
 from fastrepa.runtime.terminal import Terminal, say_json
 
 PICTURE = "bench.png"

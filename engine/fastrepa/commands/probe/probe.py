@@ -24,8 +24,7 @@ from fastrepa.commands.probe.report import (
 from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
-from fastrepa.drawing import decoration
-from fastrepa.errors import ConfigError, DataError, writing
+from fastrepa.errors import ConfigError, DataError, decoration, writing
 from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.vision.registry import parse_encoders
 

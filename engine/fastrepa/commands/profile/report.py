@@ -18,8 +18,7 @@ from fastrepa.commands.profile.profile import (
     mfu_of_ceiling,
     report_as_dict,
 )
-from fastrepa.drawing import decoration
-from fastrepa.errors import writing
+from fastrepa.errors import decoration, writing
 from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.terminal import Terminal, say, say_json
 

@@ -38,7 +38,6 @@ from fastrepa.checkpoint.kinds import MOMENTS, WEIGHT
 from fastrepa.config import Config, EmaConfig
 from fastrepa.runtime.world import World, destroy_by
 from fastrepa.training.optimizer import AdamWEMA
-from fastrepa.training.zero.offload import SwappedStates
 from fastrepa.training.zero.settings import (
     as_run,
     deepspeed_config,
@@ -153,6 +152,8 @@ class WholeTensors:
         self._flat: FlatWeights | None = engine.flat
         self._swapped = None
         if getattr(self.zero, "swap_optimizer", False):
+            from fastrepa.training.zero.offload import SwappedStates
+
             self._swapped = SwappedStates(self.zero, optimizer)
             self._swapped.prepare()
         else:

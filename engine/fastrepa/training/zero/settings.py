@@ -15,7 +15,6 @@ from torch import Tensor
 from fastrepa.checkpoint.kinds import MOMENTS
 from fastrepa.config import Config, ModelConfig, TrainingConfig, ZeroConfig
 from fastrepa.errors import ConfigError
-from fastrepa.training.zero.offload import offload_settings
 
 # Of DistributedDataParallel, near the optimum of its authors on 16 and 32 GPUs (Li et al. 2020,
 # "PyTorch Distributed", section 5.3): a smaller message does not fill the links.
@@ -160,4 +159,8 @@ def _zero_optimization(zero: ZeroConfig, run: str, *, emas: int) -> dict[str, An
     undecided = [name for name, value in out.items() if value == "auto"]
     if undecided:
         raise ValueError(f"zero.{undecided[0]}: still auto; resolve_zero comes first")
-    return out | offload_settings(zero, run, len(MOMENTS) + emas)
+    if zero.offloads:
+        from fastrepa.training.zero.offload import offload_settings
+
+        out |= offload_settings(zero, run, len(MOMENTS) + emas)
+    return out
