@@ -141,6 +141,16 @@ def test_notes_are_no_tables_of_labels(tmp_path: Path) -> None:
         assert sorted(listing.ignored) == sorted(NOTES)
 
 
+def test_a_table_behind_many_captions(tmp_path: Path) -> None:
+    files: dict[str, Any] = {}
+    for i in range(100):
+        files |= {f"all/{i}.png": PNG, f"all/{i}.txt": f"{i}.png a cat"}
+    for kind in KINDS:
+        assert len(listed(made(tmp_path / kind, kind, files)).names) == 100
+        late = {**files, "train.csv": "image,label\n7.png,cat\n"}
+        assert "train.csv looks like labels" in refused(made(tmp_path / kind / "l", kind, late))
+
+
 def test_a_list_that_numbers_the_images(tmp_path: Path) -> None:
     birds = [f"{c:03d}.Bird/Bird_{c}_{i:02d}.jpg" for c in (1, 2) for i in range(12)]
     listing = "".join(f"{n} {name}\n" for n, name in enumerate(birds, 1))
