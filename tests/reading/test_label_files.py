@@ -89,6 +89,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "metadata.jsonl": TRIPLE | {"metadata.jsonl": '{"file_name": "all/0.png", "label": 3}\n'},
     "annotations.json": TRIPLE | {"annotations.json": {
         "images": [{"id": 7, "file_name": "0.png"}], "annotations": [{"category_id": 1}]}},
+    "first.csv": TRIPLE | {"first.csv": "label,file\n1,all/0.png\n2,all/1.png\n0,all/2.png\n"},
     "map.json": TRIPLE | {"map.json": {"0.png": 1, "1.png": 0}},
     "pairs.json": TRIPLE | {"pairs.json": [["0.png", "x"], ["1.png", "y"]]},
     "nested.json": TRIPLE | {"nested.json": {"0.png": {"class": "x"}}},
@@ -139,6 +140,21 @@ def test_notes_are_no_tables_of_labels(tmp_path: Path) -> None:
         listing = listed(made(tmp_path / kind, kind, {**classes("cat", "dog"), **NOTES}))
         assert listing.classes == ["cat", "dog"] and len(listing.names) == 6
         assert sorted(listing.ignored) == sorted(NOTES)
+
+
+def test_captions_of_a_class_that_is_called_labels(tmp_path: Path) -> None:
+    files = {"labels/0.png": PNG, "labels/0.txt": "a label"}
+    assert counts(made(tmp_path, "folder", files)) == {"labels": 1}
+
+
+def test_a_table_behind_many_captions(tmp_path: Path) -> None:
+    files: dict[str, Any] = {}
+    for i in range(100):
+        files |= {f"all/{i}.png": PNG, f"all/{i}.txt": f"{i}.png a cat"}
+    for kind in KINDS:
+        assert len(listed(made(tmp_path / kind, kind, files)).names) == 100
+        late = {**files, "train.csv": "image,label\n7.png,cat\n"}
+        assert "train.csv looks like labels" in refused(made(tmp_path / kind / "l", kind, late))
 
 
 def test_a_list_that_numbers_the_images(tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_splits_of_tables(tmp_path: Path) -> None:
     assert len(listed(mixed).names) == 2
 
 
+def test_a_table_whose_names_are_no_text(tmp_path: Path) -> None:
+    source = table(tmp_path / "t.parquet", [(0, PNG)])
+    source.write_bytes(source.read_bytes().replace(b"label", b"lab\xffl"))
+    assert "damaged or no parquet table" in refused(source)
+
+
 def test_splits_of_archives(tmp_path: Path) -> None:
     labelled = tar_bytes({"0.png": PNG, "0.cls": b"0"})
     for name in ("in1k-train-000", "in1k-train-001", "in1k-validation-000"):

@@ -165,10 +165,12 @@ def refuse_notes(found: list[Members]) -> None:
 
     Pascal VOC's JPEGImages/ and Annotations/, YOLO's images/ and labels/.
     """
-    stems = {_stem(members.names[i]) for members in found for i in members.pictures()}
+    names = [members.names[i].rpartition(".")[0] for members in found for i in members.pictures()]
+    own, stems = set(names), {name.rpartition("/")[2] for name in names}
     for members in found:
         for name in members.left():
-            if is_mask_name(name.rpartition("/")[0]) and _stem(name) in stems:
+            folder, _, base = name.rpartition(".")[0].rpartition("/")
+            if is_mask_name(folder) and base in stems and f"{folder}/{base}" not in own:
                 raise DataError(
                     f"{members.label}: {name} looks like the labels of an image, and such are not "
                     "read; give class folders, or the images alone, as one class"
@@ -179,10 +181,6 @@ def _tails(name: str) -> tuple[str, str]:
     """A path's file name, and the same with the folder that it lies in."""
     parts = name.casefold().split("/")
     return parts[-1], "/".join(parts[-2:])
-
-
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[0]
 
 
 class _Names:
@@ -223,7 +221,7 @@ class _Names:
                 for i, (column, text) in enumerate(row)
                 if not _NO_LABEL.fullmatch(column.casefold())
                 and self.named(text) != name
-                and not set(_tails(text)) & self._classes.keys()
+                and not self._is_whole(text)
             }
             named += 1
             by_stem += not any(text.strip().casefold().endswith(name) for _, text in row)
@@ -239,7 +237,13 @@ class _Names:
         return by_stem < named or 2 * by_stem >= self._count
 
     def _name(self, row: Row) -> str | None:
-        return next((name for _, text in row if (name := self.named(text))), None)
+        # A whole file name first: a number may be a label and another picture's stem.
+        exact = (text for _, text in row if self._is_whole(text))
+        texts = itertools.chain(exact, (text for _, text in row))
+        return next((name for text in texts if (name := self.named(text))), None)
+
+    def _is_whole(self, text: str) -> bool:
+        return not self._classes.keys().isdisjoint(_tails(text.replace("\\", "/").strip()))
 
 
 def _candidates(members: Members) -> list[Note]:

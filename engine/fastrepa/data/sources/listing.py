@@ -158,7 +158,7 @@ def _of_one_split(source: Path, paths: list[Path], inside: Inside) -> tuple[list
             f"give one of them, --inside {inside.below(one, whole=False)}, or all, --inside "
             + inside.below(".", whole=False)
         )
-    return chosen, Inside()
+    return chosen, Inside("." if inside.as_it_is else None)
 
 
 def _bare_name(path: Path) -> str:

@@ -20,7 +20,7 @@ from fastrepa.errors import DataError, printable
 
 LABEL_EXTENSIONS = {".cls", ".json"}
 NOTE_EXTENSIONS = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt"}  # may be tables of labels
-_NOTES = 64  # of them that are looked into
+_NOTES = 1 << 16  # of them that are remembered
 # Passed over with all that is below them, as is every name that begins with a dot.
 _HIDDEN = {"__MACOSX", "@eaDir"}
 # By their names. What a file is, its first bytes say.
