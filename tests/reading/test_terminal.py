@@ -84,6 +84,13 @@ def test_a_bar_shows_what_it_is_about():
     assert "\\u202eslrig\\u200b\\n[/red]" in out.getvalue()
 
 
+def test_a_bar_s_own_steering_reaches_a_terminal():
+    out = io.StringIO()
+    with Bar("making", 2, console=Terminal(file=out, force_terminal=True, width=200)) as bar:
+        bar.move(1)
+    assert "\x1b[?25l" in out.getvalue() and "\\x1b" not in out.getvalue()
+
+
 def test_lines_json_and_errors(capsys):
     say(EVIL, Path(FILE))
     say_json({EVIL: EVIL}, indent=1)
