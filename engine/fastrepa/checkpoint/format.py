@@ -34,14 +34,14 @@ from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_con
 from fastrepa.errors import CheckpointError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.reading.tensors import MOST, SafeTensors, read_weights, reason, shown
+from fastrepa.reading.tensors import SafeTensors, read_weights, reason, shown
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import fsync_folder, sha256_of
 from fastrepa.runtime.world import World
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
-Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 
 
@@ -68,6 +68,9 @@ class RunState:
     num_samples: Count = 0  # of the data set; 0: not recorded
     data_digest: str = ""  # of its images and labels (DataSet.digest)
     format: int = FORMAT
+
+
+_STATE = TypeAdapter(RunState)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -108,7 +111,7 @@ def read_state(path: Path) -> RunState:
             f"{path}: checkpoint format {shown(fields['format'])}, this version reads {READABLE}"
         )
     try:
-        state: RunState = TypeAdapter(RunState).validate_python(fields)
+        state = _STATE.validate_python(fields)
         named_emas(state.emas)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False, include_context=False)[0]

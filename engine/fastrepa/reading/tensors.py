@@ -30,7 +30,7 @@ REAL = {
 }  # fmt: skip
 COMPILED = "_orig_mod."  # torch.compile's, before what it wraps: the model, or each block
 WRAPPERS = (COMPILED, "module.")  # and that of data parallel
-MOST = 2**53  # of what is counted: a float64 holds it
+MOST = 2**40  # of what is counted: what is computed of it stays below 2^63
 DEEPEST = 64  # containers in one another
 
 
@@ -139,9 +139,9 @@ def without_wrappers(
 
 
 def whole_number(value: Any, source: object, kind: type[FastrepaError]) -> int:
-    """Return a count out of a file: an int from 0 to 2^53, not a bool. Raises `kind`."""
+    """Return a count out of a file: an int from 0 to 2^40, not a bool. Raises `kind`."""
     if type(value) is not int or not 0 <= value <= MOST:
-        raise kind(f"{source}: expected a whole number from 0 to 2^53, got {shown(value)}")
+        raise kind(f"{source}: expected a whole number from 0 to 2^40, got {shown(value)}")
     return value
 
 
@@ -182,6 +182,8 @@ def reason(error: BaseException) -> str:
         return f"holds more than tensors: {wanted}"
     if "TorchScript" in text:
         return "a TorchScript archive, which is a program"
+    if "PytorchStreamReader" in text:
+        return "its zip archive is damaged or cut short"
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return "says to hold more than there is memory for"
     if isinstance(error, RecursionError):
