@@ -95,7 +95,7 @@ def test_what_yaml_says(text, value):
         ("? [a]\n: 1", "the key in line 1 is no word"),
         ("a: " + "9" * 5000, "a number of 5,000 digits in line 1"),
         ("[" * 3000, "nested too deeply"),
-        ("{a: " * 3000, "nested too deeply"),
+        ("{a: " * 1500, "nested too deeply"),
         ("&a [*a]", "nested too deeply"),
         ('"a\\0b"', "a NUL character in line 1"),
         ('"\\ud800"', "no character in line 1"),
@@ -198,7 +198,7 @@ def test_a_byte_order_mark_line_ends_of_windows_and_an_exponent(tmp_path):
         ("10", "0x_", "training.steps: '0x_'"),
         ("10", "9" * 5000, "a number of 5,000 digits in line 5"),
         ("10", "9" * 300, "training.steps: 999"),
-        ("10", "[" * 3000, "nested too deeply"),
+        ("10", "[" * 1500, "nested too deeply"),
         ("run: r", 'run: "a\\0b"', "a NUL character in line 1"),
         ("run: r", 'run: ""', "run: '' is not allowed: a path cannot be empty"),
         ("run: r", "run: '  '", "a path cannot be empty"),
@@ -445,7 +445,7 @@ def one_line(error: Exception) -> None:
     assert len(str(error)) <= 600 and "\n" not in str(error)
 
 
-FLOW = "{run: r, data: {path: d}, model: {width: 8, depth: 1, heads: 2, patch: 2}, seed: 1}"
+FLOW = "{run: r, data: {path: d}, model: {name: SiT-B/2}, seed: 1}"
 
 
 @given(mutated(FLOW))
@@ -459,12 +459,12 @@ def test_mutated_configurations(text):
         one_line(e)
 
 
-@given(mutated("training.optimizer.betas.1=[0.9, {a: 1}]"))
-@example("training.optimizer.betas.²=3")
+@given(mutated("training.1=[0.9, {a: 1}]"))
+@example("training.²=3")
 @FUZZ
 def test_mutated_overrides(override):
     path = Path(os.environ["FUZZED"])
-    path.write_text("training: {optimizer: {betas: [0, 0]}}")
+    path.write_text("training: [0, 0]")
     with pytest.raises(ConfigError) as caught:  # there is no model, at the latest
         load_config(path, [override])
     one_line(caught.value)
