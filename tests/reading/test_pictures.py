@@ -416,7 +416,7 @@ def test_labels_of_samples_are_of_their_numbers(tmp_path: Path, gone: list[int])
 )
 def test_a_broken_record_of_samples_is_one_line(tmp_path: Path, record: str) -> None:
     folder = sampled(tmp_path / "s", record, range(2))
-    said = r"s/sampling\.json: not (readable as JSON|the record)"
+    said = r"s/sampling\.json: not (valid JSON|the record)"
     with pytest.raises(DataError, match=said) as e:
         open_stored(folder)
     assert len(str(e.value)) < 600

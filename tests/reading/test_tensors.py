@@ -141,7 +141,7 @@ def deep(levels):
         (changed(steps=True), "steps: expected a whole number from 0 to 2.40, got True"),
         (changed(steps=-1), "steps: expected a whole number .* got -1"),
         (changed(steps=2.0), "steps: expected a whole number .* got 2.0"),
-        (changed(steps=10**400), "steps: expected a whole number .* got a huge int"),
+        (changed(steps=10**400), r"steps: expected a whole number .* got 10+\.\.\.0+"),
         (changed(steps=None), "steps: expected a whole number .* got None"),
         (changed(extra=within(None)), "nested more than 64 deep"),
         (changed(extra=deep(100)), "nested more than 64 deep"),
@@ -414,7 +414,7 @@ def test_a_checkpoint_whose_manifest_lists_nothing_is_passed_over(run):
         ({"emas": {"ema": "x"}}, "emas: "),
         ({"more": 1}, "more: "),
         ({"format": 3}, "checkpoint format 3"),
-        ({"format": [2]}, "checkpoint format a list"),
+        ({"format": [2]}, "checkpoint format [2]"),
     ],
 )
 def test_a_state_of_other_values_is_refused(change, words, run):

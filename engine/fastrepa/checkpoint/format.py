@@ -31,10 +31,10 @@ from fastrepa.checkpoint.averages import choose_ema, named_emas, resumed_emas, s
 from fastrepa.checkpoint.host_tensors import write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
-from fastrepa.errors import CheckpointError
+from fastrepa.errors import CheckpointError, shown
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
-from fastrepa.reading.tensors import SafeTensors, read_weights, reason, shown
+from fastrepa.reading.tensors import SafeTensors, read_weights, reason
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import fsync_folder, sha256_of
 from fastrepa.runtime.world import World

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastrepa.errors import FastrepaError
+from fastrepa.errors import FastrepaError, shown
 
 REAL = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -110,16 +110,16 @@ def state_dict(stored: Any, source: object, kind: type[FastrepaError]) -> dict[s
         raise kind(f"{source}: holds {got}; {expected}")
     for name, value in stored.items():
         if not isinstance(name, str):
-            raise kind(f"{source}: a name is {shown(name)}, not text; {expected}")
+            raise kind(f"{source}: a name is {_described(name)}, not text; {expected}")
         if not isinstance(value, Tensor):
-            raise kind(f"{source}: {name[:120]} is {shown(value)}; {expected}")
+            raise kind(f"{source}: {name[:120]} is {_described(value)}; {expected}")
     return without_wrappers(stored, source, kind)
 
 
 def without_wrappers(
     state: Mapping[str, Tensor], source: object, kind: type[FastrepaError]
 ) -> dict[str, Tensor]:
-    """Return `state` by the names inside of data parallel and torch.compile.
+    """Return `state`, [...] by name, by the names inside of data parallel and torch.compile.
 
     `module.` and `_orig_mod.` go from the front, in any order, while every name has them: a part of
     a model may be called module. Inside a name, before a block that was compiled by itself,
@@ -141,7 +141,7 @@ def without_wrappers(
 def whole_number(value: Any, source: object, kind: type[FastrepaError]) -> int:
     """Return a count out of a file: an int from 0 to 2^40, not a bool. Raises `kind`."""
     if type(value) is not int or not 0 <= value <= MOST:
-        raise kind(f"{source}: expected a whole number from 0 to 2^40, got {shown(value)}")
+        raise kind(f"{source}: expected a whole number from 0 to 2^40, got {_described(value)}")
     return value
 
 
@@ -159,17 +159,6 @@ def sized(state: Mapping[str, Tensor], name: str, form: str, source: object, kin
     if not tensor.numel():
         raise kind(f"{source}: {name} is {list(tensor.shape)}, expected {form}")
     return tensor
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error line: short, and never what a large or odd one would cost."""
-    if (
-        value is None
-        or isinstance(value, bool | float | str)
-        or (isinstance(value, int) and value.bit_length() < 200)
-    ):
-        return repr(value[:80] if isinstance(value, str) else value)
-    return "a huge int" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:
@@ -197,6 +186,12 @@ def reason(error: BaseException) -> str:
     return "cut short" if isinstance(error, EOFError) else "damaged, or of another kind"
 
 
+def _described(value: Any) -> str:
+    """Return a plain value itself, of others the kind: to write them out may cost anything."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return shown(value) if plain else f"a {type(value).__name__}"
+
+
 def _unreadable(path: Path, error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return (
@@ -222,7 +217,7 @@ def _foreign(error: BaseException) -> str | None:
 
 
 class _Checked:
-    """What a file held, made anew of dicts, lists, tuples and checked tensors."""
+    """Values of a file, made anew of dicts, lists, tuples and checked tensors."""
 
     def __init__(self, path: Path, kind: type[FastrepaError]) -> None:
         self.path, self.kind = path, kind
@@ -273,5 +268,5 @@ class _Checked:
 
 
 def _place(name: str, key: object) -> str:
-    word = key[:120] if isinstance(key, str) else shown(key)
+    word = key[:120] if isinstance(key, str) else _described(key)
     return f"{name}.{word}" if name else word
