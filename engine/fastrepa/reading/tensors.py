@@ -119,7 +119,7 @@ def state_dict(stored: Any, source: object, kind: type[FastrepaError]) -> dict[s
 def without_wrappers(
     state: Mapping[str, Tensor], source: object, kind: type[FastrepaError]
 ) -> dict[str, Tensor]:
-    """Return `state` by the names inside of data parallel and torch.compile.
+    """Return `state`, [...] by name, by the names inside of data parallel and torch.compile.
 
     `module.` and `_orig_mod.` go from the front, in any order, while every name has them: a part of
     a model may be called module. Inside a name, before a block that was compiled by itself,
@@ -222,7 +222,7 @@ def _foreign(error: BaseException) -> str | None:
 
 
 class _Checked:
-    """What a file held, made anew of dicts, lists, tuples and checked tensors."""
+    """Makes anew what a file held, of dicts, lists, tuples and checked tensors."""
 
     def __init__(self, path: Path, kind: type[FastrepaError]) -> None:
         self.path, self.kind = path, kind
