@@ -30,6 +30,7 @@ def main() -> None:
 
     warnings.formatwarning = shown
     try:
+        _refuse_empty(sys.argv[1:])
         code = app(standalone_mode=False) or 0
     except FastrepaError as e:
         print_error(e, _rank())
@@ -50,6 +51,15 @@ def main() -> None:
             print_error(f"{said} (see {command} --help)", 0)
         code = getattr(e, "exit_code", 2)
     sys.exit(for_launcher(code) if isinstance(code, int) else code)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Raise ConfigError for an argument without a letter, which a path would take for "here"."""
+    for before, word in zip(["fastrepa", *words], words, strict=False):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if not value and (equals or not option):
+            where = option or f"after {before!r}"
+            raise ConfigError(f"{where}: an empty argument, perhaps of a shell variable not set")
 
 
 def _rank() -> int:

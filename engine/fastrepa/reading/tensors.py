@@ -217,7 +217,7 @@ def _foreign(error: BaseException) -> str | None:
 
 
 class _Checked:
-    """Values of a file, made anew of dicts, lists, tuples and checked tensors."""
+    """Makes anew what a file held, of dicts, lists, tuples and checked tensors."""
 
     def __init__(self, path: Path, kind: type[FastrepaError]) -> None:
         self.path, self.kind = path, kind

@@ -60,8 +60,8 @@ class Inception(nn.Module):
         super().__init__()
         path = inception_file(weights)
         kind = _torch_fidelity().FeatureExtractorInceptionV3
-        # torch-fidelity unpickles whatever it is given, so it never sees the file: it is given, as
-        # torch.load takes one, a buffer that we wrote of the tensors which were read and checked.
+        # torch-fidelity unpickles whatever it is given, so it never sees the file: in place of a
+        # path it is given a buffer that we wrote of the tensors which were read and checked.
         checked = io.BytesIO()
         torch.save(unwrap(read_checkpoint(path), path), checked)
         checked.seek(0)
