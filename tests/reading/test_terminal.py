@@ -163,6 +163,18 @@ def typing(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["sample", ""], "after 'sample'"), (["sample", "r", "--out", ""], "after '--out'"),
+        (["sample", "r", "--out="], "--out"), (["prepare", "", "set"], "after 'prepare'"),
+    ],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_current_folder(typing, words, named):
+    code, said = typing(*words)
+    assert code == 1 and said.startswith(f"fastrepa: error: {named}: an empty argument")
+
+
+@pytest.mark.parametrize(
     "words",
     [
         [f"sam{EVIL}"], ["data", f"show{EVIL}"], [f"--no{EVIL}"], ["sample", "r", f"--no{EVIL}"],
