@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastrepa.commands.evaluate.image_sources import open_folder
 from fastrepa.config import SampleConfig
 from fastrepa.errors import ConfigError
 from fastrepa.generation import generate as room
@@ -72,6 +73,7 @@ def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert sample_run("run", whole, num=10, batch_size=4).there == 0
+    assert open_folder(whole).num == 10  # `evaluate` reads what is drawn
     made, plain = [], room.generate
 
     def stopped(*args, sample_ids, **kwargs):

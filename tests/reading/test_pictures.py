@@ -410,6 +410,12 @@ def test_labels_of_samples_are_of_their_numbers(tmp_path: Path, gone: list[int])
     assert list(stills.classes) == ["10", "11", "b"]
 
 
+@pytest.mark.parametrize("record", ['{"classes": "all"}', '{"seed": 0}'])
+def test_samples_of_all_classes_go_unnamed(tmp_path: Path, record: str) -> None:
+    stills = open_stored(sampled(tmp_path / "s", record, range(2)))
+    assert (stills.num, stills.labels, list(stills.classes)) == (2, None, [])
+
+
 @pytest.mark.parametrize(
     "record",
     ["", "{", "[]", "[" * 9000, '{"classes": 3}', '{"classes": {"a": 1}}', "\xff", "9" * 9000],

@@ -127,12 +127,14 @@ def open_folder(folder: Path) -> Stills:
 
 
 def _classes_of(record: Path) -> list[str]:
-    """The classes that `fastrepa sample` drew in turn; none where it drew without."""
+    """The classes that `fastrepa sample` drew in turn; none where it drew all, which go unnamed."""
     stored = read_json(record)
-    chosen = stored.get("classes") if isinstance(stored, dict) else ""
-    if not isinstance(chosen, list | None):
-        raise DataError(f"{record}: not the record of `fastrepa sample`, whose classes are a list")
-    return [str(c) for c in chosen or ()]
+    chosen = stored.get("classes", "all") if isinstance(stored, dict) else None
+    if chosen != "all" and not isinstance(chosen, list):
+        raise DataError(
+            f"{record}: not the record of `fastrepa sample`, whose classes are a list or all"
+        )
+    return [] if chosen == "all" else [str(c) for c in chosen]
 
 
 def open_set(folder: Path) -> Stills:
