@@ -104,7 +104,7 @@ def launched_world() -> World:
         local_rank=number("LOCAL_RANK", 0),
         local_size=number("LOCAL_WORLD_SIZE", 1),
     )
-    if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+    if world.rank and not os.environ.get("WORLD_SIZE"):
         raise ConfigError(f"RANK is {world.rank}, but WORLD_SIZE is not set; {_LAUNCH}")
     if world.rank >= world.size:
         raise ConfigError(f"RANK: {world.rank} is none of the {world.size} ranks of WORLD_SIZE")
