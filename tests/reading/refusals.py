@@ -1,4 +1,4 @@
-"""How a refusal of weights reads."""
+"""A refusal of weights: one line that names the file and advises nothing unsafe."""
 
 ADVICE = ("weights_only", "add_safe_globals", "safe_globals", "torch.load", "\x1b", "trust")
 
