@@ -37,15 +37,11 @@ def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
         shown = f"{value:.5g}" if math.isnan(spread) else f"{value:.5g} ± {spread:.2g}"
         better = "higher" if metric.higher_is_better else "lower"
         table.add_row(metric.name, shown, better, described(metric))
-    console.print(
-        f"samples    {done.samples}{_counted(done.num_samples)}", soft_wrap=True, markup=False
-    )
-    console.print(
-        f"reference  {done.reference}{_counted(done.num_reference)}", soft_wrap=True, markup=False
-    )
+    console.print(f"samples    {done.samples}{_counted(done.num_samples)}", soft_wrap=True)
+    console.print(f"reference  {done.reference}{_counted(done.num_reference)}", soft_wrap=True)
     if done.settings:
         shown = ", ".join(f"{k} {v}" for k, v in done.settings.items())
-        console.print(f"generated  {shown}", soft_wrap=True, markup=False)
+        console.print(f"generated  {shown}", soft_wrap=True)
     console.print(table)
     for note in done.notes:
         console.print(f"warning: {note}", soft_wrap=True)

@@ -109,15 +109,15 @@ def verify(
 def print_report(report: VerifyReport, console: Console) -> None:
     """The first SHOWN problems and their count, or a table of what was checked; and the notes."""
     for note in report.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
     for problem in report.problems[:SHOWN]:
-        console.print(str(problem), markup=False, soft_wrap=True)
+        console.print(str(problem), soft_wrap=True)
     if (more := len(report.problems) - SHOWN) > 0:
         console.print(f"... and {more} more (--json lists them all)")
     if not report.ok:
-        console.print(f"{len(report.problems)} problems in {report.path}", markup=False)
+        console.print(f"{len(report.problems)} problems in {report.path}")
         return
-    console.print(f"{report.path}: nothing wrong", markup=False, soft_wrap=True)
+    console.print(f"{report.path}: nothing wrong", soft_wrap=True)
     how = " (quick)" if report.quick else ""
     table = Table(f"checked{how}", Column("how much", justify="right"))
     table.add_row("files" + (", sizes only" if report.quick else ""), f"{report.num_files:,}")
