@@ -52,6 +52,10 @@ def test_dataset_json_of_less_or_more(tmp_path: Path, kind: str) -> None:
     assert len(extra.names) == 5
     flat = listed(of("flat", {"a.png": 2, "b.png": 0}, pictures("a.png", "b.png")))
     assert (flat.classes, flat.entries["label"].tolist()) == (["0", "1", "2"], [2, 0])
+    twins = ("e\u0301.png", "\u00e9.png")  # of one name in two Unicode forms: two pictures
+    both = listed(of("twins", {twins[0]: 1}, pictures(*twins)))
+    assert (both.names, both.entries["label"].tolist()) == ([twins[0]], [1])
+    assert {r.reason for r in both.rejected} == {"no label in dataset.json"}
     names = written(tmp_path / "names.txt", b"a\nb\nc\n")
     few = listed(of("few", LABELS), class_names=names)
     assert few.classes == ["a", "b", "c"]

@@ -106,7 +106,11 @@ def _labels(members: Members, place: int, most: int) -> dict[int, int]:
     entries = list(listed.items()) if isinstance(listed, dict) else listed
     if not isinstance(entries, list) or not entries:
         raise DataError(f'{where}: has no list "labels" with entries')
-    by_name = {same_name(members.names[i]): i for i in pictures}
+    by_name = {members.names[i]: i for i in pictures}
+    composed: dict[str, list[int]] = {}  # a name in another Unicode form means the only such file
+    for at in pictures:
+        composed.setdefault(same_name(members.names[at]), []).append(at)
+    beyond = set[int]()
     labels: dict[int, int] = {}
     twice = set[int]()
     for number, entry in enumerate(entries):
@@ -118,22 +122,25 @@ def _labels(members: Members, place: int, most: int) -> dict[int, int]:
             )
         parts = re.split(r"[/\\]", entry[0])  # some were written on Windows
         path = "/".join(part for part in parts if part not in ("", "."))
-        i = by_name.get(same_name(folder + path))
+        i = by_name.get(folder + path)
+        if i is None and len(alike := composed.get(same_name(folder + path), [])) == 1:
+            i = alike[0]
         if i is None:
             members.reject((folder + path)[:_LONGEST], f"labelled in {LABELS}, but missing")
+        elif i in beyond:
+            continue  # rejected already
         elif i in labels:
             twice.add(i)
         elif label > most:
             members.reject(members.names[i], f"its label is {short(label)}, beyond {most}")
-            by_name.pop(same_name(folder + path))
+            beyond.add(i)
         else:
             labels[i] = label
     for i in sorted(twice):
         del labels[i]
         members.reject(members.names[i], f"labelled twice in {LABELS}")
-    unlisted = by_name.keys() - {same_name(members.names[i]) for i in (*labels, *twice)}
-    for path in sorted(unlisted):
-        members.reject(path, f"no label in {LABELS}")
+    for i in sorted(set(pictures) - labels.keys() - twice - beyond, key=members.names.__getitem__):
+        members.reject(members.names[i], f"no label in {LABELS}")
     return labels
 
 
