@@ -207,6 +207,7 @@ def damaged_jpegs() -> Iterator[tuple[str, bytes]]:
     middle = len(JPEG) // 2
     yield "a hole", JPEG[:middle] + JPEG[middle + 400 :]
     yield "data left over", JPEG[:-2] + bytes(range(1, 250)) + EOI
+    yield "zeros for its second half, and more", JPEG[:middle] + bytes(len(JPEG)) + EOI
 
 
 def whole_jpegs() -> Iterator[tuple[str, bytes]]:

@@ -19,6 +19,7 @@ _LOST = re.compile(
 )
 # In entropy-coded data: neither a stuffed byte nor a restart.
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_OWN_BYTES = 8  # at the end of real data that may have the value of the filling behind them
 _EOI, _SOS, _NO_LENGTH = 0xD9, 0xDA, (0x01, 0xD8)
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -69,11 +70,15 @@ def _bare(data: bytes) -> bytes:
 
 
 def _is_padding(data: bytes, said: re.Match[str]) -> bool:
-    """Tell whether the bytes left over at the end of the data are one value: a writer's filling."""
+    """Tell whether the bytes left over at the end of the data are one value: a writer's filling.
+
+    Zeros in place of lost data are codes, of which the decoder takes many before some are left.
+    """
     if said["left"] is None or int(said["marker"], 16) != _EOI:
         return False
-    end = data.find(b"\xff\xd9", data.find(b"\xff\xda"))
-    return len(set(data[end - int(said["left"]) : end])) == 1
+    coded = data[: data.find(b"\xff\xd9", data.find(b"\xff\xda"))]
+    taken = len(coded) - len(coded.rstrip(coded[-1:])) - int(said["left"])
+    return 0 <= taken <= _OWN_BYTES
 
 
 def _is_unfinished(data: bytes) -> bool:
