@@ -17,9 +17,14 @@ _NUMBER = re.compile(r"#?([0-9]{1,9})")
 _LISTED = 20  # names in a message
 
 
-def written_form(text: str) -> str:
-    """A name as sets store it: Unicode's composed form (NFC), what is invisible as an escape."""
-    return printable(unicodedata.normalize("NFC", text))
+def same_name(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): one text for what is one name to people."""
+    return unicodedata.normalize("NFC", name)
+
+
+def written_form(name: str) -> str:
+    """A name as sets store it: `same_name`, with what is invisible as an escape."""
+    return printable(same_name(name))
 
 
 def first_difference(

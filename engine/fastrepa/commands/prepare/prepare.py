@@ -32,6 +32,7 @@ from fastrepa.commands.prepare.plan import (
 from fastrepa.commands.prepare.pool import write_shards
 from fastrepa.commands.prepare.report import SetReport, make_report, read_report, report_bytes
 from fastrepa.commands.prepare.writer import ShardDone, read_done
+from fastrepa.data.classes import written_form
 from fastrepa.data.format.index import KEY_DIGITS
 from fastrepa.data.format.partial import (
     PLAN,
@@ -233,7 +234,7 @@ def _finish(plan: ShardPlan, folder: Path) -> None:
         seed=plan.settings.seed,
         num_samples=counts.total(),
         classes=tuple(
-            ClassRecord(name=printable(name), samples=counts[label])
+            ClassRecord(name=written_form(name), samples=counts[label])
             for label, name in enumerate(plan.classes)
         ),
         shards=tuple(mark.record for mark in done if mark.record),

@@ -217,7 +217,7 @@ def _print_passed_over(passed_over: Sequence[PassedOver], console: Console) -> N
     for kind in passed_over:
         pictures = f"{kind.pictures:,}" if kind.pictures else ""
         name = kind.extension or "without extension"
-        table.add_row(name, f"{kind.files:,}", pictures, Text("\n".join(kind.first)))
+        table.add_row(name, f"{kind.files:,}", pictures, _lines(kind.first))
     console.print(table)
 
 

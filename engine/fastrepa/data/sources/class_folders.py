@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from fastrepa.data.classes import same_name
 from fastrepa.data.sources.label_files import refuse_notes, refuse_tables
 from fastrepa.data.sources.members import (
     ARCHIVE_EXTENSIONS,
     TABLE_EXTENSIONS,
     Members,
     Rows,
-    same_name,
     stem_of,
 )
 from fastrepa.data.sources.splits import are_chunks, mask_of, masks_among, splits_among

@@ -15,11 +15,13 @@ import csv
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from fastrepa.data.classes import same_name
 from fastrepa.data.format.reference_layout import LABELS, short
 from fastrepa.data.sources.entries import MAX_IMAGE_BYTES, MAX_LABEL
-from fastrepa.data.sources.members import Members, Note, Rows, extension_of, same_name
+from fastrepa.data.sources.members import Members, Note, Rows, extension_of
 from fastrepa.data.sources.splits import is_mask_name
 from fastrepa.errors import DataError
 from fastrepa.reading.text import parse_json
@@ -44,19 +46,33 @@ Row = list[tuple[str, str]]
 """One row of a table: (column, text)."""
 
 
-def find_dataset_json(found: list[Members]) -> list[tuple[Members, int]]:
-    """Return every dataset.json that says "labels", by its container and place there."""
+@dataclass(frozen=True)
+class DatasetJson:
+    """A dataset.json: its container, its name there, and what it says of "labels"."""
+
+    members: Members
+    name: str
+    labels: Any
+
+
+def find_dataset_json(found: list[Members]) -> list[DatasetJson]:
+    """Return every dataset.json that says "labels"."""
     places = [
         (members, i)
         for members in found
         for i, name in enumerate(members.names)
         if name.rpartition("/")[2] == LABELS
     ]
-    return [(members, i) for members, i in places[:_TRIED] if "labels" in _opened(members, i)]
+    opened = ((members, i, _opened(members, i)) for members, i in places[:_TRIED])
+    return [
+        DatasetJson(members, members.names[i], said["labels"])
+        for members, i, said in opened
+        if "labels" in said
+    ]
 
 
 def labels_of_dataset_json(
-    found: list[Members], files: list[tuple[Members, int]], class_names: list[str] | None
+    found: list[Members], files: list[DatasetJson], class_names: list[str] | None
 ) -> tuple[list[dict[int, int]], list[str]]:
     """Label of every image of each container, by its place there, and the classes.
 
@@ -66,12 +82,12 @@ def labels_of_dataset_json(
     most = MAX_LABEL if class_names is None else len(class_names) - 1
     rows: list[dict[int, int]] = []
     for members in found:
-        here = [place for owner, place in files if owner is members]
+        here = [file for file in files if file.members is members]
         if len(here) != 1:
             several = "has several" if here else "has no"
             raise DataError(f"{members.label}: {several} {LABELS}; give what one of them labels")
-        rows.append(_labels(members, here[0], most))
-        members.label_file = members.names[here[0]]
+        rows.append(_labels(here[0], most))
+        members.label_file = here[0].name
     top = max((label for row in rows for label in row.values()), default=-1)
     return rows, class_names or [str(label) for label in range(top + 1)]
 
@@ -82,8 +98,8 @@ def _opened(members: Members, place: int) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _labels(members: Members, place: int, most: int) -> dict[int, int]:
-    name = members.names[place]
+def _labels(file: DatasetJson, most: int) -> dict[int, int]:
+    members, name, listed = file.members, file.name, file.labels
     folder = name[: -len(LABELS)]
     where = f"{members.label}: {name}"
     pictures = members.pictures()
@@ -93,7 +109,6 @@ def _labels(members: Members, place: int, most: int) -> dict[int, int]:
             f"{where}: labels of another part than {members.names[outside[0]]}; REPA's layout is "
             "read as a folder with images/ and vae-sd/, other labels with --inside their folder"
         )
-    listed = _opened(members, place)["labels"]
     if listed is None:
         strange = [i for i in pictures if not _CHUNK.fullmatch(members.names[i])]
         if strange:

@@ -205,8 +205,8 @@ def _labels(
         pictures = [(members, members.pictures()) for members in found]
         refuse_splits(source, pictures, inside, classes=None)
     if files and keys:
-        raise DataError(f"{source}: has labels in {files[0][0].names[files[0][1]]} and beside its "
-                        "images; remove those that are not to be read")  # fmt: skip
+        raise DataError(f"{source}: has labels in {files[0].name} and beside its images; "
+                        "remove those that are not to be read")  # fmt: skip
     if files:
         return labels_of_dataset_json(found, files, class_names)
     return labels_of_keys(found, class_names)

@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import stat
-import unicodedata
 import zlib
 from array import array
 from collections.abc import Callable
@@ -56,11 +55,6 @@ def picture_extensions() -> frozenset[str]:
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is passed over, without a word: systems leave such behind."""
     return name.startswith(".") or name in _HIDDEN
-
-
-def same_name(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC): one text for what is one name to people."""
-    return unicodedata.normalize("NFC", name)
 
 
 def extension_of(name: str) -> str:

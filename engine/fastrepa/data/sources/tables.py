@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrepa.data.classes import same_name
 from fastrepa.data.sources.class_folders import distinct_classes
 from fastrepa.data.sources.entries import (
     ENTRY_DTYPE,
@@ -21,12 +22,10 @@ from fastrepa.data.sources.entries import (
     MAX_LABEL,
     Listing,
     Rejected,
-    printable,
 )
-from fastrepa.data.sources.members import same_name
 from fastrepa.data.sources.splits import splits_among
 from fastrepa.data.sources.spool import byte_bar, check_room, finished, identity, new_copy
-from fastrepa.errors import DataError, nearest
+from fastrepa.errors import DataError, nearest, printable
 from fastrepa.reading.arrays import read_npy
 from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import write_array

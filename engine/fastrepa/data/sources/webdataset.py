@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastrepa.data.classes import same_name
 from fastrepa.data.sources.entries import MAX_LABEL
-from fastrepa.data.sources.members import Members, extension_of, picture_extensions, same_name
+from fastrepa.data.sources.members import Members, extension_of, picture_extensions
 from fastrepa.errors import DataError, printable
 from fastrepa.reading.text import parse_json
 
