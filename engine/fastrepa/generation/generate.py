@@ -409,7 +409,7 @@ def write_png(image: Tensor, path: Path) -> None:
     """Write uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every
     level, and level 1 is the quick one.
     """
-    with aside(path, path.with_suffix(".png.partial")) as partial:
+    with aside(path) as partial:
         to_image(image).save(partial, "PNG", compress_level=1)
 
 
@@ -440,7 +440,7 @@ def write_adm_npz(folder: Path, num: int) -> Path:
     target = folder / f"samples_{num}x{height}x{width}x3.npz"
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}
     with (
-        aside(target, target.with_suffix(".partial")) as partial,
+        aside(target) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):

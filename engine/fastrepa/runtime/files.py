@@ -6,30 +6,78 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:32]
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,9})@(?P<host>[\w.-]+)\.tmp")
+_ABANDONED = 86400.0  # seconds for which what another host left has not changed
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path`, of this process alone, until it is whole: .NAME.PID@HOST.tmp."""
+    name = os.fsdecode(os.fsencode(path.name)[:150])  # a name that fits must not fail by this one
+    return path.with_name(f".{name}.{os.getpid()}@{HOST}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that processes left in `folder` which are no more."""
+    for path in folder.glob(".*.tmp"):
+        by = _TEMPORARY.fullmatch(path.name)
+        if by and not _may_go_on(path, by["host"], int(by["pid"])):
+            remove(path)
+
+
+def _may_go_on(path: Path, host: str, pid: int) -> bool:
+    """Tell whether the process that a temporary name has may still write there."""
+    if host == HOST:
+        return alive(pid)
+    try:
+        return time.time() - path.stat().st_mtime < _ABANDONED
+    except OSError:
+        return True
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process of this host exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a temporary file or folder, as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
 
 @contextmanager
-def aside(path: Path, partial: Path | None = None) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder to, which then takes its name.
 
-    Where the block fails nothing stays. `partial`: another name than .NAME.tmp until then.
+    Where the block fails nothing stays.
     """
-    partial = partial or path.with_name(f".{path.name}.tmp")
+    partial = temporary(path)
     try:
         yield partial
         partial.replace(path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        remove(partial)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -81,7 +129,7 @@ class NewFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f".{path.name}.tmp")
+        self._path, self._partial = path, temporary(path)
         self._file = self._partial.open("wb")
         self._sha, self.num_bytes = hashlib.sha256(), 0
 

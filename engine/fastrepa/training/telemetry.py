@@ -251,7 +251,7 @@ class Telemetry:
                     kept.append(line + b"\n")
             except (DataError, KeyError, TypeError):
                 continue  # a line that was being written when the process died
-        with aside(self.metrics_path, self.metrics_path.with_suffix(".partial")) as replacement:
+        with aside(self.metrics_path) as replacement:
             replacement.write_bytes(b"".join(kept))
 
 

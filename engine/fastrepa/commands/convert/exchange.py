@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,9 @@ def export_run(
     stored = stored_emas(state.emas, config.training.ema[0])
     chosen = choose_ema(stored, ema, source=path)
     kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
-    own = out.with_name(f".partial_{os.getpid()}_{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with aside(out, own) as partial:
+        with aside(out) as partial:
             if to == "zero":
                 write_zero(partial, kinds, config, state)
                 return state
@@ -176,7 +174,7 @@ def import_reference(
     }
     final = checkpoint_path(run, state.step)
     try:
-        with aside(final, final.with_name(f".partial_{final.name}")) as partial:
+        with aside(final) as partial:
             partial.mkdir(parents=True, exist_ok=True)
             digests = {}
             for kind, values in kinds.items():

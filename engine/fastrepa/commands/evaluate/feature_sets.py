@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,8 +189,7 @@ class StatisticsCache:
         }
         path = self.path(digest, extractor)
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = path.with_suffix(f".{os.getpid()}.partial")
-        with aside(path, own) as partial, partial.open("wb") as file:
+        with aside(path) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **fields)
 
     def _fields(self, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:

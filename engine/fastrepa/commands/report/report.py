@@ -59,7 +59,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     page = render(runs)
     with writing(f"--out: {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with aside(out, out.with_name(out.name + ".partial")) as partial:
+        with aside(out) as partial:
             partial.write_text(page, encoding="utf-8")
     return out
 
