@@ -1,21 +1,25 @@
 """A lost rank ends the others: heartbeats beside training, and a log file for every rank.
 
-Each rank's threads beat once a second in a TCPStore that the first rank holds. The first rank
-notices who has fallen silent and says so there; the others read that, and watch the first. What
-ends a process is os._exit, because its main thread may hang in a collective for ever.
+Each rank's threads beat once a second on a board that the first rank holds. The first rank notices
+who has fallen silent and says so there; the others read that, and watch the first, which stays
+until all have read it. What ends a process is os._exit, because its main thread may hang in a
+collective for ever.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import hmac
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +30,7 @@ import torch.distributed as dist
 from fastrepa.errors import CheckpointError, FastrepaError, print_error, printable
 from fastrepa.runtime.exit_codes import LOST, for_launcher
 from fastrepa.runtime.terminal import say
-from fastrepa.runtime.world import World
+from fastrepa.runtime.world import World, address_of
 
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
 log = logging.getLogger("fastrepa")
@@ -115,19 +119,20 @@ class Watch:
 
     group: a gloo group of all ranks. Where a rank is silent or fails, all others have ended, naming
     it, within `timeout_seconds`. A step (or the building before the first) of more than
-    `stall_seconds` puts every rank's stack in its log.
+    `stall_seconds` puts every rank's stack in its log. Both are seconds in which this process ran:
+    a job that is suspended as a whole, and goes on, has lost nobody.
     """
 
     def __init__(self, limits: Limits, world: World, group: Any, rank_log: RankLog) -> None:
         self.limits, self.world, self.group, self.log = limits, world, group, rank_log
         self.interval = min(1.0, limits.timeout_seconds / 10)
-        # What is left is for noticing it, for the others to read it and for ending.
-        self.silence = limits.timeout_seconds - 4 * self.interval
+        # What is left is for noticing it, for all others to read of it and for ending.
+        self.silence = limits.timeout_seconds - 5 * self.interval
+        self._clock = _Clock(self.interval)
         self._done = threading.Event()
-        self._verdict: str | None = None
-        self._code = LOST
+        self._verdict: _Verdict | None = None
         self._leaving: float | None = None  # when the main thread began to explain an error
-        self._heard = self._progressed = time.monotonic()
+        self._heard = self._progressed = self._clock.seconds
         self._doing = "the start"
         self._stalled = self._stall = ""  # this rank's, to be told; the last that was told
         self._explained = False
@@ -136,23 +141,12 @@ class Watch:
         if self.world.size == 1:
             self._start(self._watch)
             return self
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, socket.gethostname(), group=self.group)
         self._names = [f"rank {r} ({name})" for r, name in enumerate(names)]
-        wait = timedelta(seconds=self.limits.timeout_seconds)
-        port: list[Any] = [None]
-        if self.world.is_rank_0:
-            self._store = dist.TCPStore(
-                host, 0, is_master=True, wait_for_workers=False, timeout=wait
-            )
-            port = [self._store.port]
-        dist.broadcast_object_list(port, src=0, group=self.group)
-        if not self.world.is_rank_0:
-            self._store = dist.TCPStore(host, port[0], is_master=False, timeout=wait)
-        self._store.set(f"beat/{self.world.rank}", "0")
+        self._board = Board(self.world, self.group, self.limits.timeout_seconds)
+        self._board.write(f"beat/{self.world.rank}", "0")
         dist.barrier(group=self.group)
-        self._heard = time.monotonic()
         self._start(self._beat, self._watch)
         return self
 
@@ -167,10 +161,10 @@ class Watch:
         if e is not None:
             self._explain(e)
         elif self.world.size > 1:
-            dist.barrier(group=self.group)  # the store goes with the first rank
+            dist.barrier(group=self.group)  # the board goes with the first rank
         self._done.set()
         for thread in self._threads:
-            # One that is inside the store when Python ends would abort the process.
+            # One that is inside the board when Python ends would abort the process.
             thread.join(self.limits.timeout_seconds)
 
     @contextmanager
@@ -186,19 +180,20 @@ class Watch:
         """Tell the others of this rank's error; end with theirs where it came from them."""
         if self._explained or self.world.size == 1:
             return
-        self._explained, self._leaving = True, time.monotonic()
+        self._explained, self._leaving = True, self._clock.seconds
         log.error("stopped by an error", exc_info=e)
         if not isinstance(e, FastrepaError) and _is_of_peers(e):
-            ends = time.monotonic() + self.limits.timeout_seconds + 2 * self.interval
-            while self._verdict is None and time.monotonic() < ends:
+            limit = self.limits.timeout_seconds + 2 * self.interval
+            while self._verdict is None and self._clock.seconds - self._leaving < limit:
                 time.sleep(self.interval / 4)
-            self._done.set()
             if self._verdict:
                 self._end(self._verdict)
+            self._done.set()
             return
         code = 1 if isinstance(e, FastrepaError) else LOST  # a user's error would only come again
-        self._tell(f"{self._names[self.world.rank]} failed: {_line(e)}", code)
-        time.sleep(2 * self.interval)  # the first rank's store must outlive the reading of it
+        rank = self.world.rank
+        self._tell(_Verdict(code, (rank,), f"{self._names[rank]} failed: {_line(e)}"))
+        self._until_all_know()
         self._done.set()
         # Leaving a process group may hang like any collective.
         last_resort = threading.Timer(
@@ -209,58 +204,57 @@ class Watch:
 
     def progress(self, step: int) -> None:
         """The main thread is about to take this step."""
-        self._doing, self._progressed = f"step {step + 1}", time.monotonic()
+        self._doing, self._progressed = f"step {step + 1}", self._clock.seconds
 
     # In threads -------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """All talk with the store, which may hang; `_watch` sees to that."""
+        """All talk with the board, which may hang; `_watch` sees to that."""
+        me = self.world.rank
         ranks = range(self.world.size) if self.world.is_rank_0 else [0]
-        last = dict.fromkeys(ranks, (b"", time.monotonic()))
+        last = dict.fromkeys(ranks, ("", self._clock.seconds))
         count = 0
         while not self._done.wait(self.interval):
             try:
                 count += 1
-                self._store.set(f"beat/{self.world.rank}", str(count))
-                beats = self._store.multi_get([f"beat/{r}" for r in ranks])
-                now = time.monotonic()
+                self._board.write(f"beat/{me}", str(count))
+                beats = self._board.read_all([f"beat/{r}" for r in ranks])
+                now = self._clock.seconds
                 for rank, beat in zip(ranks, beats, strict=True):
-                    if beat != last[rank][0]:
+                    if beat and beat != last[rank][0]:
                         last[rank] = (beat, now)
-                if self._store.check(["verdict"]):
-                    code, _, verdict = self._store.get("verdict").decode().partition(" ")
-                    if self._verdict is None:
-                        self._code, self._verdict = int(code), verdict
+                if self._verdict is None and (told := self._board.read("verdict")):
+                    self._take(told)
                 if self._stalled:
-                    self._store.set("stall", self._stalled)
+                    self._board.write("stall", self._stalled)
                     self._stalled = ""
-                if self._store.check(["stall"]):
-                    stall = self._store.get("stall").decode()
-                    if stall != self._stall:
-                        self._stall = stall
-                        self.log.stacks(stall)
+                if (stall := self._board.read("stall")) and stall != self._stall:
+                    self._stall = stall
+                    self.log.stacks(stall)
             except Exception as e:
+                if self._done.is_set():
+                    return
                 log.error("the heartbeat store does not answer: %s", _line(e))
-                if self._verdict is None and not self._done.wait(GRACE):
-                    self._verdict = f"{self._names[0]} is lost: its process has ended"
+                if self._verdict is None and not self._done.wait(min(GRACE, self.silence)):
+                    ended = f"{self._names[0]} is lost: its process has ended"
+                    self._verdict = _Verdict(LOST, (0,), ended)
                 return
             self._heard = now
-            silent = [r for r, (_, at) in last.items() if now - at > self.silence]
+            silent = tuple(r for r, (_, at) in last.items() if now - at > self.silence)
             if silent and self._verdict is None:
-                self._tell(self._lost(silent), LOST)
+                self._tell(self._lost(silent))
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval / 2):
-            now = time.monotonic()
+            now = self._clock.tick()
             if self.world.size > 1:
                 if self._verdict is None and now - self._heard > self.silence:
-                    self._verdict = self._lost([0])
-                if self._verdict:
-                    if self.world.is_rank_0:
-                        time.sleep(2 * self.interval)  # for the others to read it
-                    # A main thread that is explaining may hang as well: the log's disk, say.
-                    if self._leaving is None or now - self._leaving > self.limits.timeout_seconds:
-                        self._end(self._verdict)
+                    self._verdict = self._lost((0,))
+                # A main thread that is explaining may hang as well: the log's disk, say.
+                if self._verdict and (
+                    self._leaving is None or now - self._leaving > self.limits.timeout_seconds
+                ):
+                    self._end(self._verdict)
             if now - self._progressed > self.limits.stall_seconds:
                 self._progressed = now
                 seconds = self.limits.stall_seconds
@@ -272,28 +266,160 @@ class Watch:
                 else:
                     self._stalled = f"{why} on {self._names[self.world.rank]}"
 
-    def _lost(self, ranks: list[int]) -> str:
+    def _lost(self, ranks: tuple[int, ...]) -> _Verdict:
         names = ", ".join(self._names[r] for r in ranks)
-        return f"{names} lost: silent for {self.silence:g} s"
+        return _Verdict(LOST, ranks, f"{names} lost: silent for {self.silence:g} s")
 
-    def _tell(self, verdict: str, code: int) -> None:
-        self._code, self._verdict = code, verdict
+    def _tell(self, verdict: _Verdict) -> None:
+        """Tell all others; where another verdict came first, that one is everybody's."""
         try:
-            self._store.set("verdict", f"{code} {verdict}")
+            self._take(self._board.write_first("verdict", verdict.written()))
         except Exception as e:
             log.error("the heartbeat store does not answer: %s", _line(e))
+            self._verdict = verdict
 
-    def _end(self, verdict: str) -> NoReturn:
-        text = f"{verdict}; stopped in {self._doing}"
-        if self._code == LOST:
+    def _take(self, told: str) -> None:
+        """Make the board's verdict this rank's, and let the first rank know that it is known."""
+        self._board.write(f"known/{self.world.rank}", "1")
+        self._verdict = _Verdict.read(told)
+
+    def _until_all_know(self) -> None:
+        """Keep the board, which goes with the first rank, until all that can have read of it."""
+        if not self.world.is_rank_0 or self._verdict is None:
+            return
+        others = [r for r in range(1, self.world.size) if r not in self._verdict.ranks]
+        ends = time.monotonic() + 3 * self.interval
+        with suppress(Exception):  # a board that does not answer any more tells nobody
+            while not all(self._board.read_all([f"known/{r}" for r in others])):
+                if time.monotonic() > ends:
+                    return
+                time.sleep(self.interval / 10)
+
+    def _end(self, verdict: _Verdict) -> NoReturn:
+        text = f"{verdict.words}; stopped in {self._doing}"
+        if verdict.code == LOST:
             text += ", the same command continues"
         print_error(text, self.world.rank)
-        code = for_launcher(self._code)
-        anyway = threading.Timer(2 * self.interval, os._exit, (code,))  # the log's disk may hang
+        code = for_launcher(verdict.code)
+        anyway = threading.Timer(4 * self.interval, os._exit, (code,))  # the log's disk may hang
         anyway.daemon = True
         anyway.start()
         self.log.stacks(text)
+        self._until_all_know()
         os._exit(code)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Why all ranks end: with which exit code, and for which ranks, that are past knowing it."""
+
+    code: int
+    ranks: tuple[int, ...]
+    words: str
+
+    def written(self) -> str:
+        return f"{self.code} {','.join(map(str, self.ranks))} {self.words}"
+
+    @classmethod
+    def read(cls, text: str) -> _Verdict:
+        code, ranks, words = text.split(" ", 2)
+        return cls(int(code), tuple(map(int, ranks.split(","))), words)
+
+
+class _Clock:
+    """Seconds in which this process ran: of a tick that came late, as after SIGSTOP, only as much
+    counts as a busy machine may keep a thread waiting.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self.seconds, self._most, self._ticked = 0.0, interval, time.monotonic()
+
+    def tick(self) -> float:
+        now = time.monotonic()
+        self.seconds += min(now - self._ticked, self._most)
+        self._ticked = now
+        return self.seconds
+
+
+class Board:
+    """Where ranks leave one another words beside training (collective to make).
+
+    A TCPStore that the first rank holds, listening on the address at which the others see it. A
+    secret of the group's names every key and signs every value: who else reaches the port can
+    neither end a run nor speak for a rank.
+    """
+
+    def __init__(self, world: World, group: Any, timeout_seconds: float) -> None:
+        master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        seen: list[Any] = [None] * world.size
+        dist.all_gather_object(seen, address_of(master), group=group)
+        wait = timedelta(seconds=timeout_seconds)
+        meet: list[Any] = [None]
+        if world.is_rank_0:
+            # Its own name may be a loopback address on the first rank's host alone.
+            host, listener = _listen(list(dict.fromkeys(reversed(seen))), master)
+            port = listener.getsockname()[1]
+            self._store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, timeout=wait,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+            meet = [(host, port, secrets.token_bytes(32))]
+        dist.broadcast_object_list(meet, src=0, group=group)
+        host, port, self._secret = meet[0]
+        if not world.is_rank_0:
+            self._store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+
+    def write(self, key: str, value: str) -> None:
+        self._store.set(self._name(key), self._signed(key, value))
+
+    def write_first(self, key: str, value: str) -> str:
+        """Write it, unless another rank did so before; returns what is there now."""
+        self._store.compare_set(self._name(key), "", self._signed(key, value))
+        if (there := self.read(key)) is None:  # not of ours
+            self.write(key, value)
+        return there or value
+
+    def read(self, key: str) -> str | None:
+        """Return what a rank wrote there; None where nothing is, or not by a rank."""
+        return self.read_all([key])[0]
+
+    def read_all(self, keys: Sequence[str]) -> list[str | None]:
+        """As `read`, of several keys."""
+        names = [self._name(key) for key in keys]
+        if names and self._store.check(names):  # in two questions, however many ranks there are
+            return list(map(self._genuine, keys, self._store.multi_get(names)))
+        there = [self._store.check([name]) for name in names]
+        return [
+            self._genuine(key, self._store.get(name)) if is_there else None
+            for key, name, is_there in zip(keys, names, there, strict=True)
+        ]
+
+    def _genuine(self, key: str, written: bytes) -> str | None:
+        signature, _, value = written.decode(errors="replace").partition(" ")
+        mac = self._mac(f"{key} {value}")
+        return value if hmac.compare_digest(signature.encode(), mac.encode()) else None
+
+    def _name(self, key: str) -> str:
+        return f"{self._mac('keys')}/{key}"
+
+    def _signed(self, key: str, value: str) -> str:
+        return f"{self._mac(f'{key} {value}')} {value}"
+
+    def _mac(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode(errors="replace"), "sha256").hexdigest()
+
+
+def _listen(addresses: Sequence[str], master: str) -> tuple[str, socket.socket]:
+    """Return the first of the addresses that is this host's, and a socket that listens there; where
+    none is, as behind a forwarded address, `master` and one on all interfaces.
+    """
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            return address, socket.create_server((address, 0), family=family, backlog=4096)
+        except OSError:
+            continue
+    return master, socket.create_server(("", 0), backlog=4096)
 
 
 def _is_of_peers(e: BaseException) -> bool:

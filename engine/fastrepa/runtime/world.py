@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastrepa.errors import ConfigError, DataError, FastrepaError, shown
+from fastrepa.errors import ConfigError, DataError, FastrepaError, print_warning, shown
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,9 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 _LAUNCH = "start it with torchrun, which sets it, or unset them all"
 _PATIENCE = timedelta(days=30)  # ranks with fewer images wait for those with more
+_QUIET, _NAMELESS = 10.0, 60.0  # seconds to wait without a word, and for a host's name
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_on_loopback = False  # whether that is set by us
 _destroy: Callable[[], None] | None = None
 
 
@@ -144,21 +149,117 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
     world = replace(world, chosen_device=world.device)
     on_gpu = world.device.type == "cuda"
     if not dist.is_initialized():
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env.update({key: value for key, value in alone.items() if not env.get(key)})
+        _listen_where_they_meet(world)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
+            store=_meeting(world, timeout_seconds),
+            rank=world.rank,
+            world_size=world.size,
             timeout=timedelta(seconds=timeout_seconds),
             # A world of one has no peer that a device would have to be bound for.
             device_id=world.device if on_gpu and world.size > 1 else None,
         )
     return world
+
+
+def _meeting(world: World, timeout_seconds: float) -> Any:
+    """Return the store of a process group, on which all ranks have been seen.
+
+    A rank that waits for others says so, once. Raises ConfigError where they cannot meet.
+    """
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return dist.HashStore()  # nobody comes, so nothing listens
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    told = threading.Timer(_QUIET, _say_waiting, (where, world))
+    told.daemon = True
+    told.start()
+    try:
+        _await_name(os.environ["MASTER_ADDR"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, which waits
+            timeout = timedelta(seconds=timeout_seconds)
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            return store
+        store = _master_store(world, timeout_seconds)
+        if store.add(f"fastrepa/{world.rank}", 1) > 1:
+            raise ConfigError(f"RANK: another process at {where} is rank {world.rank} too")
+        waits = time.monotonic() + timeout_seconds
+        names = [f"fastrepa/{rank}" for rank in range(world.size)]
+        while not store.check(names):
+            if time.monotonic() > waits:
+                missing = [r for r, name in enumerate(names) if not store.check([name])]
+                raise ConfigError(
+                    f"{where}: {len(missing)} of {world.size} ranks did not come in "
+                    f"{timeout_seconds:g} s, the first of them rank {missing[0]}"
+                )
+            time.sleep(0.1)
+        return store
+    except (dist.DistError, OSError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise ConfigError(f"{where}: the ranks cannot meet there ({why})") from None
+    finally:
+        told.cancel()
+
+
+def _master_store(world: World, timeout_seconds: float) -> Any:
+    """Return torch's store at MASTER_ADDR and MASTER_PORT, which the first rank holds."""
+    import torch.distributed as dist
+
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            is_master=world.is_rank_0,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_seconds),
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as e:
+        if world.is_rank_0 and "EADDRINUSE" in str(e):
+            raise ConfigError(
+                f"MASTER_PORT: {port} is taken on this host; choose another"
+            ) from None
+        raise
+
+
+def _await_name(host: str) -> None:
+    """Wait until a host's name has an address: a cluster's may come after its processes."""
+    ends = time.monotonic() + _NAMELESS
+    while True:
+        try:
+            address_of(host)
+            return
+        except OSError as e:
+            if time.monotonic() > ends:
+                why = e.strerror or e
+                raise ConfigError(f"MASTER_ADDR: {shown(host)} has no address ({why})") from None
+            time.sleep(1.0)
+
+
+def _say_waiting(where: str, world: World) -> None:
+    print_warning(f"rank {world.rank} waits for the others of {world.size} at {where}")
+
+
+def address_of(host: str) -> str:
+    """The address that a host's name has here; OSError where it has none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(found[0][4][0])
+
+
+def _listen_where_they_meet(world: World) -> None:
+    """Keep gloo, whose every group listens, on the loopback interface where no rank is elsewhere;
+    its own choice is the interface of the host's name.
+    """
+    global _on_loopback
+    meet = os.environ.get("MASTER_ADDR", "") if world.size > 1 else "localhost"
+    here = re.fullmatch(r"localhost|::1|127\.[0-9.]+", meet)
+    if here and sys.platform == "linux" and not os.environ.get(_INTERFACE):
+        os.environ[_INTERFACE] = "lo"  # for the groups that come later, too
+        _on_loopback = True
 
 
 def init_or_alone(device: torch.device | None = None) -> World:
@@ -184,7 +285,14 @@ def patient_world() -> Iterator[World]:
 
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        _listen_where_they_meet(world)
+        dist.init_process_group(
+            "gloo",
+            store=_meeting(world, _PATIENCE.total_seconds()),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=_PATIENCE,
+        )
     yield replace(world, group=dist.new_group(backend="gloo", timeout=_PATIENCE))
     # After an error the process ends, and the group with it.
     if ours:
@@ -195,7 +303,8 @@ def outside_the_world() -> dict[str, str]:
     """This process's environment for one that it starts and that is no rank of this one's world:
     joining a world, of one even, leaves the launcher's variables behind.
     """
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    left = (*LAUNCHER_VARIABLES, *[_INTERFACE] * _on_loopback)
+    return {key: value for key, value in os.environ.items() if key not in left}
 
 
 def _take_over_slurm(env: MutableMapping[str, str]) -> None:
@@ -251,9 +360,3 @@ def destroy_by(destroy: Callable[[], None]) -> None:
     """End the group through `destroy`: a library that keeps references to it has its own way."""
     global _destroy
     _destroy = destroy
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
