@@ -25,13 +25,23 @@ def train(
 ) -> None:
     """Train, or continue the run whose folder the configuration names.
 
-    One process by plain command, several under torchrun, deepspeed or srun. Ctrl-C, SIGTERM and
-    SIGUSR1 finish the step and save; the same command continues. Exit codes: 0 finished, 1 error,
-    130 after Ctrl-C, 75 after the other two (saved, start it again), 76 when another rank was lost.
+    One process by plain command, several under torchrun, deepspeed or srun. Ctrl-C, SIGTERM,
+    SIGUSR1 and SIGHUP finish the step and save; the same command continues; Ctrl-C twice ends at
+    once. Exit codes: 0 finished, 1 error, 130 after Ctrl-C, 75 after the other signals (saved,
+    start it again), 76 when another rank was lost.
     """
+    from fastrepa.runtime.signals import StopSignals
+
+    with StopSignals() as signals:
+        code = _train(config, overrides or [], dry_run, signals)
+    if code:
+        raise typer.Exit(code)
+
+
+def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> int:
     from fastrepa.config import load_config
 
-    resolved = load_config(config, overrides or [])
+    resolved = load_config(config, overrides)
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import watched
     from fastrepa.runtime.world import destroy_world, init_world
@@ -49,7 +59,7 @@ def train(
             result = take_one_step(resolved, world)
             if world.is_rank_0:
                 print_dry_run(result, resolved.training.global_batch)
-            return
+            return 0
         from fastrepa.training.run import Run
 
         evaluator: Any = None
@@ -58,11 +68,9 @@ def train(
 
             evaluator = RunEvaluator
         with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
-            code = Run(resolved, world, watch.group, evaluator=evaluator).train(watch)
+            return Run(resolved, world, watch.group, evaluator=evaluator).train(watch, signals)
     finally:
         destroy_world()
-    if code:
-        raise typer.Exit(code)
 
 
 EmaOption = Annotated[

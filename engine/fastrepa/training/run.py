@@ -6,8 +6,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +52,8 @@ from fastrepa.training.telemetry import Telemetry, versions
 from fastrepa.training.trainer import Trainer, check_run
 from fastrepa.training.zero.engine import grad_norm
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if TYPE_CHECKING:
+    from fastrepa.runtime.signals import StopSignals
 
 
 class Run:
@@ -91,16 +91,18 @@ class Run:
         self.config = self.trainer.config
         self.metrics: dict[str, float] = {}  # the last logged line
         self.writer: CheckpointWriter | None = None  # made when training begins
-        self._asked_to_stop = self._stopped_by = 0  # signal numbers: this rank's, all ranks'
+        self._signals: StopSignals | None = None
+        self._stopped_by = 0  # the number of a signal, of any rank
 
     @property
     def step(self) -> int:
         """Steps that have been taken."""
         return self.trainer.step
 
-    def train(self, watch: Watch) -> int:
-        """Train to the last step; returns 0, or what the process exits with: 130 after SIGINT,
-        REQUEUE (75), which the launch files start again, after SIGTERM and SIGUSR1.
+    def train(self, watch: Watch, signals: StopSignals | None = None) -> int:
+        """Train to the last step, or to the one under way when `signals` ask for a stop; returns 0,
+        or what the process exits with: 130 after SIGINT, after the others REQUEUE (75), which the
+        launch files start again.
         """
         config, world = self.config, self.world
         if config.evaluation.every and self.evaluations.evaluator is None:
@@ -144,7 +146,9 @@ class Run:
                 self.trainer.meter.flops = image_flops(
                     config, world.device, cached_latents=self.trainer.cached_latents
                 )
-            with self.open_pipeline() as batches, _Signals(self), watch.guard():
+            with self.open_pipeline() as batches, watch.guard():
+                if signals is not None:
+                    self._signals, signals.saves = signals, True
                 self._loop(batches, telemetry, watch)
             if world.is_rank_0 and telemetry.history():
                 with telemetry.dispensable("curves.png"):
@@ -302,12 +306,10 @@ class Run:
 
     # Stopping ---------------------------------------------------------------------------------
 
-    def request_stop(self, number: int) -> None:
-        self._asked_to_stop = number
-
     def _ask_to_stop(self) -> Callable[[], bool]:
         """Ask all ranks, while the step runs, whether any was told to stop; call for the answer."""
-        flag = torch.tensor([self._asked_to_stop, self.trainer.bad_steps.seen])
+        asked = self._signals.asked if self._signals else 0
+        flag = torch.tensor([asked, self.trainer.bad_steps.seen])
         work: Any = dist.all_reduce(
             flag, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True
         )
@@ -363,28 +365,6 @@ class Run:
             world=self.world,
             group=self.host_group,
         )
-
-
-class _Signals:
-    """SIGINT, SIGTERM and SIGUSR1 (what SLURM sends before it takes the machine away) ask for a
-    stop after the step; a second one stops at once.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
-        for number in self.before:
-            signal.signal(number, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.run.request_stop(number)
-        signal.signal(number, self.before[signal.Signals(number)])
 
 
 def _open_data(config: DataConfig, num_classes: int) -> DataSet:

@@ -1,0 +1,73 @@
+"""Signals that ask a run to stop: Ctrl-C, and what a machine sends before it takes itself away."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from fastrepa.errors import ConfigError
+from fastrepa.runtime.exit_codes import REQUEUE
+from fastrepa.runtime.terminal import say
+from fastrepa.runtime.world import launched_world
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_ONE_KEY = 1.0  # seconds in which a launcher hands on the Ctrl-C that its ranks had themselves
+
+
+class Stopped(SystemExit):
+    """A signal came while a run had nothing to save yet; its code is REQUEUE."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(REQUEUE)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"told to stop by {signal.Signals(self.number).name}"
+
+
+class StopSignals:
+    """Turns signals into a request to stop, while it is entered.
+
+    asked: the number of the first signal that came, 0 before. Until `saves` is set, as there is
+    nothing to save, a signal stops at once: with KeyboardInterrupt or `Stopped`. From then on only
+    a second Ctrl-C does: systemd, cgroups, SLURM and launchers repeat theirs, and send SIGKILL when
+    they have waited long enough. A signal that was ignored stays so (nohup).
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.saves = 0, False
+        self._interrupted: float | None = None
+
+    def __enter__(self) -> StopSignals:
+        heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {n: signal.signal(n, self._handle) for n in heeded}
+        return self
+
+    def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(e, Stopped) and _is_rank_0():
+            say(f"{e} before there was anything to save; the same command starts again")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now, before = time.monotonic(), self._interrupted
+        if number == signal.SIGINT:
+            self._interrupted = now
+            again = before is not None and (now - before > _ONE_KEY or _alone())
+            if again or not self.saves:
+                raise KeyboardInterrupt
+        elif not self.saves:
+            raise Stopped(number)
+        self.asked = self.asked or number
+
+
+def _alone() -> bool:
+    return launched_world().size == 1
+
+
+def _is_rank_0() -> bool:
+    try:
+        return launched_world().is_rank_0
+    except ConfigError:
+        return True
