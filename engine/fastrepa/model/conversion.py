@@ -149,4 +149,5 @@ def save_reference(
         content["opt"] = dict(opt)
     if args is not None:
         content["args"] = args
-    torch.save(content, path)
+    with path.open("wb") as file:  # torch's own way to a file loses why it failed
+        torch.save(content, file)
