@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:32]
+HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:64]
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,9})@(?P<host>[\w.-]+)\.tmp")
 _ABANDONED = 86400.0  # seconds for which what another host left has not changed
 
@@ -34,6 +34,11 @@ def sweep(folder: Path) -> None:
         by = _TEMPORARY.fullmatch(path.name)
         if by and not _may_go_on(path, by["host"], int(by["pid"])):
             remove(path)
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether `temporary` makes such names."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _may_go_on(path: Path, host: str, pid: int) -> bool:
