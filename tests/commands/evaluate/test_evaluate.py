@@ -21,7 +21,8 @@ from fastrepa.commands.evaluate.feature_sets import Wanted, extract
 from fastrepa.commands.evaluate.image_sources import open_stored
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
-from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
+from fastrepa.generation.folder import write_adm_npz, write_png
+from fastrepa.generation.generate import rank_batches
 from fastrepa.runtime.world import World
 from tests.runs import ROOT
 
