@@ -65,7 +65,7 @@ def test_one_holds_it_and_the_other_is_told_who(tmp_path, holder):
         pass
     with pytest.raises(InUse, match=words):
         take(folder, "second")
-    with owned(folder, "beside it", lock=".thing.lock"):
+    with owned(folder, "beside it", file="thing"):
         assert sorted(os.listdir(folder)) == [".lock", ".thing.lock"]
     assert os.listdir(folder) == [".lock"]
 
@@ -84,14 +84,14 @@ def test_death_releases_it_though_children_live_on(tmp_path, holder, how):
 
 def test_a_fork_that_unwinds_does_not_release_what_its_parent_holds(tmp_path):
     with owned(tmp_path, "parent"):
-        release = take(tmp_path, "parent", ".thing.lock")
+        release = take(tmp_path, "parent", "thing")
         child = os.fork()
         if child == 0:
             release()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with pytest.raises(InUse):
-            take(tmp_path, "other", ".thing.lock")
+        with pytest.raises(InUse, match=r"/thing: in use by parent on"):
+            take(tmp_path, "other", "thing")
         release()
     assert not os.listdir(tmp_path)
 

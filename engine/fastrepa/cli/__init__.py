@@ -6,9 +6,6 @@ Imports of torch and its friends stay inside the commands, so that `--help` answ
 from __future__ import annotations
 
 import errno
-import os
-import select
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -44,12 +41,6 @@ def main() -> None:
         code = 130
     except SystemExit as e:
         code = e.code
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        # Python would try to print the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE  # as of any program before `| head`
     except Exception as e:
         code = _of_the_machine(e)
         if code is None:
@@ -85,16 +76,6 @@ def _in_a_line(message: Any, category: type, filename: str, lineno: int, line: A
         return f"warning: {printable(message)}\n"
     text = printable(" ".join(str(message).split()))
     return f"{filename}:{lineno}: {category.__name__}: {text}\n"
-
-
-def _reader_is_gone() -> bool:
-    """Tell whether nobody reads what is printed any more."""
-    try:
-        pipe = select.poll()
-        pipe.register(sys.stdout.fileno(), 0)
-        return any(event & select.POLLERR for _, event in pipe.poll(0))
-    except (OSError, ValueError):  # it is closed, or no file
-        return False
 
 
 def _refuse_empty(words: list[str]) -> None:

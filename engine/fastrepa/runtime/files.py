@@ -24,8 +24,12 @@ _ABANDONED = 86400.0  # seconds for which what another host left has not changed
 
 def temporary(path: Path) -> Path:
     """The name beside `path`, of this process alone, until it is whole: .NAME.PID@HOST.tmp."""
-    name = os.fsdecode(os.fsencode(path.name)[:150])  # a name that fits must not fail by this one
-    return path.with_name(f".{name}.{os.getpid()}@{HOST}.tmp")
+    return path.with_name(f".{cut(path.name)}.{os.getpid()}@{HOST}.tmp")
+
+
+def cut(name: str) -> str:
+    """As much of a file's name as leaves room for more: a name that fits must not fail by that."""
+    return os.fsdecode(os.fsencode(name)[:150])
 
 
 def sweep(folder: Path) -> None:

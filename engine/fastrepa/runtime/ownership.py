@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastrepa.errors import FastrepaError, print_warning, worded
-from fastrepa.runtime.files import HOST, alive, sweep
+from fastrepa.runtime.files import HOST, alive, cut, sweep
 
 LOCK = ".lock"
 _SIGNED = re.compile(r".{1,80} on (?P<host>[\w.-]+), process (?P<pid>[0-9]{1,9}), since [\w:+-]+")
@@ -39,21 +39,21 @@ def owned(
     kind: type[FastrepaError] = FastrepaError,
     *,
     wait: Callable[[str], None] | None = None,
-    lock: str = LOCK,
+    file: str = "",
 ) -> Iterator[None]:
     """Hold `folder`, which is made where it is missing, for this process alone; `command` is what
     others are told of it. What killed processes left half written in it is removed.
 
     wait: where another process holds the folder, tell this who does, once, and wait for its end;
-    without it that is an error. lock: the lock's file, of another name where what is held is not
-    the folder but one thing in it.
+    without it that is an error. file: the name of the one file or folder in it that is held, rather
+    than all of it.
 
     Raises an error of that kind for a folder that another process holds or that cannot be written.
     """
     release = None
     while release is None:
         try:
-            release = take(folder, command, lock)
+            release = take(folder, command, file)
         except InUse as e:
             if wait is None:
                 raise kind(str(e)) from None
@@ -68,16 +68,16 @@ def owned(
         release()
 
 
-def take(folder: Path, command: str, lock: str = LOCK) -> Callable[[], None]:
+def take(folder: Path, command: str, file: str = "") -> Callable[[], None]:
     """Begin to hold `folder` as `owned` does; returns what ends it, which raises nothing.
 
     Raises InUse where another process holds it, OSError where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / lock
+    path = folder / (f".{cut(file)}.lock" if file else LOCK)
     descriptor = _locked(path)
     if descriptor is None:
-        raise InUse(f"{folder}: in use by {_owner(path)}")
+        raise InUse(f"{folder / file}: in use by {_owner(path)}")
     _held.add(descriptor)
 
     def release() -> None:
