@@ -167,7 +167,7 @@ def test_a_foreign_file_that_is_not_finite_starts_no_run(tmp_path, config):
 
 
 def test_owners(tmp_path, config):
-    """Of a file that is written, and of a run; one that is trained can be read."""
+    """A file that is written has one, and a run; one that is trained can be read."""
     *_, file = model_and_file(tmp_path)
     run, out = tmp_path / "run", tmp_path / "out"
     with (
