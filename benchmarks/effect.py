@@ -56,7 +56,7 @@ from fastrepa.commands.probe.images import read_images
 from fastrepa.config import Config, load_config
 from fastrepa.data.gallery import Gallery
 from fastrepa.errors import ConfigError, FastrepaError
-from fastrepa.generation.generate import image_path, write_png
+from fastrepa.generation.folder import image_path, write_png
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream

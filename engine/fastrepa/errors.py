@@ -53,6 +53,21 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST else text[: _MOST - 3] + "..."
 
 
+def worded(error: BaseException | str, most: int = 300) -> str:
+    """Return why something failed, for the end of a line of ours: in one line, and never nothing.
+
+    Of the system's errors these are its words alone, without number and file.
+    """
+    if "unexpected pos" in str(error):  # torch, after a write that failed
+        before = getattr(error, "__context__", None)
+        error = before if isinstance(before, OSError) else "no room left, or a damaged disk"
+    text = getattr(error, "strerror", None) or error
+    text = " ".join(str(text).split())
+    if not text:
+        text = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    return text if len(text) <= most else f"{text[:most].rstrip()} ..."
+
+
 def print_error(text: object, rank: int) -> None:
     """Print an error on one line of stderr, naming every rank but the first."""
     where = f" (rank {rank})" if rank else ""
@@ -67,7 +82,7 @@ def writing(what: object, kind: type[FastrepaError] = ConfigError) -> Iterator[N
     try:
         yield
     except OSError as e:
-        raise kind(f"{what}: cannot be written ({e.strerror or e})") from None
+        raise kind(f"{what}: cannot be written ({worded(e)})") from None
 
 
 def print_warning(text: object) -> None:
@@ -84,15 +99,10 @@ def decoration(what: object, warn: Callable[[str], None] = print_warning) -> Ite
     try:
         yield
     except OSError as e:
-        warn(f"{what}: cannot be written ({_in_a_line(e)}); the rest goes on")
+        warn(f"{what}: cannot be written ({worded(e)}); the rest goes on")
     except Exception as e:  # libraries of pictures raise almost anything
         kind = "" if isinstance(e, FastrepaError) else f"{type(e).__name__}: "
-        warn(f"{what}: left out ({kind}{_in_a_line(e)}); the rest goes on")
-
-
-def _in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
+        warn(f"{what}: left out ({kind}{worded(e)}); the rest goes on")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

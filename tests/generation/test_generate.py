@@ -14,15 +14,15 @@ from torch import Tensor
 from fastrepa.config import SampleConfig
 from fastrepa.data.classes import choose_classes
 from fastrepa.errors import ConfigError, FastrepaError
-from fastrepa.generation.generate import (
+from fastrepa.generation.folder import (
+    Claim,
     claim_folder,
-    default_labels,
-    generate,
-    rank_batches,
     read_png,
+    torn_images,
     write_adm_npz,
     write_png,
 )
+from fastrepa.generation.generate import default_labels, generate, rank_batches
 from fastrepa.randomness import KeyedRandom, Stream
 from tests.generation.tiny import CLASSES, CODEC, SIDE, tiny_model
 
@@ -262,39 +262,111 @@ def test_png_and_adm_npz_hold_the_images(tmp_path):
         array = archive["arr_0"]
     assert array.dtype == np.uint8
     assert np.array_equal(array, images[:5].permute(0, 2, 3, 1).numpy())
-    assert not list(tmp_path.glob("*.partial"))
+    assert len(list(tmp_path.iterdir())) == 7  # nothing half written
     (tmp_path / "000003.png").unlink()
     with pytest.raises(FastrepaError, match=r"000003\.png: missing \(1 of 6\)"):
         write_adm_npz(tmp_path, 6)
+
+
+def claimed(folder, num=2, *, overwrite=False, **settings):
+    """Claim for `num` images in batches of up to 4: what came of it, and the record left."""
+    record = {"seed": 1, "batch_size": 4, **settings, "num": num}
+    claim = claim_folder(folder, record, overwrite=overwrite)
+    return claim, json.loads((folder / "sampling.json").read_text())
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path):
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "000000.png").write_bytes(b"mine")
-    with pytest.raises(FastrepaError, match=r"photos: holds files .*000000\.png.*another --out"):
-        claim_folder(foreign, {})
+    for overwrite in (False, True):
+        with pytest.raises(
+            FastrepaError, match=r"photos: holds files .*000000\.png.*another --out"
+        ):
+            claimed(foreign, overwrite=overwrite)
     assert (foreign / "000000.png").read_bytes() == b"mine"
     assert len(list(foreign.iterdir())) == 1
     with pytest.raises(FastrepaError, match="is a file"):
-        claim_folder(foreign / "000000.png", {})
+        claimed(foreign / "000000.png")
     with pytest.raises(FastrepaError, match="cannot be written"):
-        claim_folder(foreign / "000000.png" / "below", {})
+        claimed(foreign / "000000.png" / "below")
 
 
-def test_an_own_folder_is_used_again_and_old_images_go(tmp_path):
+def test_what_a_killed_process_left_is_no_folder_of_somebody_else(tmp_path):
+    for name in (".lock", ".sampling.json.1@there.tmp"):
+        (tmp_path / name).touch()
+    assert claimed(tmp_path)[0] == Claim(batch_size=2, removed=0, num=2)
+
+
+THEIRS = ["notes.txt", "best.png", "00.png", "0000001.png", "000002.png", "000123.png",
+          "samples_9x4x4x3.npz", "samples_2x4x4x3.npz.bak", "000000.png.partial"]  # fmt: skip
+
+
+def test_an_own_folder_is_used_again_and_nothing_goes_unasked(tmp_path):
     folder = tmp_path / "new" / "samples"
-    assert claim_folder(folder, {"seed": 1}) == 0
-    ours = [
-        "000000.png",
-        "1000000.png",
-        "grid.png",
-        "samples_2x4x4x3.npz",
-        "samples_2x4x4x3.partial",
-    ]
-    theirs = ["notes.txt", "best.png", "00.png"]
-    for name in ours + theirs:
+    folder.mkdir(parents=True)
+    assert claimed(folder) == (Claim(2, 0, 2), {"seed": 1, "batch_size": 2, "num": 2})
+    ours = ["000000.png", "000001.png", "samples_2x4x4x3.npz"]
+    for name in [*ours, *THEIRS, "grid.png"]:
         (folder / name).write_bytes(b"old")
-    claim_folder(folder, {"seed": 2})
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*theirs, "sampling.json"])
-    assert json.loads((folder / "sampling.json").read_text()) == {"seed": 2}
+    before = names(folder)
+    words = r"samples: has 3 files of other settings \(seed 1, now 2\); .*--out, or --overwrite"
+    with pytest.raises(FastrepaError, match=words):
+        claimed(folder, seed=2)
+    assert names(folder) == before
+    assert json.loads((folder / "sampling.json").read_text())["seed"] == 1
+    claim, record = claimed(folder, overwrite=True)  # the same settings
+    assert (claim.removed, record["seed"], names(folder)) == (0, 1, before)
+    claim, record = claimed(folder, seed=2, overwrite=True)
+    assert (claim.removed, record["seed"]) == (3, 2)
+    assert names(folder) == sorted([*THEIRS, "grid.png", "sampling.json"])
+    claimed(folder, seed=3)  # no image, so nothing to lose
+    for overwrite in (False, True):
+        with pytest.raises(FastrepaError, match=r"000002\.png: in the way"):
+            claimed(folder, num=3, seed=3, overwrite=overwrite)
+
+
+def test_the_record_tells_the_truth_about_all_images(tmp_path):
+    """Fewer are asked for, or more; batches stay as large as those of what is there."""
+    claimed(tmp_path, num=10)
+    (tmp_path / "000009.png").touch()
+    assert claimed(tmp_path, num=2) == (Claim(4, 0, 10), {"seed": 1, "batch_size": 4, "num": 10})
+    assert claimed(tmp_path, num=12)[1]["num"] == 12
+    with pytest.raises(FastrepaError, match="batch_size 4, now 3"):
+        claimed(tmp_path, num=12, batch_size=3)
+    with pytest.raises(FastrepaError, match=r"cfg None, now 2\.0"):
+        claimed(tmp_path, num=12, cfg=2.0)
+    assert claimed(tmp_path, num=12, run="moved")[0].num == 12
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '{"num": "2"}', '{"num": true}'])
+def test_images_without_a_record_that_can_be_read_are_left_alone(tmp_path, text):
+    (tmp_path / "sampling.json").write_text(text)
+    claimed(tmp_path)
+    (tmp_path / "000000.png").write_bytes(b"an image")
+    (tmp_path / "sampling.json").write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(FastrepaError, match=r"sampling\.json: not a record"):
+            claimed(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "000000.png").read_bytes() == b"an image"
+
+
+def test_images_that_are_not_whole_are_found_and_others_refused(tmp_path):
+    write_png(random_images(1)[0], tmp_path / "000000.png")
+    whole = (tmp_path / "000000.png").read_bytes()
+    torn = [b"", whole[:5], whole[:20], whole[:30], whole[:-1], whole[:-12]]
+    for i, data in enumerate(torn):
+        (tmp_path / f"{i + 2:06d}.png").write_bytes(data)
+    assert torn_images(tmp_path, 10, 5, 7) == [2, 3, 4, 5, 6, 7]
+    with pytest.raises(FastrepaError, match=r"000000\.png: not the image that"):
+        torn_images(tmp_path, 10, 7, 7)
+    (tmp_path / "000001.png").write_text("notes")
+    with pytest.raises(FastrepaError, match=r"000001\.png: not the image that"):
+        torn_images(tmp_path, 10, 5, 7)
+    write_png(torch.zeros(3, 5, 8, dtype=torch.uint8), tmp_path / "000001.png")
+    with pytest.raises(FastrepaError, match=r"000001\.png: 8x5 pixels, the first image has 7x5"):
+        write_adm_npz(tmp_path, 2)

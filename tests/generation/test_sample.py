@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,18 @@ from PIL import Image
 
 from fastrepa.commands.evaluate.image_sources import open_folder
 from fastrepa.config import SampleConfig
-from fastrepa.errors import ConfigError
-from fastrepa.generation import generate as room
-from fastrepa.generation.generate import default_labels, generate, read_png, sample_run
+from fastrepa.errors import CheckpointError, ConfigError, FastrepaError
+from fastrepa.generation import sample as room
+from fastrepa.generation.folder import read_png
+from fastrepa.generation.generate import default_labels, generate
+from fastrepa.generation.sample import sample_run
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.files import HOST
+from fastrepa.runtime.ownership import owned
 from tests.generation.tiny import CLASSES, CODEC, fake_run, tiny_model
 from tests.runs import said_by
+
+DEAD = 2**22 + 1  # more than Linux has processes
 
 
 @pytest.fixture
@@ -27,7 +35,7 @@ def loaded(monkeypatch):
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(checkpoint, "load_ema_model", fake_run)
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"{run} {step}")
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"of {step}")
 
 
 def png_bytes(folder: Path) -> dict[str, bytes]:
@@ -85,7 +93,7 @@ def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "generate", stopped)
     with pytest.raises(KeyboardInterrupt):
         sample_run("run", out, num=10, batch_size=4)
-    (out / "000005.png.partial").write_bytes(b"half")
+    (out / f".000005.png.{DEAD}@{HOST}.tmp").write_bytes(b"half")
     (out / "000003.png").unlink()
     made.clear()
 
@@ -100,25 +108,89 @@ def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
     assert made[6:] == [4, 5, 6, 7, 8, 9]
     assert png_bytes(out) == png_bytes(whole)
     made.clear()
-    assert sample_run("run", out, num=2, batch_size=4).there == 0  # batches of 2: others
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    fewer = sample_run("elsewhere", out, num=2, batch_size=4)  # the same run, moved
+    assert (fewer.there, fewer.more, fewer.removed, made) == (2, 8, 0, [])
+    assert png_bytes(out) == png_bytes(whole)
+    assert json.loads((out / "sampling.json").read_text())["num"] == 10
     monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: "trained again")
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
-    assert len(made) == 22
-    (out / "sampling.json").write_text("[")
-    assert sample_run("run", out, num=10, batch_size=4, seed=1).there == 0
+    for settings, words in (
+        ({}, "checkpoint 'of 500', now 'trained again'"),
+        ({"seed": 1, "steps": 3}, "seed 0, now 1; steps 4, now 3"),
+        ({"batch_size": 3}, "batch_size 4, now 3"),
+    ):
+        with pytest.raises(FastrepaError, match=words + ".*--out, or --overwrite removes them"):
+            sample_run("run", out, num=10, **{"batch_size": 4, **settings})
+    assert png_bytes(out) == png_bytes(whole) and not made
+    anew = sample_run("run", out, num=6, batch_size=4, seed=1, overwrite=True)
+    assert (anew.there, anew.more, anew.removed, len(made)) == (0, 0, 11, 6)
+    assert sorted(png_bytes(out)) == [f"{i:06d}.png" for i in range(6)]
+    assert not list(out.glob(".*"))
+
+
+def test_an_image_that_is_not_whole_is_made_again(loaded, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    sample_run("run", whole, num=10, batch_size=4)
+    shutil.copytree(whole, out)
+    (out / "000001.png").write_bytes(b"")
+    (out / "000009.png").write_bytes((out / "000009.png").read_bytes()[:40])
+    assert sample_run("run", out, num=10, batch_size=4).there == 8
+    assert png_bytes(out) == png_bytes(whole)
+    said = capsys.readouterr().err
+    assert said.endswith("000001.png: not whole (2 of 10 images); made again\n")
+    (out / "000001.png").write_text("not an image at all, of a user who keeps notes here")
+    with pytest.raises(FastrepaError, match=r"000001\.png: not the image that"):
+        sample_run("run", out, num=10, batch_size=4)
+    assert (out / "000001.png").read_text().startswith("not an image")
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(loaded, tmp_path):
+    words = rf"out: in use by another on {re.escape(HOST)}, process {os.getpid()}, since 20"
+    with (
+        owned(tmp_path / "out", "another"),
+        pytest.raises(FastrepaError, match=words),
+    ):
+        sample_run("run", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read(loaded, tmp_path, monkeypatch):
+    """The newest is taken again, but not for ever."""
+    from fastrepa.checkpoint import format as checkpoint
+
+    asked = []
+
+    def pruned(run, step):
+        asked.append(step)
+        if len(asked) < 3:
+            raise FileNotFoundError(2, "No such file or directory", "manifest.json")
+        return "found"
+
+    monkeypatch.setattr(checkpoint, "fingerprint", pruned)
+    out = sample_run("run", tmp_path / "out", num=1).folder
+    assert (
+        len(asked) == 3 and json.loads((out / "sampling.json").read_text())["checkpoint"] == "found"
+    )
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: pruned(run, asked.clear()))
+    with pytest.raises(CheckpointError, match="replaced before they can be read"):
+        sample_run("run", tmp_path / "other", num=1)
 
 
 def test_sample_run_again_with_classes(loaded, tmp_path):
     sample_run("run", tmp_path, num=12)
     before = png_bytes(tmp_path)
-    result = sample_run("run", tmp_path, num=6, batch_size=12, classes=["Food", "3"])
+    with pytest.raises(FastrepaError, match=r"classes 'all', now \['Food', '3'\]"):
+        sample_run("run", tmp_path, num=12, batch_size=12, classes=["Food", "3"])
+    assert png_bytes(tmp_path) == before
+    again = {"batch_size": 12, "overwrite": True}
+    result = sample_run("run", tmp_path, num=6, classes=["Food", "3"], **again)
     assert result.npz is None
     after = png_bytes(tmp_path)
     assert len(after) == 6
     assert all(before[name] != after[name] for name in after)  # other classes, other images
     assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == ["Food", "3"]
-    sample_run("run", tmp_path, num=6, classes=CLASSES[::-1])  # all of them, and in what order
+    sample_run(
+        "run", tmp_path, num=6, classes=CLASSES[::-1], **again
+    )  # all of them, and in what order
     assert json.loads((tmp_path / "sampling.json").read_text())["classes"] == CLASSES[::-1]
 
 

@@ -9,7 +9,7 @@ import sys
 
 from fastrepa.checkpoint import format as checkpoint
 from fastrepa.errors import FastrepaError
-from fastrepa.generation import generate as room
+from fastrepa.generation import sample as room
 from tests.generation.tiny import fake_run
 
 plain, drawn = room.generate, []

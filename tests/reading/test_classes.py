@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastrepa.checkpoint import format as checkpoint
 from fastrepa.checkpoint.format import RunState, checkpoint_path, read_state
 from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.during_training import RunEvaluator
@@ -31,9 +32,9 @@ from fastrepa.commands.verify.verify import verify
 from fastrepa.config import load_config
 from fastrepa.data.classes import choose_classes, named, written_form
 from fastrepa.data.datasets import open_data
-from fastrepa.errors import ConfigError, DataError, decoration
-from fastrepa.generation import generate as drawing
-from fastrepa.generation.generate import sample_run
+from fastrepa.errors import ConfigError, DataError, FastrepaError, decoration
+from fastrepa.generation import sample as drawing
+from fastrepa.generation.sample import sample_run
 from fastrepa.training import grids
 from fastrepa.training.messages import untrained_classes
 from fastrepa.training.run import Run
@@ -307,16 +308,18 @@ def test_by_default_a_run_draws_the_classes_that_it_was_trained_on(run, tmp_path
 def test_two_classes_of_one_name_do_not_share_a_folder_of_samples(run, tmp_path, monkeypatch):
     folder, _ = run
     state = read_state(checkpoint_path(folder, 4))
-    load = drawing.checkpoint.load_ema_model
+    load = checkpoint.load_ema_model
 
     def renamed(*args):
         model, config, _ = load(*args)
         return model, config, replace(state, classes=BIRDS)
 
-    monkeypatch.setattr(drawing.checkpoint, "load_ema_model", renamed)
+    monkeypatch.setattr(checkpoint, "load_ema_model", renamed)
     first = sample_run(folder, tmp_path, num=2, classes=["0"])
     before = (first.folder / "000000.png").read_bytes()
-    second = sample_run(folder, tmp_path, num=2, classes=["2"])
+    with pytest.raises(FastrepaError, match=r"class_numbers \[0\], now \[2\]"):
+        sample_run(folder, tmp_path, num=2, classes=["2"])
+    second = sample_run(folder, tmp_path, num=2, classes=["2"], overwrite=True)
     assert second.there == 0
     assert (second.folder / "000000.png").read_bytes() != before
 

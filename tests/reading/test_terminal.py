@@ -1,9 +1,11 @@
 """Names, classes and values of others are shown on the screen, and steer nothing there."""
 
 import ast
+import errno
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import unicodedata
@@ -19,7 +21,7 @@ from rich.text import Text
 from fastrepa import __version__, cli
 from fastrepa.commands.report.report import write_report
 from fastrepa.config import EncoderConfig, TrainingConfig, VisionConfig
-from fastrepa.errors import print_error
+from fastrepa.errors import print_error, worded
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.survival import RankLog
 from fastrepa.runtime.terminal import Terminal, as_json, quoted, say, say_json, typed
@@ -210,11 +212,53 @@ def test_help_and_version_are_no_errors(typing):
         assert code == 2 and "Usage" in said and "fastrepa: error" not in said
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", FILE), "Permission denied"),
+        (MemoryError(), "not enough memory"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_lacks_is_one_line(typing, monkeypatch, error, line):
+    def lacking(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", lacking)
+    code, said = typing("plan")
+    assert code == 1 and said.startswith("fastrepa: error: ") and said.count("\n") == 1
+    assert said.endswith(f"{line}\n")
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As in `fastrepa --help | head -1`: it ends in silence."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command("--help"), stdout=writing, stderr=subprocess.PIPE, env=environment(), text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_why_something_failed_is_never_nothing():
+    for error, text in (
+        (OSError(28, "No space left on device", "a", None, "b"), "No space left on device"),
+        (OSError(), "OSError"), (KeyError(), "KeyError"), (MemoryError(), "not enough memory"),
+        (ValueError(" a\n\tb "), "a b"), ("a\nb", "a b"), 
+        (ValueError("x" * 500), "x" * 300 + " ..."),
+        (RuntimeError("[enforce fail] . unexpected pos 704 vs 598"), "no room left, or a damaged"),
+    ):  # fmt: skip
+        assert worded(error).startswith(text) and len(worded(error)) < 310
+
+
 def test_a_warning_of_a_library_and_its_log(tmp_path, typing):
     typing("--version")
     said = warnings.formatwarning(UserWarning(EVIL), UserWarning, "x.py", 1, line="x")
     harmless(said)
-    assert "UserWarning: \\x1b]0;owned" in said
+    assert "UserWarning: \\x1b]0;owned" in said and said.count("\n") == 1
+    ours = warnings.formatwarning(UserWarning("damaged"), UserWarning, cli.__file__, 1)
+    assert ours == "warning: damaged\n"
     log = RankLog(tmp_path, World())
     logging.getLogger("fastrepa").warning(EVIL)
     log.close()

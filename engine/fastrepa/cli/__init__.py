@@ -5,30 +5,29 @@ Imports of torch and its friends stay inside the commands, so that `--help` answ
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from fastrepa.cli import runs, data, insight  # isort: skip  # the order of --help
 from fastrepa.cli.app import app, data_app
-from fastrepa.errors import ConfigError, FastrepaError, print_error, printable
+from fastrepa.errors import ConfigError, FastrepaError, print_error, printable, worded
 from fastrepa.runtime.exit_codes import for_launcher
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import launched_world
 
 __all__ = ["app", "data", "data_app", "insight", "main", "runs"]
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+
 
 def main() -> None:
     """The console script: a user's error is one line on stderr and a non-zero exit."""
-    as_usual = warnings.formatwarning
-
-    def shown(message: Any, *where: Any, **more: Any) -> str:
-        return as_usual(printable(message), *where, **more)
-
-    warnings.formatwarning = shown
+    warnings.formatwarning = _in_a_line
     try:
         _refuse_empty(sys.argv[1:])
         code = app(standalone_mode=False) or 0
@@ -43,14 +42,40 @@ def main() -> None:
     except SystemExit as e:
         code = e.code
     except Exception as e:
-        # What was typed wrongly: click's errors, or those of typer's own copy of click.
-        if not hasattr(e, "format_message"):
+        code = _of_the_machine(e)
+        if code is None:
             raise
-        command = getattr(getattr(e, "ctx", None), "command_path", "fastrepa")
-        if said := e.format_message():  # none of a help page
-            print_error(f"{said} (see {command} --help)", 0)
-        code = getattr(e, "exit_code", 2)
     sys.exit(for_launcher(code) if isinstance(code, int) else code)
+
+
+def _of_the_machine(error: Exception) -> int | None:
+    """Print in a line what is no fault of the code, and return the exit code: what was typed, a
+    disk or a memory that is too small. None: anything else.
+    """
+    # What was typed wrongly: click's errors, or those of typer's own copy of click.
+    if hasattr(error, "format_message"):
+        command = getattr(getattr(error, "ctx", None), "command_path", "fastrepa")
+        if said := error.format_message():  # none of a help page
+            print_error(f"{said} (see {command} --help)", 0)
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, MemoryError):
+        print_error(worded(error), _rank())
+    elif isinstance(error, OSError) and (error.filename or error.errno in _NO_ROOM):
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(f"{where}{worded(error)}", _rank())
+    else:
+        return None
+    return 1
+
+
+def _in_a_line(message: Any, category: type, filename: str, lineno: int, line: Any = None) -> str:
+    """A warning of ours, and one of a library with where it comes from; Python's way has a second
+    line, of source.
+    """
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {printable(message)}\n"
+    text = printable(" ".join(str(message).split()))
+    return f"{filename}:{lineno}: {category.__name__}: {text}\n"
 
 
 def _refuse_empty(words: list[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,15 +100,18 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
     ema: EmaOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what was drawn there with other settings.")
+    ] = False,
 ) -> None:
     """Draw images from a run's averaged weights; settings left out are the run's own.
 
-    What was stopped goes on by the same command; --num may grow.
+    What was stopped goes on by the same command; --num may differ, and no image goes.
     """
     from fastrepa.config import load_run_config
 
     load_run_config(run)  # what is no run is refused before torch is imported, which takes seconds
-    from fastrepa.generation.generate import sample_run
+    from fastrepa.generation.sample import sample_run
 
     done = sample_run(
         run,
@@ -121,6 +122,7 @@ def sample(
         batch_size=batch_size,
         npz=npz,
         ema=ema,
+        overwrite=overwrite,
         num=num,
         sampler=sampler,
         steps=steps,
@@ -133,6 +135,9 @@ def sample(
     if done.is_rank_0:
         files = [str(p) for p in (done.grid, done.npz) if p]
         there = f", {done.there} were there" if done.there else ""
+        there += f", {done.more} more stay" if done.more else ""
+        if done.removed:
+            say(f"{done.folder}: {done.removed} files of other settings removed")
         say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}")
 
 
@@ -258,11 +263,7 @@ def convert(
     from fastrepa.commands.convert.exchange import export_run, import_reference
 
     if to is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
-        for warning in caught:
-            say(f"warning: {warning.message}", file=sys.stderr)
+        state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
         say(f"step {state.step} of {run} in {file}")
     else:
         assert source is not None

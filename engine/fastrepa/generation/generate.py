@@ -14,55 +14,29 @@ Shapes: N images, C channels, h and w latent side, H and W image side.
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from numpy.lib import format as npy
 from torch import Tensor, nn
 
-from fastrepa.checkpoint import averages
 from fastrepa.checkpoint import format as checkpoint
-from fastrepa.checkpoint.identity import classes_beside, trained_classes
 from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
-from fastrepa.data.classes import choose_classes, named
-from fastrepa.errors import ConfigError, DataError, FastrepaError, decoration, writing
-from fastrepa.generation.pictures import save_grid, to_image
-from fastrepa.generation.sampler import Velocity, model_evaluations, sample
+from fastrepa.errors import CheckpointError
+from fastrepa.generation.sampler import Velocity, sample
 from fastrepa.model.compilation import check_compile, compile_generator
+from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.reading.text import parse_json
-from fastrepa.runtime.files import aside
-from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import destroy_world, init_or_alone, of_rank_0
-from fastrepa.vision.codec import Codec, build_codec
+from fastrepa.runtime.world import World
+from fastrepa.vision.codec import Codec
 
 Generator = TypeVar("Generator", bound=nn.Module)
 
 BATCH_SIZE = 32
-GRID_IMAGES = 64
 SAMPLE_BATCH = 16  # images per forward of a run's grids, the same for any number of ranks
-RECORD = "sampling.json"
-PNG_NAME = re.compile(r"\d{6,}\.png")
-_OURS = re.compile(
-    PNG_NAME.pattern
-    + r"(\.partial)?|grid\.png|samples_\d+x\d+x\d+x3\.(npz|partial)|"
-    + re.escape(RECORD)
-)
-
-
-def _nobody(text: str) -> None:
-    pass
+TRIES = 5  # to read a checkpoint that the run may prune meanwhile
 
 
 def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -146,6 +120,28 @@ def generate(
     return torch.cat(images)
 
 
+def load_generator(
+    run: Path, world: World, device: torch.device, ema: str | None = None
+) -> tuple[SiT, Config, checkpoint.RunState, str]:
+    """The averaged model of a run's newest checkpoint, the same one on all ranks, with the SHA-256
+    of its manifest (collective).
+
+    While the run goes on a newer one may come, and prune it. Raises CheckpointError.
+    """
+    for _ in range(TRIES):
+        model, config, info = checkpoint.load_ema_model(run, device, ema)
+        try:
+            mine = checkpoint.fingerprint(run, info.step)
+        except OSError:  # just pruned
+            mine = ""
+        everyone = [mine] * world.size
+        if world.size > 1:
+            torch.distributed.all_gather_object(everyone, mine, group=world.group)
+        if mine and set(everyone) == {mine}:
+            return model, config, info, mine
+    raise CheckpointError(f"{run}: its checkpoints are replaced before they can be read")
+
+
 def ready_to_sample(
     model: Generator, sample_config: SampleConfig, training: TrainingConfig, device: torch.device
 ) -> Generator:
@@ -191,260 +187,8 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train()
 
 
-# The command -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SampleFolder:
-    """The images that `sample_run` left, and where."""
-
-    folder: Path
-    num: int
-    there: int
-    """Images that were there before."""
-    grid: Path | None
-    """None: it could not be drawn."""
-    npz: Path | None
-    seconds: float
-    is_rank_0: bool
-    """Whether this process is the one that speaks."""
-
-
-def sample_run(
-    run: str | Path,
-    out: str | Path | None = None,
-    *,
-    classes: Sequence[str | int] | None = None,
-    seed: int = 0,
-    batch_size: int = BATCH_SIZE,
-    npz: bool = False,
-    ema: str | None = None,
-    device: torch.device | None = None,
-    say: Callable[[str], None] = _nobody,
-    **settings: Any,
-) -> SampleFolder:
-    """Draw images from the averaged weights of a run's newest checkpoint into a folder.
-
-    `ema` names another average than the run's first: 0.999, or sigma_rel=0.05.
-    `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high,
-    precision, compile); those that are None or missing come from the run's configuration. Image i
-    gets class i of `classes` in turn: names or numbers (`choose_classes`), by default all that were
-    trained. `say` is told, on the first rank, how they were understood. Writes `000000.png`, ...,
-    `grid.png` (the first 64), with `npz` the ADM evaluation suite's `samples_NxHxWx3.npz`, and
-    `sampling.json`, which says how they were made.
-    `out` defaults to RUN/generated. Under torchrun every process calls this and does a share; the
-    folder must be one that all of them see. Called again with the same settings (`num` may differ),
-    it goes on where it was stopped; with others it starts anew.
-
-    Raises FastrepaError for a folder that holds anything else or cannot be written, ConfigError
-    for a setting or class that is not allowed, CheckpointError for a run that cannot be loaded.
-    """
-    started = time.perf_counter()
-    run = Path(run)
-    folder = run / "generated" if out is None else Path(out)
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size: {batch_size} is less than 1")
-    KeyedRandom(seed)  # an impossible seed is an error before anything is loaded
-    world = init_or_alone(device)
-    device = device or world.device
-    model, config, info = checkpoint.load_ema_model(run, device, ema)
-    config = with_settings(config, settings)
-    model = ready_to_sample(model, config.sample, config.training, device)
-    num = config.sample.num
-    batch_size = min(batch_size, num)
-    chosen = _chosen_classes(classes, info, config, say if world.is_rank_0 else _nobody)
-    record = {
-        "run": str(run), "checkpoint_step": info.step,
-        "checkpoint": checkpoint.fingerprint(run, info.step),
-        "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
-        "seed": seed, "batch_size": batch_size, **config.sample.model_dump(),
-        **_recorded_classes(chosen, info.classes, not classes, config.model.num_classes),
-        "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
-    }  # fmt: skip
-    there = of_rank_0(world, lambda: claim_folder(folder, record))
-    codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
-    labels = default_labels(num, config.model.num_classes, chosen)
-    mine = rank_batches(num, batch_size, world.rank, world.size)
-    missing = [ids for ids in mine if not all(image_path(folder, int(i)).is_file() for i in ids)]
-    shown = world.is_rank_0 and sys.stderr.isatty()
-    # The images of all processes, which are as far as this one.
-    with Bar("sampling", num, "images", done=there, rate=True, stays=True, shown=shown) as bar:
-        draw = partial(
-            generate, model, codec, seed=seed, batch_size=batch_size, sample_config=config.sample,
-            path=config.objective.path, input_shape=(info.channels, info.side, info.side),
-            null_label=config.model.num_classes,
-            progress=lambda made: bar.move(min(num, bar.done + made * world.size)),
-        )  # fmt: skip
-        _write_images(draw, labels, missing, folder)
-    world.wait()  # every rank has written its images
-    grid, packed = of_rank_0(world, lambda: _gather(folder, num, len(chosen), npz))
-    seconds = time.perf_counter() - started
-    if world.size > 1:
-        destroy_world()
-    npz_path = packed if world.is_rank_0 else None
-    return SampleFolder(folder, num, there, grid, npz_path, seconds, world.is_rank_0)
-
-
-def _chosen_classes(
-    requested: Sequence[str | int] | None,
-    info: checkpoint.RunState,
-    config: Config,
-    say: Callable[[str], None],
-) -> list[int]:
-    """Numbers of the classes to draw, all of them trained; ConfigError for one that was not."""
-    count = config.model.num_classes
-    trained = trained_classes(info, count)
-    if changed := classes_beside(info, Path(config.data.path)):
-        say(f"{config.data.path}: {changed}; the run's names are those of its checkpoint")
-    if not requested:
-        if untrained := count - len(trained):
-            say(f"{untrained} of the model's {count} classes had no images in training: not drawn")
-        return trained
-    chosen = choose_classes(requested, info.classes, count, say=say)
-    for number in chosen:
-        if number not in trained:
-            known = ", ".join(named(info.classes, c) for c in trained[:20])
-            raise ConfigError(
-                f"--classes: class number {number} was never trained, as it had no images; "
-                f"trained are {known}{', ...' * (len(trained) > 20)}"
-            )
-    return chosen
-
-
-def _recorded_classes(
-    chosen: Sequence[int], names: Sequence[str], by_default: bool, num_classes: int
-) -> dict[str, Any]:
-    """Return what sampling.json says of the classes, which images have in turn: all of the model's,
-    or their names, or numbers where there are none; numbers too where two have the same name.
-    """
-    if by_default and len(chosen) == num_classes:
-        return {"classes": "all"}
-    drawn: list[Any] = [names[c] if c < len(names) else c for c in chosen]
-    unclear = any(list(names).count(name) > 1 for name in drawn)
-    return {"classes": drawn, **({"class_numbers": list(chosen)} if unclear else {})}
-
-
-def _gather(folder: Path, num: int, classes: int, npz: bool) -> tuple[Path | None, Path | None]:
-    """Draw the grid of a complete folder; with `npz` pack its images. Returns where both are."""
-    _check_complete(folder, num)
-    grid, packed = None, None
-    with decoration(folder / "grid.png"):
-        shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
-        columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
-        save_grid(torch.stack(shown), folder / "grid.png", columns)
-        grid = folder / "grid.png"
-    if npz:
-        with writing(folder, FastrepaError):
-            packed = write_adm_npz(folder, num)
-    return grid, packed
-
-
-def _write_images(
-    draw: Callable[..., Tensor], labels: Tensor, batches: Sequence[Tensor], folder: Path
-) -> None:
-    """Draw the images of every batch of numbers and write them, a file each."""
-    with ThreadPoolExecutor(4) as writers:
-        for ids in batches:
-            images = draw(labels[ids], sample_ids=ids)
-            try:
-                list(writers.map(write_png, images, [image_path(folder, int(i)) for i in ids]))
-            except OSError as e:
-                raise FastrepaError(f"{folder}: cannot be written ({e})") from None
-
-
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     """The run's configuration with its `sample` section overridden, validated as a whole."""
     given = {k: v for k, v in settings.items() if v is not None}
     tree = config.model_dump(mode="json")
     return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
-
-
-# Files -----------------------------------------------------------------------------------------
-
-
-def claim_folder(folder: Path, record: dict[str, Any]) -> int:
-    """Make `folder` ready for images and leave `record` in it as sampling.json; returns how many
-    of them it has.
-
-    Images of a call with the same record stay, up to its `num`; those of another are removed. A
-    folder that holds files but no sampling.json is somebody else's. Raises FastrepaError for that,
-    for a file in the way, and where it cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FastrepaError(f"{folder}: is a file; --out wants a folder")
-    written = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    with writing(folder, FastrepaError):
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = list(folder.iterdir())
-        if entries and not (folder / RECORD).is_file():
-            raise FastrepaError(
-                f"{folder}: holds files that `fastrepa sample` did not write"
-                f" ({min(entries).name}, ...); nothing is overwritten, choose another --out"
-            )
-        before = (folder / RECORD).read_bytes() if entries else b""
-        kept, same = 0, _but_num(before) == _but_num(written)
-        for entry in entries:
-            name = entry.name
-            stays = same and PNG_NAME.fullmatch(name) and int(entry.stem) < record["num"]
-            kept += bool(stays)
-            if _OURS.fullmatch(name) and name != RECORD and not stays and not entry.is_dir():
-                entry.unlink()
-        (folder / RECORD).write_text(written)
-        return kept
-
-
-def _but_num(record: str | bytes) -> dict[str, Any] | None:
-    """Return what decides an image; None for no record."""
-    try:
-        return {k: v for k, v in parse_json(record, RECORD).items() if k != "num"}
-    except (DataError, AttributeError):
-        return None
-
-
-def image_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.png"
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """Write uint8 image [3,H,W] to a PNG, which has its name once it is whole; lossless at every
-    level, and level 1 is the quick one.
-    """
-    with aside(path) as partial:
-        to_image(image).save(partial, "PNG", compress_level=1)
-
-
-def read_png(path: Path) -> Tensor:
-    """Read uint8 image [3,H,W] from a PNG; DataError that names it where it is none."""
-    from fastrepa.data.images import read_rgb  # not where images are only made
-
-    return torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
-
-
-def _check_complete(folder: Path, num: int) -> None:
-    if missing := [i for i in range(num) if not image_path(folder, i).is_file()]:
-        raise FastrepaError(
-            f"{image_path(folder, missing[0])}: missing ({len(missing)} of {num}); all processes"
-            " must see one and the same output folder"
-        )
-
-
-def write_adm_npz(folder: Path, num: int) -> Path:
-    """Pack the images 0 .. num - 1 of `folder` for the ADM evaluation suite.
-
-    Key `arr_0`, uint8 [N,H,W,3], in `samples_NxHxWx3.npz` (Dhariwal and Nichol 2021). It is
-    written image by image: 50,000 images of 256 px are 9.8 GB that never stand in memory. The
-    file appears under its name when it is whole. Raises FastrepaError for a missing image.
-    """
-    _check_complete(folder, num)
-    height, width = read_png(image_path(folder, 0)).shape[1:]
-    target = folder / f"samples_{num}x{height}x{width}x3.npz"
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}
-    with (
-        aside(target) as partial,
-        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        npy.write_array_header_1_0(member, header)
-        for i in range(num):
-            member.write(read_png(image_path(folder, i)).permute(1, 2, 0).numpy().tobytes())
-    return target

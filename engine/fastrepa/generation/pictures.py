@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastrepa.runtime.files import aside
+
 TILE = 128
 """Small images are enlarged to at most this many pixels a side."""
 
@@ -68,7 +70,8 @@ def save_grid(
             tile = tile.resize((width, height), Image.Resampling.LANCZOS)
         row, column = divmod(i, columns)
         sheet.paste(tile, (gutter + column * (width + gutter), gutter + row * (height + gutter)))
-    sheet.save(path)
+    with aside(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -93,7 +96,8 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.text(0.5, 0.5, "no metrics yet", ha="center", va="center", color="#555555")
     for i, (key, title, colour) in enumerate(shown):
         _panel(figure.add_subplot(rows, columns, i + 1), *series[key], title, colour, key in EXACT)
-    figure.savefig(path)
+    with aside(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _points(

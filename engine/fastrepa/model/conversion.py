@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastrepa.errors import CheckpointError, FastrepaError
 from fastrepa.reading.tensors import read_weights, reason, state_dict, whole_number
+from fastrepa.runtime.files import aside
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,19 @@ def save_reference(
 ) -> None:
     """Write what the reference's own scripts read: {model, ema, opt, args, steps}, or bare EMA
     safetensors with `metadata`. `model`, `ema`: [...] by parameter name. `opt` is a torch AdamW's
-    state dict over the model's parameters.
+    state dict over the model's parameters. The file is there whole or not at all.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         whole = {"format": "pt", **(metadata or {})}
-        save_file({k: v.contiguous() for k, v in ema.items()}, path, metadata=whole)
+        with aside(path) as partial:
+            save_file({k: v.contiguous() for k, v in ema.items()}, partial, metadata=whole)
         return
     content: dict[str, Any] = {"model": dict(model), "ema": dict(ema), "steps": steps}
     if opt is not None:
         content["opt"] = dict(opt)
     if args is not None:
         content["args"] = args
-    torch.save(content, path)
+    # An open file: torch's own way to one loses why writing failed.
+    with aside(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)

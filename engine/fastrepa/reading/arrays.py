@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from fastrepa.errors import DataError, FastrepaError
+from fastrepa.errors import DataError, FastrepaError, worded
 
 NPZ = "readable as npz"
 
@@ -188,10 +188,9 @@ def _naming(path: Path, what: str, missing: str | None = None) -> Iterator[None]
         raise
     except OSError as e:
         gone = missing is not None and isinstance(e, FileNotFoundError)
-        why = missing if gone else f"cannot be read ({e.strerror or e})"
+        why = missing if gone else f"cannot be read ({worded(e)})"
         raise DataError(f"{path}: {why}") from None
     except MemoryError:
         raise DataError(f"{path}: not {what} (more than there is memory for)") from None
     except Exception as e:
-        why = " ".join(str(e).split())[:_REASON] or type(e).__name__
-        raise DataError(f"{path}: not {what} ({why})") from None
+        raise DataError(f"{path}: not {what} ({worded(e, _REASON)})") from None

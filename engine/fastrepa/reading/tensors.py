@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastrepa.errors import FastrepaError, shown
+from fastrepa.errors import FastrepaError, shown, worded
 
 REAL = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -180,9 +179,9 @@ def reason(error: BaseException) -> str:
     if re.search("weights_only|safe_globals|torch\\.load", text):
         return "not a file of plain tensors"
     if isinstance(error, OSError):
-        return error.strerror or shorten(text, 160, placeholder=" ...") or "it cannot be opened"
+        return worded(error, 160) if text else "it cannot be opened"
     if isinstance(error, RuntimeError | SafetensorError | ValueError) and text:
-        return shorten(text, 160, placeholder=" ...")
+        return worded(error, 160)
     return "cut short" if isinstance(error, EOFError) else "damaged, or of another kind"
 
 

@@ -17,15 +17,19 @@ from typing import IO, Any
 
 import numpy as np
 
-HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:32]
+HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:64]
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,9})@(?P<host>[\w.-]+)\.tmp")
 _ABANDONED = 86400.0  # seconds for which what another host left has not changed
 
 
 def temporary(path: Path) -> Path:
     """The name beside `path`, of this process alone, until it is whole: .NAME.PID@HOST.tmp."""
-    name = os.fsdecode(os.fsencode(path.name)[:150])  # a name that fits must not fail by this one
-    return path.with_name(f".{name}.{os.getpid()}@{HOST}.tmp")
+    return path.with_name(f".{cut(path.name)}.{os.getpid()}@{HOST}.tmp")
+
+
+def cut(name: str) -> str:
+    """As much of a file's name as leaves room for more: a name that fits must not fail by that."""
+    return os.fsdecode(os.fsencode(name)[:150])
 
 
 def sweep(folder: Path) -> None:
@@ -34,6 +38,11 @@ def sweep(folder: Path) -> None:
         by = _TEMPORARY.fullmatch(path.name)
         if by and not _may_go_on(path, by["host"], int(by["pid"])):
             remove(path)
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether `temporary` makes such names."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _may_go_on(path: Path, host: str, pid: int) -> bool:

@@ -1,8 +1,9 @@
 """One writer at a time for every output folder: an advisory lock that its owner's death releases.
 
 The lock is flock's on `.lock` in the folder, which says who holds it. On NFS the kernel makes it a
-lock of the server's; a file system without locks (ENOLCK, ENOTSUP) leaves what the file says: the
-owner's process on the same host, and a warning for any other.
+lock of the server's; mounts whose locks are each host's own protect within the host. A file system
+without locks (ENOLCK, ENOTSUP) leaves what the file says: the owner's process on the same host, and
+a warning for any other. A forked child does not hold what its parent does.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fastrepa.errors import FastrepaError, print_warning
-from fastrepa.runtime.files import HOST, alive, sweep
+from fastrepa.errors import FastrepaError, print_warning, worded
+from fastrepa.runtime.files import HOST, alive, cut, sweep
 
 LOCK = ".lock"
 _SIGNED = re.compile(r".{1,80} on (?P<host>[\w.-]+), process (?P<pid>[0-9]{1,9}), since [\w:+-]+")
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_held: set[int] = set()
+
+
+class InUse(FastrepaError):
+    """A folder that another process holds; says which."""
 
 
 @contextmanager
@@ -32,44 +39,88 @@ def owned(
     kind: type[FastrepaError] = FastrepaError,
     *,
     wait: Callable[[str], None] | None = None,
+    file: str = "",
 ) -> Iterator[None]:
     """Hold `folder`, which is made where it is missing, for this process alone; `command` is what
     others are told of it. What killed processes left half written in it is removed.
 
     wait: where another process holds the folder, tell this who does, once, and wait for its end;
-    without it that is an error.
+    without it that is an error. file: the name of the one file or folder in it that is held, rather
+    than all of it.
 
     Raises an error of that kind for a folder that another process holds or that cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _take(folder / LOCK)
-        while lock is None:
-            whose = f"{folder}: in use by {_owner(folder / LOCK)}"
+    release = None
+    while release is None:
+        try:
+            release = take(folder, command, file)
+        except InUse as e:
             if wait is None:
-                raise kind(whose)
-            wait(whose)
+                raise kind(str(e)) from None
+            wait(str(e))
             wait = _say_nothing
             time.sleep(0.5)
-            lock = _take(folder / LOCK)
-    except OSError as e:
-        raise kind(f"{folder}: cannot be written ({e.strerror or e})") from None
+        except OSError as e:
+            raise kind(f"{e.filename or folder}: cannot be written ({worded(e)})") from None
     try:
-        _sign(lock, command)
-        sweep(folder)
         yield
     finally:
-        # While it is held: whoever opened the same file meanwhile sees that it has gone.
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
+        release()
 
 
-def _take(path: Path) -> int | None:
+def take(folder: Path, command: str, file: str = "") -> Callable[[], None]:
+    """Begin to hold `folder` as `owned` does; returns what ends it, which raises nothing.
+
+    Raises InUse where another process holds it, OSError where it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (f".{cut(file)}.lock" if file else LOCK)
+    descriptor = _locked(path)
+    if descriptor is None:
+        raise InUse(f"{folder / file}: in use by {_owner(path)}")
+    _held.add(descriptor)
+
+    def release() -> None:
+        if descriptor not in _held:  # a fork's, whose parent goes on
+            return
+        _held.remove(descriptor)
+        try:
+            # While it is held: whoever opened the same file meanwhile sees that it has gone.
+            if _is_still(path, descriptor):
+                path.unlink()
+        except OSError:  # of a killed process it stays as well
+            pass
+        finally:
+            os.close(descriptor)
+
+    try:
+        _sign(descriptor, command)
+        sweep(folder)
+    except BaseException:
+        release()
+        raise
+    return release
+
+
+def _let_go_in_fork() -> None:
+    """The child of a killed owner would keep its lock for as long as it lives."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_fork)
+
+
+def _locked(path: Path) -> int | None:
     """Return a descriptor that holds the lock; None where another process does."""
     while True:
         # For writing: NFS grants an exclusive lock on nothing less.
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        lock = os.open(path, flags, 0o666)
         try:
+            if _is_foreign(lock):
+                raise FileExistsError(errno.EEXIST, "in the way, and not fastrepa's", str(path))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(path, lock):
                 return lock
@@ -80,29 +131,45 @@ def _take(path: Path) -> int | None:
             if e.errno not in _WITHOUT_LOCKS:
                 os.close(lock)
                 raise
-            if _signed_here_by_another(path):
+            signed = _signature(path)
+            if signed and signed["host"] == HOST and _is_another(int(signed["pid"])):
                 os.close(lock)
                 return None
+            before = f"; the last to do so was {signed[0]}" if signed else ""
             print_warning(
-                f"{path.parent}: this file system has no locks ({e.strerror}), so nothing keeps "
-                "another host from writing there too"
+                f"{path.parent}: this file system has no locks ({worded(e)}), so nothing keeps "
+                f"another host from writing there too{before}"
             )
             return lock
         os.close(lock)
 
 
+def _is_another(pid: int) -> bool:
+    return pid != os.getpid() and alive(pid)
+
+
 def _is_still(path: Path, lock: int) -> bool:
     """Tell whether the file that was locked is the one that has the name."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(lock))
+        return os.path.samestat(path.lstat(), os.fstat(lock))
     except FileNotFoundError:
         return False
 
 
+def _is_foreign(lock: int) -> bool:
+    """Tell whether a lock's file holds anything that no owner wrote there."""
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        return True
+    said = os.pread(lock, 500, 0)
+    return bool(said) and not _SIGNED.fullmatch(said.decode(errors="replace"))
+
+
 def _sign(lock: int, command: str) -> None:
     since = datetime.now(UTC).isoformat(timespec="seconds")
+    text = f"{command} on {HOST}, process {os.getpid()}, since {since}".encode()
     os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{command} on {HOST}, process {os.getpid()}, since {since}".encode(), 0)
+    if os.pwrite(lock, text, 0) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _signature(path: Path) -> re.Match[str] | None:
@@ -111,13 +178,6 @@ def _signature(path: Path) -> re.Match[str] | None:
             return _SIGNED.fullmatch(file.read(500).decode(errors="replace"))
     except OSError:  # it has just gone
         return None
-
-
-def _signed_here_by_another(path: Path) -> bool:
-    signed = _signature(path)
-    if signed is None or signed["host"] != HOST:
-        return False
-    return int(signed["pid"]) != os.getpid() and alive(int(signed["pid"]))
 
 
 def _owner(path: Path) -> str:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, worded
 from fastrepa.vision import weights as weights_of
 from fastrepa.vision.preprocess import Preprocess
 from fastrepa.vision.quantise import dequantise
@@ -86,7 +86,7 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
     try:
         shape = feature_map(model, torch.empty(1, 3, side, side, device="meta"), index, norm).shape
     except UNBUILDABLE as error:
-        reason = weights_of.one_line(error)
+        reason = worded(error, 160)
         raise ConfigError(f"{where}: cannot take an input of {side} px ({reason})") from error
     _, width, *grid = shape
     if len(grid) != 2 or grid[0] != grid[1]:
@@ -250,7 +250,7 @@ def blueprint(recipe: Recipe, args: Mapping[str, Any], where: str) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(recipe.timm_name, **args).eval()
     except UNBUILDABLE as error:
-        reason = weights_of.one_line(error)
+        reason = worded(error, 160)
         raise ConfigError(f"{where}: timm cannot build it with {dict(args)} ({reason})") from error
 
 

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
-from fastrepa.errors import ConfigError
-from fastrepa.vision import weights as weights_of
+from fastrepa.errors import ConfigError, worded
 from fastrepa.vision.features import UNBUILDABLE, blueprint, load_network
 from fastrepa.vision.registry import REGISTRY, Recipe, find_recipe
 from fastrepa.vision.weights import digest
@@ -72,7 +71,7 @@ def plan_pooled(config: EncoderConfig) -> PooledPlan:
     try:
         shape = _pooled(model, torch.empty(1, 3, side, side, device="meta")).shape
     except UNBUILDABLE as error:
-        reason = weights_of.one_line(error)
+        reason = worded(error, 160)
         raise ConfigError(f"{where}: cannot take an input of {side} px ({reason})") from error
     if len(shape) != 2:
         raise ConfigError(f"{where}: its pooled feature has shape {list(shape)}")

@@ -33,7 +33,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import timm
@@ -202,11 +201,6 @@ def _timm_filter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict
         if hasattr(module, name):
             return getattr(module, name)
     return lambda state, _: state
-
-
-def one_line(error: BaseException) -> str:
-    """The gist of a library's error, for the end of our own one-line message."""
-    return shorten(" ".join(str(error).split()) or type(error).__name__, 160, placeholder=" ...")
 
 
 def digest(network: nn.Module) -> str:

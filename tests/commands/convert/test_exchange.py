@@ -1,19 +1,25 @@
 """Runs to the reference's files and back, tensor for tensor."""
 
+import hashlib
 import json
+import math
+import resource
 import subprocess
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastrepa.checkpoint.format import StoredTensors, checkpoint_path, newest_checkpoint
 from fastrepa.checkpoint.kinds import KINDS
-from fastrepa.commands.convert.exchange import export_run, import_reference
+from fastrepa.commands.convert import exchange
+from fastrepa.commands.convert.exchange import FORMATS, export_run, import_reference
 from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.ownership import owned
 from tests.runs import ROOT, SMALL, command, environment
 
 CONFIG = ROOT / "configs/quickstart.yaml"
@@ -114,6 +120,126 @@ def test_bare_weights_start_a_run_at_step_0(tmp_path, config):
     path = newest_checkpoint(tmp_path / "run")
     for kind in ("exp_avg", "exp_avg_sq"):
         assert all(not v.any() for v in StoredTensors(path, kind).values())
+
+
+def replanted(folder, kind, value):
+    """One value of a kind's tensors is another now, and the manifest says so."""
+    file, manifest = folder / f"{kind}.safetensors", folder / "manifest.json"
+    stored = load_file(file)
+    stored["blocks.0.mlp.fc1.bias"][3] = value
+    save_file(stored, file, metadata={"format": "pt"})
+    fields = json.loads(manifest.read_text())
+    fields["files"][file.name] = {
+        "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()
+    }  # fmt: skip
+    manifest.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("kind", ["ema", "weights", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_handed_on(tmp_path, config, kind, value):
+    *_, file = model_and_file(tmp_path)
+    run = tmp_path / "run"
+    import_reference(file, run, config)
+    replanted(newest_checkpoint(run), kind, value)
+    asked = [("reference", "a.pt", {}), ("zero", "folder", {})]
+    if kind != "exp_avg_sq":
+        of = "raw" if kind == "weights" else "ema"
+        asked += [("safetensors", "a.safetensors", {"weights": of})]
+    for to, name, how in asked:
+        words = r"step_0000007: \w+: blocks\.0\.mlp\.fc1\.bias is not finite"
+        with pytest.raises(CheckpointError, match=words):
+            export_run(run, tmp_path / name, to, **how)
+        assert not (tmp_path / name).exists()
+    if kind == "weights":
+        export_run(run, tmp_path / "b.safetensors", "safetensors")  # has its averages alone
+
+
+def test_a_foreign_file_that_is_not_finite_starts_no_run(tmp_path, config):
+    model, ema, optimizer, file = model_and_file(tmp_path)
+    ema["blocks.1.attn.qkv.weight"][0, 0] = math.nan
+    saved = {"model": model.state_dict(), "ema": ema, "opt": optimizer.state_dict(), "steps": 7}
+    torch.save(saved, file)
+    words = r"0000007\.pt: ema: blocks\.1\.attn\.qkv\.weight is not finite"
+    with pytest.raises(CheckpointError, match=words):
+        import_reference(file, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_owners(tmp_path, config):
+    """A file that is written has one, and a run; one that is trained can be read."""
+    *_, file = model_and_file(tmp_path)
+    run, out = tmp_path / "run", tmp_path / "out"
+    with (
+        owned(run, "fastrepa train"),
+        pytest.raises(CheckpointError, match=r"run: in use by fastrepa train on .*, process \d+,"),
+    ):
+        import_reference(file, run, config)
+    assert not list(run.iterdir())
+    import_reference(file, run, config)
+    for to, name in (("reference", "a.pt"), ("safetensors", "a.safetensors"), ("zero", "zero")):
+        with owned(run, "fastrepa train"):
+            with (
+                owned(out, "another convert", file=name),
+                pytest.raises(CheckpointError, match=f"out/{name}: in use by another convert on"),
+            ):
+                export_run(run, out / name, to)
+            assert not list(out.iterdir())
+            assert export_run(run, out / name, to).step == 7
+        (out / name).rename(tmp_path / name)
+    (out / "link.pt").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_run(run, out / "link.pt", "reference")
+
+
+def test_two_imports_at_once_make_one_run(tmp_path, config, monkeypatch):
+    """The other ends while this one still reads its file."""
+    *_, file = model_and_file(tmp_path)
+    run, read = tmp_path / "run", exchange.load_reference
+
+    def slow(path):
+        monkeypatch.setattr(exchange, "load_reference", read)
+        import_reference(file, run, config)
+        return read(path)
+
+    monkeypatch.setattr(exchange, "load_reference", slow)
+    with pytest.raises(CheckpointError, match="has checkpoints already"):
+        import_reference(file, run, config)
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_opened(tmp_path, config, monkeypatch):
+    *_, file = model_and_file(tmp_path)
+    run, newest, chosen = tmp_path / "run", exchange.newest_checkpoint, []
+    import_reference(file, run, config)
+
+    def pruned(run):
+        chosen.append(checkpoint_path(run, 3) if len(chosen) < 2 else newest(run))
+        return chosen[-1]
+
+    monkeypatch.setattr(exchange, "newest_checkpoint", pruned)
+    assert export_run(run, tmp_path / "a.pt", "reference").step == 7
+    monkeypatch.setattr(exchange, "newest_checkpoint", lambda run: checkpoint_path(run, 3))
+    with pytest.raises(CheckpointError, match="step_0000003"):
+        export_run(run, tmp_path / "b.pt", "reference")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, config, to):
+    *_, file = model_and_file(tmp_path)
+    run, out = tmp_path / "run", tmp_path / "out"
+    import_reference(file, run, config)
+    name = {"reference": "a.pt", "safetensors": "a.safetensors"}.get(to, "zero")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written") as caught:
+            export_run(run, out / name, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).startswith(f"{out / name}: cannot be written (")
+    assert "File too large" in str(caught.value)
+    assert not list(out.iterdir())
 
 
 class Payload:

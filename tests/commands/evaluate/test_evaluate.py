@@ -1,7 +1,10 @@
 """`fastrepa evaluate`: against torch-fidelity's own numbers; every input, every mistake."""
 
+import errno
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -15,13 +18,20 @@ from typer.testing import CliRunner
 
 from fastrepa.cli import app
 from fastrepa.commands.evaluate.evaluate import evaluate
-from fastrepa.commands.evaluate.evaluator import choose_metrics
+from fastrepa.commands.evaluate.evaluator import SetEvaluator, choose_metrics
 from fastrepa.commands.evaluate.extractors import Clip, Inception
-from fastrepa.commands.evaluate.feature_sets import Wanted, extract
+from fastrepa.commands.evaluate.feature_sets import (
+    StatisticsCache,
+    Wanted,
+    extract,
+    save_statistics,
+)
 from fastrepa.commands.evaluate.image_sources import open_stored
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
-from fastrepa.generation.generate import rank_batches, write_adm_npz, write_png
+from fastrepa.generation.folder import write_adm_npz, write_png
+from fastrepa.generation.generate import rank_batches
+from fastrepa.runtime.ownership import take
 from fastrepa.runtime.world import World
 from tests.runs import ROOT
 
@@ -166,6 +176,77 @@ def test_features_that_are_kept_are_of_images_from_all_over_the_set(two_sets, mo
     assert torch.allclose(found.kept["clip.image"], mean[found.numbers])
     assert found.moments["clip.image"].count == 14
     assert torch.allclose(found.moments["clip.image"].mean, mean.double().mean(0))
+
+
+@pytest.fixture
+def measured(two_sets, tmp_path):
+    """Measure one set with a cache and no network: the features, and what was noted and told."""
+    evaluator = SetEvaluator([], [], World(chosen_device=torch.device("cpu")))
+    evaluator.extractors["clip"] = _NoClip()
+    wanted = Wanted(frozenset({"clip.image"}), frozenset({"clip.image"}))
+    source = open_stored(two_sets[0] / "bright")
+
+    def measure(cache):
+        notes, told = [], []
+        side = evaluator.measure(
+            source, wanted, cache=StatisticsCache(cache), note=notes.append, progress=told.append
+        )
+        return side.kept["clip.image"], notes, told
+
+    return measure
+
+
+def test_who_wants_what_another_is_making_waits_for_it(measured, tmp_path, monkeypatch, capsys):
+    cache, elsewhere = tmp_path / "c", tmp_path / "elsewhere.npz"
+    first, *_ = measured(cache)
+    (kept,) = cache.iterdir()
+    kept.rename(elsewhere)
+    release = take(cache, "another evaluate", kept.name)
+
+    def end():
+        elsewhere.rename(kept)
+        release()
+
+    monkeypatch.setattr("fastrepa.commands.evaluate.evaluator.PATIENCE", 0.1)
+    monkeypatch.setattr("fastrepa.commands.evaluate.evaluator.extract", None)
+    other = threading.Timer(1.2, end)
+    other.start()
+    second, notes, told = measured(cache)
+    other.join()
+    assert torch.equal(first, second) and not notes
+    assert len(told) > 1 and not any(told)  # a sign of life, on every rank
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{kept.name}: in use by another evaluate on" in line and "waiting" in line
+    assert list(cache.iterdir()) == [kept]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_evaluation(measured, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    features, notes, _ = measured(tmp_path / "file")
+    assert len(features) == 14
+    assert notes == [f"{tmp_path / 'file'}: cannot be written (File exists); nothing is kept"]
+    cache = tmp_path / "c"
+    measured(cache)
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    (cache / f".{kept.name}.lock").write_text("of another program")
+    assert torch.equal(measured(cache)[0], features) and kept.exists()
+    assert not capsys.readouterr().err
+
+
+def test_statistics_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, one = tmp_path / "a.npz", torch.ones(1, dtype=torch.float64)
+    save_statistics(path, {"inception.pool": (one, one[None])})
+    before = path.read_bytes()
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(DataError, match=r"a\.npz: cannot be written \(No space left on device\)"):
+        save_statistics(path, {"inception.pool": (one, one[None])})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def run(*args):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrepa.checkpoint.averages import choose_ema, stored_emas
@@ -36,11 +38,13 @@ from fastrepa.config import (
     save_config,
 )
 from fastrepa.data.datasets import open_data
-from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.errors import CheckpointError, ConfigError, DataError, worded, writing
+from fastrepa.generation.generate import TRIES
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
 from fastrepa.reading.tensors import sized
 from fastrepa.runtime.files import aside, fsync_folder
+from fastrepa.runtime.ownership import owned
 from fastrepa.training.telemetry import versions
 
 FORMATS = ("reference", "safetensors", "zero")
@@ -65,6 +69,60 @@ def export_run(
     zero: a universal checkpoint of DeepSpeed's (zero_format.py), with every average.
     Raises FastrepaError; an existing file is never replaced.
     """
+    _check_asked(out, to, weights, ema, ema_sigma_rel)
+    _check_new(out)
+    config = load_run_config(run)
+    with owned(out.parent, "fastrepa convert", CheckpointError, file=out.name):
+        _check_new(out)
+        path, state, kinds = _newest(run, config)
+        stored = stored_emas(state.emas, config.training.ema[0])
+        chosen = choose_ema(stored, ema, source=path)
+        name = str(stored[chosen])
+        try:
+            if to == "zero":
+                _check_finite(path, kinds)
+                with aside(out) as partial:
+                    write_zero(partial, kinds, config, state)
+                return state
+            order = list(_empty_model(config, state).state_dict())
+            raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
+            if ema_sigma_rel is not None:
+                averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+                name = (
+                    f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
+                )
+            if weights == "raw" and to == "safetensors":
+                averaged = raw
+            _check_finite(path, {weights: averaged})
+            opt = None
+            if to == "reference":
+                _check_finite(path, {kind: kinds[kind] for kind in KINDS})
+                opt = _adamw_state(config.training.optimizer, raw, kinds, state)
+            save_reference(
+                out,
+                model=raw,
+                ema=averaged,
+                steps=state.step,
+                opt=opt,
+                args=_reference_args(config),
+                metadata={
+                    "weights": weights,
+                    "ema": name,
+                    "step": str(state.step),
+                    "config": config.model_dump_json(),
+                    "classes": json.dumps(state.classes),
+                    **state.versions,
+                },
+            )
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise CheckpointError(f"{out}: cannot be written ({worded(e)})") from None
+    return state
+
+
+def _check_asked(
+    out: Path, to: str, weights: str, ema: str | None, ema_sigma_rel: float | None
+) -> None:
+    """Raises ConfigError for options that are not allowed, or not together."""
     if to not in FORMATS:
         raise ConfigError(f"--to: {to!r} is not one of {', '.join(FORMATS)}")
     if weights not in ("ema", "raw"):
@@ -79,51 +137,37 @@ def export_run(
     suffixes = {"safetensors": (".safetensors",), "reference": (".pt", ".pth")}.get(to, ())
     if suffixes and out.suffix not in suffixes:
         raise ConfigError(f"{out}: a {to} file is called *{' or *'.join(suffixes)}")
-    if out.exists():
+
+
+def _check_new(out: Path) -> None:
+    if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists already; name another file")
-    config = load_run_config(run)
-    path = newest_checkpoint(run)
-    if path is None:
-        raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
-    state = read_state(path)
-    order = list(_empty_model(config, state).state_dict())
-    stored = stored_emas(state.emas, config.training.ema[0])
-    chosen = choose_ema(stored, ema, source=path)
-    kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with aside(out) as partial:
-            if to == "zero":
-                write_zero(partial, kinds, config, state)
-                return state
-            raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
-            name = str(stored[chosen])
-            if ema_sigma_rel is not None:
-                averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
-                name = (
-                    f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
-                )
-            save_reference(
-                partial,
-                model=raw,
-                ema=raw if weights == "raw" and to == "safetensors" else averaged,
-                steps=state.step,
-                opt=_adamw_state(config.training.optimizer, raw, kinds, state)
-                if to == "reference"
-                else None,
-                args=_reference_args(config),
-                metadata={
-                    "weights": weights,
-                    "ema": name,
-                    "step": str(state.step),
-                    "config": config.model_dump_json(),
-                    "classes": json.dumps(state.classes),
-                    **state.versions,
-                },
-            )
-    except (OSError, RuntimeError) as e:
-        raise CheckpointError(f"{out}: cannot be written ({e})") from None
-    return state
+
+
+def _newest(run: Path, config: Config) -> tuple[Path, RunState, dict[str, StoredTensors]]:
+    """Open the newest good checkpoint, whose files stay readable though the run may prune them."""
+    for left in reversed(range(TRIES)):
+        path = newest_checkpoint(run)
+        if path is None:
+            raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
+        try:
+            state = read_state(path)
+            stored = stored_emas(state.emas, config.training.ema[0])
+            return path, state, {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
+        except CheckpointError:
+            if path.is_dir() or not left:
+                raise
+    raise AssertionError
+
+
+def _check_finite(source: Path, kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises CheckpointError naming the first tensor, [...] by kind and name, with a NaN or an
+    infinity.
+    """
+    for kind, tensors in kinds.items():
+        for name, tensor in tensors.items():
+            if not bool(tensor.float().isfinite().all()):
+                raise CheckpointError(f"{source}: {kind}: {name[:120]} is not finite")
 
 
 def import_reference(
@@ -136,14 +180,8 @@ def import_reference(
     config.yaml or gets the one named. Raises FastrepaError naming the file, or the first tensor
     that does not fit.
     """
-    if checkpoints(run):
-        raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
-    if config is None:
-        resolved = load_run_config(run)
-    elif (run / "config.yaml").exists():
-        raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
-    else:
-        resolved = load_config(config, run=run)
+    _check_unused(run, config)
+    resolved = load_run_config(run) if config is None else load_config(config, run=run)
     if source not in SOURCES:
         raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
     read = read_zero(file) if source == "zero" else load_reference(file)
@@ -172,8 +210,10 @@ def import_reference(
         "exp_avg": zeros | read.exp_avg,
         "exp_avg_sq": zeros | read.exp_avg_sq,
     }
+    _check_finite(file, kinds)
     final = checkpoint_path(run, state.step)
-    try:
+    with owned(run, "fastrepa convert", CheckpointError), writing(final, CheckpointError):
+        _check_unused(run, config)
         with aside(final) as partial:
             partial.mkdir(parents=True, exist_ok=True)
             digests = {}
@@ -187,9 +227,15 @@ def import_reference(
             if config is not None:
                 save_config(resolved, run / "config.yaml")
         fsync_folder(final.parent)
-    except OSError as e:
-        raise CheckpointError(f"{final}: cannot be written ({e})") from None
     return state
+
+
+def _check_unused(run: Path, config: Path | None) -> None:
+    """Raises FastrepaError for a run that has begun, or a second configuration of it."""
+    if checkpoints(run):
+        raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
+    if config is not None and (run / "config.yaml").exists():
+        raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
 
 
 def _empty_model(config: Config, state: RunState) -> SiT:

@@ -29,10 +29,9 @@ ENOUGH = 0.05  # of a profile that may be missing without a word
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored power-function average: where it is, after how many updates, and its gamma."""
+    """A stored power-function average, after how many updates, and its gamma."""
 
-    folder: Path
-    kind: str
+    tensors: Mapping[str, Tensor]
     time: int
     gamma: float
 
@@ -44,13 +43,22 @@ def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
     for path in counted(paths, "verifying"):
         if path != until and damage(path) is not None:
             continue
-        state = read_state(path)
-        for kind, value in state.emas.items():
-            ema = EmaConfig.model_validate(value)
-            from_the_start = state.optimizer_step > 0 and kind not in state.ema_since
-            if ema.sigma_rel is not None and from_the_start:
-                gamma = power_gamma(ema.sigma_rel)
-                found.append(Snapshot(path, kind, state.optimizer_step, gamma))
+        try:
+            found += _of_checkpoint(path)
+        except CheckpointError:
+            if path.is_dir():  # otherwise the run has just pruned it
+                raise
+    return found
+
+
+def _of_checkpoint(path: Path) -> list[Snapshot]:
+    state, found = read_state(path), []
+    for kind, value in state.emas.items():
+        ema = EmaConfig.model_validate(value)
+        from_the_start = state.optimizer_step > 0 and kind not in state.ema_since
+        if ema.sigma_rel is not None and from_the_start:
+            gamma = power_gamma(ema.sigma_rel)
+            found.append(Snapshot(StoredTensors(path, kind), state.optimizer_step, gamma))
     return found
 
 
@@ -101,7 +109,7 @@ def posthoc_ema(run: Path, newest: Path, sigma_rel: float) -> tuple[dict[str, Te
             f"{len(stored)} stored averages; keep more checkpoints (training.keep_every)",
             stacklevel=2,
         )
-    opened: list[Mapping[str, Tensor]] = [StoredTensors(s.folder, s.kind) for s in stored]
+    opened = [s.tensors for s in stored]
     trained, weights = StoredTensors(newest, "exp_avg"), StoredTensors(newest, WEIGHT)
     return {
         name: _sum(name, opened, x) if name in trained else weights[name]

@@ -55,15 +55,15 @@ def write_zero(
     for name in counted(weights, "writing"):
         to = tag / "zero" / name
         to.mkdir(parents=True)
-        torch.save({"param": weights[name]}, to / "fp32.pt")
+        _save({"param": weights[name]}, to / "fp32.pt")
         if name in trained:
             for kind in MOMENTS:
-                torch.save({"param": kinds[kind][name]}, to / f"{kind}.pt")
-            torch.save(step, to / "step.pt")
+                _save({"param": kinds[kind][name]}, to / f"{kind}.pt")
+            _save(step, to / "step.pt")
     o = config.training.optimizer
     group = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
     of_stage_3 = {"state": {0: {"step": step}}, "param_groups": [group]}
-    torch.save(
+    _save(
         {
             "param_groups": [group],
             "optimizer_state_dict": of_stage_3,
@@ -91,13 +91,18 @@ def write_zero(
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
         RECORD: asdict(state) | {"config": config.model_dump(mode="json")},
     }
-    torch.save({"module": dict(weights), **common}, tag / "mp_rank_00_model_states.pt")
-    torch.save({"module": {}, **common}, tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    _save({"module": dict(weights), **common}, tag / "mp_rank_00_model_states.pt")
+    _save({"module": {}, **common}, tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     for kind, tensors in kinds.items():
         if kind.startswith(EMA):
             save_file(dict(tensors), tag / f"{kind}.safetensors", metadata={"format": "pt"})
     for latest in ("latest_universal", "latest"):
         (folder / latest).write_text(tag.name)
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("wb") as file:  # torch's own way to a file loses why it failed
+        torch.save(value, file)
 
 
 def read_zero(folder: Path) -> Reference:

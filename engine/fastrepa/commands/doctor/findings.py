@@ -6,6 +6,8 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastrepa.errors import worded
+
 SECTIONS = ("versions", "devices", "fast paths", "system")
 
 
@@ -55,8 +57,8 @@ def gib(size: float) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """A message that fits in a table: its first line that says something."""
-    text = str(error).strip()
-    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
-    kind = "" if isinstance(error, str) else type(error).__name__
-    line = line if len(line) <= 300 else line[:297] + "..."
-    return f"{kind}: {line}" if kind and line else line or kind or "no message"
+    line = next((part for part in str(error).splitlines() if part.strip()), "")
+    if isinstance(error, str):
+        return worded(line) if line else "no message"
+    kind = type(error).__name__
+    return f"{kind}: {worded(line)}" if line else kind

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastrepa.checkpoint import averages
-from fastrepa.checkpoint import format as checkpoint
 from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
@@ -26,7 +25,12 @@ from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.data.datasets import is_data, open_data
 from fastrepa.errors import ConfigError
-from fastrepa.generation.generate import default_labels, ready_to_sample, with_settings
+from fastrepa.generation.generate import (
+    default_labels,
+    load_generator,
+    ready_to_sample,
+    with_settings,
+)
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, destroy_world, init_or_alone, of_rank_0
 from fastrepa.vision.codec import build_codec
@@ -156,7 +160,7 @@ def _run_source(
     Where `other`, which they are compared with, is the run's own set, it must have its classes, and
     `notes` are told if it holds other images than it did.
     """
-    model, config, info = checkpoint.load_ema_model(run, world.device, ema)
+    model, config, info, _ = load_generator(run, world, world.device, ema)
     config = with_settings(config, settings)
     model = ready_to_sample(model, config.sample, config.training, world.device)
     if is_data(other) and other.resolve() == Path(config.data.path).resolve():

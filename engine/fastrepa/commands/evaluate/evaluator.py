@@ -9,9 +9,12 @@ A distance in another space than Inception's is never called FID or KID: fd_dino
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,7 +31,8 @@ from fastrepa.commands.evaluate.metrics import (
     precision_recall,
 )
 from fastrepa.config import EncoderConfig
-from fastrepa.errors import ConfigError, DataError, nearest
+from fastrepa.errors import ConfigError, DataError, nearest, print_warning, worded
+from fastrepa.runtime.ownership import InUse, take
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.vision.pooled import space_name
 from fastrepa.vision.registry import REGISTRY
@@ -65,6 +69,7 @@ LEAST: dict[Kind, int] = {
 }  # images that a kind needs of either side; one, if it is not here
 ENOUGH = 10  # images for every dimension of a Frechet distance, below which its bias is warned of
 BATCH_SIZE = 32
+PATIENCE = 5.0  # seconds of the first rank, while the others wait for it
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ class SetEvaluator:
         the first meets it.
         """
         self.metrics, self.world = list(metrics), world
+        self._owned: set[Path] = set()  # of a cache's files
+        self._told: Path | None = None
         self.extractors: dict[str, Extractor] = {}
         spaces = {metric.feature.partition(".")[0] for metric in metrics}
         configs = {space_name(encoder.name): encoder for encoder in encoders}
@@ -219,34 +226,73 @@ class SetEvaluator:
         progress: Callable[[int], None] = lambda images: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> Side:
-        """A set's features, from `cache` where it has them (collective)."""
+        """A set's features, from `cache` where it has them (collective).
+
+        Where another process is just making the same for the same cache, its end is waited for.
+        """
         if isinstance(source, Statistics):
             return Side(None, _inceptions(source.gaussians))
         given = _inceptions(source.gaussians) if isinstance(source, AdmImages) else {}
         wanted = Wanted(wanted.moments - given.keys(), wanted.kept)
         if not wanted.spaces:  # no image need be looked at
             return Side(source.num, given)
-        found = self._from_cache(source, wanted, cache)
-        if found is None:
-            for extractor in self.extractors.values():
-                extractor.to(self.world.device)
-            found = extract(
-                source,
-                self.extractors,
-                wanted,
-                world=self.world,
-                batch_size=min(batch_size, source.num),
-                progress=progress,
-            )
-            if self.world.is_rank_0 and cache is not None and (digest := source.digest()):
-                try:
-                    for space in wanted.spaces:
-                        cache.save(digest, self.extractors[space], found)
-                except OSError as error:
-                    note(f"{cache.folder}: cannot be written ({error.strerror}); nothing is kept")
+        with ExitStack() as held:
+            found = self._from_cache(source, wanted, cache)
+            if found is None and cache is not None:
+                while not of_rank_0(self.world, partial(self._owns, held, cache, source, wanted)):
+                    progress(0)
+                found = self._from_cache(source, wanted, cache)  # of who was before us
+            if found is None:
+                for extractor in self.extractors.values():
+                    extractor.to(self.world.device)
+                found = extract(
+                    source,
+                    self.extractors,
+                    wanted,
+                    world=self.world,
+                    batch_size=min(batch_size, source.num),
+                    progress=progress,
+                )
+                if self.world.is_rank_0 and cache is not None and (digest := source.digest()):
+                    try:
+                        for space in wanted.spaces:
+                            cache.save(digest, self.extractors[space], found)
+                    except OSError as error:
+                        note(
+                            f"{cache.folder}: cannot be written ({worded(error)}); nothing is kept"
+                        )
         gaussians = {n: (m.mean, m.covariance) for n, m in found.moments.items()}
         labels = None if source.labels is None else source.labels[found.numbers]
         return Side(source.num, gaussians | given, found.kept, labels, source.classes)
+
+    def _owns(
+        self, held: ExitStack, cache: StatisticsCache, source: ImageSource, wanted: Wanted
+    ) -> bool:
+        """On the first rank, own the files of `cache` that are to be made until `held` ends. False
+        after a moment where another process has one: the other ranks must not wait for long.
+        """
+        if (digest := source.digest()) is None:
+            return True
+        until = time.monotonic() + PATIENCE
+        for space in sorted(wanted.spaces):  # in one order, so that none waits for the other
+            path = cache.path(digest, self.extractors[space])
+            while path not in self._owned:
+                try:
+                    release = take(cache.folder, "fastrepa evaluate", path.name)
+                except OSError:  # saving will say so
+                    return True
+                except InUse as other:
+                    if self._told != path:
+                        print_warning(f"{other}; waiting for what it keeps there")
+                    self._told = path
+                    if time.monotonic() > until:
+                        return False
+                    time.sleep(0.5)
+                    continue
+                self._owned.add(path)
+                held.callback(self._owned.discard, path)
+                held.callback(release)
+        return True
 
     def _from_cache(
         self, source: ImageSource, wanted: Wanted, cache: StatisticsCache | None

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrepa.config import EncoderConfig
-from fastrepa.errors import ConfigError, WeightsError
+from fastrepa.errors import ConfigError, WeightsError, worded
 from fastrepa.reading.tensors import read_weights, reason
 from fastrepa.vision.pooled import PooledEncoder
-from fastrepa.vision.weights import digest, one_line, read_checkpoint, unwrap
+from fastrepa.vision.weights import digest, read_checkpoint, unwrap
 
 SPATIAL_CHANNELS = 7  # of sFID: what ADM takes of mixed_6/conv
 SPATIAL_SIDE = 17
@@ -70,7 +70,7 @@ class Inception(nn.Module):
                 self.network = kind("inception", ["2048", "logits_unbiased"], checked).eval()
         except (RuntimeError, TypeError, AttributeError) as error:
             raise WeightsError(
-                f"{path}: not torch-fidelity's Inception ({one_line(error)})"
+                f"{path}: not torch-fidelity's Inception ({worded(error, 160)})"
             ) from None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self._spatial = torch.empty(0)
@@ -116,7 +116,7 @@ def inception_file(weights: str | None) -> Path:
         except (OSError, RuntimeError, ValueError) as error:
             raise WeightsError(
                 f"Inception's weights are not at {path} and could not be downloaded "
-                f"({one_line(error)}): put {url} there, or name a local copy "
+                f"({worded(error, 160)}): put {url} there, or name a local copy "
                 f"(--inception-weights, evaluation.inception_weights)"
             ) from None
     return path

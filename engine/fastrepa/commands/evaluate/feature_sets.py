@@ -218,5 +218,5 @@ def save_statistics(path: Path, gaussians: Mapping[str, Gaussian]) -> None:
         raise DataError(f"{path}: statistics are those of fid and sfid, and neither was computed")
     with writing(path, DataError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with aside(path) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **fields)

@@ -27,7 +27,8 @@ from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.images import image_files, read_rgb
 from fastrepa.errors import DataError
-from fastrepa.generation.generate import PNG_NAME, RECORD, generate
+from fastrepa.generation.folder import PNG_NAME, RECORD
+from fastrepa.generation.generate import generate
 from fastrepa.reading.arrays import NPZ, npz_names, npz_stream, read_npz
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import sha256_of
