@@ -106,8 +106,14 @@ def prepare(
         workers=workers, skip_bad=skip_bad, inside=inside, class_names=class_names,
         image_column=image_column, label_column=label_column, encode=encode,
     )  # fmt: skip
-    if done.is_rank_0:
+    if done.is_rank_0 and done.was_there:
+        say(
+            f"{done.path} is finished already, {done.report.images:,} images with these settings; "
+            "to make it again, name another folder"
+        )
+    elif done.is_rank_0:
         print_report(done.report, Terminal(), done.path, done.images, done.seconds)
+    if done.is_rank_0:
         for report in encoded:
             print_columns(report, Terminal())
 
@@ -163,19 +169,29 @@ def data_encode(
     precision: PrecisionOption = "bf16",
     batch_size: BatchSizeOption = 64,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Make a column anew that has other settings.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Make a column anew that has other settings; of one with the same, the files "
+            "whose contents were altered.",
+        ),
     ] = False,
 ) -> None:
     """Add latents and an encoder's features to a prepared set; under torchrun, on every GPU.
 
-    A run that was killed goes on where it stopped. Training then needs neither the autoencoder's
-    encoder (data.latents=cached) nor the frozen one (vision.targets=cached).
+    A run that was killed goes on where it stopped; files that are missing or damaged are made
+    again. Training then needs neither the autoencoder's encoder (data.latents=cached) nor the
+    frozen one (vision.targets=cached).
     """
     from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
+    from fastrepa.data.format.shards import load_manifest
+    from fastrepa.errors import DataError
+    from fastrepa.runtime.ownership import owned_by_rank_0
     from fastrepa.runtime.world import patient_world
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
-    with patient_world() as world:
+    load_manifest(path)  # a folder that is no set is left as it is
+    with patient_world() as world, owned_by_rank_0(path, "fastrepa data encode", world, DataError):
         report = encode_columns(path, **settings, replace=replace, world=world)
     if world.is_rank_0:
         print_encoded(report, Terminal())

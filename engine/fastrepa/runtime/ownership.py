@@ -15,12 +15,13 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fastrepa.errors import FastrepaError, print_warning, worded
 from fastrepa.runtime.files import HOST, alive, cut, sweep
+from fastrepa.runtime.world import World, of_rank_0
 
 LOCK = ".lock"
 _SIGNED = re.compile(r".{1,80} on (?P<host>[\w.-]+), process (?P<pid>[0-9]{1,9}), since [\w:+-]+")
@@ -66,6 +67,20 @@ def owned(
         yield
     finally:
         release()
+
+
+@contextmanager
+def owned_by_rank_0(
+    folder: Path, command: str, world: World, kind: type[FastrepaError] = FastrepaError
+) -> Iterator[None]:
+    """As `owned`, by the first rank for all; its error is raised on all alike (collective)."""
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(owned(folder, command, kind))
+
+        of_rank_0(world, hold)
+        yield
 
 
 def take(folder: Path, command: str, file: str = "") -> Callable[[], None]:

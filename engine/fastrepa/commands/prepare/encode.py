@@ -5,12 +5,15 @@ would have computed from them. Rank r of W takes the shards r, r + W, ...; a sha
 inside it and always full (the last one repeats its last image), so a row depends on neither ranks
 nor restarts. A column file appears whole, with its record beside it; a run that was killed goes on
 after the last one. The manifest names the new columns when all of them are there.
+
+Of a column that the set has already, files that are missing or damaged are made again, the others
+stay: so the columns of a set, of which nothing is read here, may be in any state.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,19 +41,23 @@ from fastrepa.commands.prepare.column_makers import (
     own_grid_encoder,
 )
 from fastrepa.config import CodecConfig, DataConfig, EncoderConfig
+from fastrepa.data.format.columns import open_rows
 from fastrepa.data.format.shards import (
     FeaturesColumn,
     FileRecord,
     Manifest,
     MomentsColumn,
     ShardSet,
+    load_manifest,
+    size_problem,
     write_manifest,
 )
 from fastrepa.data.pipeline import DataPipeline
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import ConfigError, DataError, worded
 from fastrepa.reading.text import expanded
-from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.world import World, launched_world
+from fastrepa.runtime.files import sha256_of
+from fastrepa.runtime.progress import BYTES, Bar
+from fastrepa.runtime.world import World, launched_world, of_rank_0
 from fastrepa.vision.codec import build_codec
 from fastrepa.vision.registry import parse_encoders
 
@@ -90,7 +97,9 @@ def encode_columns(
         precision: what the networks compute in; the training's own, to store what it would see.
         batch_size: images per forward.
         replace: make a column anew where the set holds one of that name with other settings;
-            without it that is an error. The old files stay until the new ones are complete.
+            without it that is an error. The old files stay until the new ones are complete. Files
+            of the same settings are hashed, to make those again whose contents were altered; what
+            is missing or of another size is made again without it, too.
         device: where the networks run; by default this rank's GPU, or the CPU.
 
     Raises ConfigError for settings, WeightsError for weights, DataError for the set and the disk.
@@ -99,37 +108,38 @@ def encode_columns(
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size}: must be at least 1")
     device = device or launched_world().device
-    data = ShardSet.open(folder, verify="sizes")
+    data = ShardSet.open(folder, verify="sizes", columns=False)
     makers = column_makers(data, codec, encoders, reference, flip, precision, device)
     wanted = tuple(maker.column for maker in makers)
     present = {column.name: column for column in data.manifest.columns}
-    kept = []
     for column in wanted:
         old = present.get(column.name)
-        if old is not None and identity(old) == identity(column):
-            kept.append(column.name)
-        elif old is not None and not replace:
+        if old is not None and identity(old) != identity(column) and not replace:
             raise ConfigError(
                 f"{folder}: holds {column.name} already, made with {difference(old, column)}; "
                 f"--replace makes it anew"
             )
-    makers = [maker for maker in makers if maker.column.name not in kept]
     try:
-        _check_space(folder, data, makers)
-        if makers:
-            _encode(data, makers, batch_size, device, world, progress)
+        altered = _altered(data, wanted, world, progress) if replace else set()
+        todo = {
+            shard: missing
+            for shard in range(world.rank, len(data.shard_sizes), world.size)
+            if (missing := [m for m in makers if not _is_there(data, m.column, shard, altered)])
+        }
+        _check_space(data, wanted)
+        if todo:
+            _encode(data, todo, batch_size, device, world, progress)
         world.wait()
-        if world.is_rank_0 and makers:
-            _finish(data, [maker.column for maker in makers])
-        world.wait()
+        made = of_rank_0(world, lambda: _finish(data, wanted))
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be written ({error.strerror}); what is finished is kept, the same "
+            f"{folder}: cannot be written ({worded(error)}); what is finished is kept, the same "
             f"command goes on"
         ) from None
-    columns = ShardSet.open(folder, verify="sizes").manifest.columns
+    columns = load_manifest(folder).columns
     names = [column.name for column in wanted]
-    return EncodeReport(tuple(c for c in columns if c.name in names), tuple(kept))
+    kept = tuple(name for name in names if name not in made)
+    return EncodeReport(tuple(c for c in columns if c.name in names), kept)
 
 
 def encode_settings(
@@ -210,41 +220,108 @@ def _stem(data: ShardSet, shard: int) -> str:
     return Path(data.manifest.shards[shard].file).stem
 
 
-def _check_space(folder: Path, data: ShardSet, makers: Sequence[Maker]) -> None:
+_Altered = set[tuple[str, int]]  # column and shard
+
+
+def _is_there(data: ShardSet, column: Column, shard: int, altered: _Altered) -> bool:
+    """Tell whether a shard's file of the column need not be made: it was finished, by this run or
+    one before, or is the set's own; and sound, as far as is seen without reading it, and known.
+    """
+    if (column.name, shard) in altered:
+        return False
+    if finished(data.path, column, _stem(data, shard)):
+        return True
+    record = _listed(data, column, shard)
+    if record is None or size_problem(data.path, record) is not None:
+        return False
+    try:
+        samples = data.shard_sizes[shard]
+        open_rows(data.path / record.file, column.dtype, samples, column.views)
+    except DataError:
+        return False
+    return True
+
+
+def _listed(data: ShardSet, column: Column, shard: int) -> FileRecord | None:
+    """Return the manifest's record of a shard's file, where the set has this very column."""
+    old = {c.name: c for c in data.manifest.columns}.get(column.name)
+    if old is None or identity(old) != identity(column):
+        return None
+    return old.files[shard] if len(old.files) == len(data.shard_sizes) else None
+
+
+def _altered(data: ShardSet, columns: Sequence[Column], world: World, progress: bool) -> _Altered:
+    """Find this rank's files whose SHA-256 is not what was recorded of them."""
+    there = [
+        (column, shard)
+        for column in columns
+        for shard in range(world.rank, len(data.shard_sizes), world.size)
+        if _is_there(data, column, shard, set())
+    ]
+    sizes = [data.shard_sizes[shard] * c.views * c.dtype.itemsize for c, shard in there]
+    found: _Altered = set()
+    shown = progress and world.is_rank_0 and bool(there)
+    with Bar("checking columns", sum(sizes), BYTES, shown=shown, rate=True) as bar:
+        for (column, shard), size in zip(there, sizes, strict=True):
+            done = finished(data.path, column, _stem(data, shard))
+            listed = _listed(data, column, shard)
+            record = FileRecord.model_validate(done["file"]) if done else listed
+            assert record is not None
+            if sha256_of(data.path / record.file) != record.sha256:
+                found.add((column.name, shard))
+                paths(data.path, column, _stem(data, shard))[1].unlink(missing_ok=True)
+            bar.advance(size)
+    return found
+
+
+def _check_space(data: ShardSet, columns: Sequence[Column]) -> None:
     needed = sum(
-        data.shard_sizes[shard] * maker.column.views * maker.column.dtype.itemsize
-        for maker in makers
+        data.shard_sizes[shard] * column.views * column.dtype.itemsize
+        for column in columns
         for shard in range(len(data.shard_sizes))
-        if not finished(folder, maker.column, _stem(data, shard))
+        if not _is_there(data, column, shard, set())
     )
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(data.path).free
     if needed > free:
-        names = ", ".join(maker.column.name for maker in makers)
+        names = ", ".join(column.name for column in columns)
         raise DataError(
-            f"{folder}: {names} take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+            f"{data.path}: {names} take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB "
+            "free"
         )
 
 
-def _finish(data: ShardSet, columns: Sequence[Column]) -> None:
-    """Put the finished columns in the manifest, then remove what they replace."""
+def _finish(data: ShardSet, columns: Sequence[Column]) -> list[str]:
+    """Put what was made in the manifest, then remove what it replaces; returns the names of the
+    columns of which anything was.
+    """
     new: dict[str, Any] = {}
     records = []
+    before = data.manifest
+    present = {column.name: column for column in before.columns}
     for column in columns:
-        files, cosine = [], 1.0
+        files, cosines = [], []
         for shard in range(len(data.shard_sizes)):
             done = finished(data.path, column, _stem(data, shard))
-            if done is None:
+            if done is not None:
+                files.append(FileRecord.model_validate(done["file"]))
+                cosines.append(done["min_cosine"])
+                records.append(paths(data.path, column, _stem(data, shard))[1])
+            elif (listed := _listed(data, column, shard)) is not None:
+                files.append(listed)
+            else:
                 raise DataError(
                     f"{data.path}: {column.name} of {_stem(data, shard)} was not finished"
                 )
-            files.append(FileRecord.model_validate(done["file"]))
-            cosine = min(cosine, done["min_cosine"])
-            records.append(paths(data.path, column, _stem(data, shard))[1])
+        if not cosines:
+            continue  # all of it was there
         update: dict[str, Any] = {"files": tuple(files)}
         if isinstance(column, FeaturesColumn):
-            update["min_cosine"] = cosine
+            if len(cosines) < len(files):  # the others' share is in the set's
+                cosines.append(getattr(present[column.name], "min_cosine", 1.0))
+            update["min_cosine"] = min(cosines)
         new[column.name] = column.model_copy(update=update)
-    before = data.manifest
+    if not new:
+        return []
     features = {column.name: column for column in before.features}
     features |= {k: v for k, v in new.items() if isinstance(v, FeaturesColumn)}
     after = before.model_copy(
@@ -258,6 +335,7 @@ def _finish(data: ShardSet, columns: Sequence[Column]) -> None:
         record.unlink()
     for path in _files(before) - _files(after):
         (data.path / path).unlink(missing_ok=True)
+    return list(new)
 
 
 def _files(manifest: Manifest) -> set[str]:
@@ -284,22 +362,15 @@ class _ShardByShard:
 
 def _encode(
     data: ShardSet,
-    makers: Sequence[Maker],
+    todo: Mapping[int, Sequence[Maker]],
     batch_size: int,
     device: torch.device,
     world: World,
     progress: bool,
 ) -> None:
-    """Make this rank's unfinished column files."""
-    todo = {
-        shard: missing
-        for shard in range(world.rank, len(data.shard_sizes), world.size)
-        if (missing := [m for m in makers if not finished(data.path, m.column, _stem(data, shard))])
-    }
-    if not todo:
-        return
+    """Make this rank's missing column files."""
     mine = "" if world.size == 1 else f", rank {world.rank + 1} of {world.size}"
-    reads_images = any(maker.reads_images for maker in makers)
+    reads_images = any(maker.reads_images for makers in todo.values() for maker in makers)
     show = progress and world.is_rank_0
     total = sum(data.shard_sizes[shard] for shard in todo)
     with (

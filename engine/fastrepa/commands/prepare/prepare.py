@@ -13,11 +13,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -51,12 +51,14 @@ from fastrepa.data.format.shards import (
     ImageFormat,
     Manifest,
     SkippedRecord,
+    load_manifest,
     write_manifest,
 )
 from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
-from fastrepa.errors import DataError, nearest, printable
+from fastrepa.errors import DataError, nearest, printable, shown, worded
 from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
+from fastrepa.runtime.ownership import LOCK, owned_by_rank_0
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
 
@@ -70,11 +72,12 @@ class PrepareReport:
 
     path: Path
     report: SetReport  # what `report.json` says
-    ignored: list[str]  # files in the source that are no images by their names
     num_bytes: int  # of the whole folder
-    images: int  # made by this call, on all ranks; the others were there
-    seconds: float  # from the first of these to the last
+    ignored: Sequence[str] = ()  # files in the source that are no images by their names
+    images: int = 0  # made by this call, on all ranks; the others were there
+    seconds: float = 0.0  # from the first of these to the last
     is_rank_0: bool = True  # rank 0
+    was_there: bool = False  # the whole set, before this call
 
 
 def prepare(
@@ -102,8 +105,9 @@ def prepare(
     Args:
         source: class folders, archives, WebDataset tars, parquet tables, ...: see `list_source`,
             which `inside`, `class_names`, `image_column` and `label_column` are for.
-        out: folder to make; it must not exist yet, or be empty. It appears when complete. Several
-            ranks must share it, and the source.
+        out: folder to make; it must not exist yet, or be empty, or be a set of the same settings,
+            which gets the columns that it lacks. It appears when complete. Several ranks must share
+            it, and the source.
         resolution: side of every image in pixels.
         shard_size: images per shard.
         image_format: "png" (lossless), "jpeg" (4:4:4; sources that fit as they are stay as they
@@ -119,11 +123,16 @@ def prepare(
 
     Raises DataError, in one line, for whatever is wrong with source or out.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
     settings = _checked_settings(resolution, shard_size, image_format, quality, seed)
-    _check_places(source, out)
+    out = _place(source, Path(out))
     folder = partial_folder(out)
     with patient_world() as world, _failures(out, world), ExitStack() as stack:
+        if of_rank_0(world, lambda: _is_finished(out, settings)):
+            if encode is not None:
+                with owned_by_rank_0(out, "fastrepa prepare", world, DataError):
+                    encode(out, world)
+            return _report(out, is_rank_0=world.is_rank_0, was_there=True)
         if world.is_rank_0:
             stack.enter_context(owned(out))
             if not (folder / MANIFEST).exists():
@@ -166,15 +175,14 @@ def _publish(
     release(folder)
     fsync_folder(folder)
     os.rename(folder, out)
+    (out / LOCK).unlink(missing_ok=True)  # held until here
     fsync_folder(out.parent)
-    return PrepareReport(
-        path=out,
-        report=read_report(out),
-        ignored=ignored,
-        num_bytes=sum(path.stat().st_size for path in out.iterdir()),
-        images=images,
-        seconds=seconds,
-    )
+    return _report(out, images=images, seconds=seconds, ignored=ignored)
+
+
+def _report(out: Path, **of_this_call: Any) -> PrepareReport:
+    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    return PrepareReport(path=out, report=read_report(out), num_bytes=num_bytes, **of_this_call)
 
 
 def _make_images(
@@ -265,9 +273,7 @@ def _failures(out: Path, world: World) -> Iterator[None]:
     except MemoryError:
         raise DataError(f"{out}: not enough memory; use fewer workers{_kept(folder)}") from None
     except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}){_kept(folder)}"
-        ) from None
+        raise DataError(f"{out}: cannot be written ({worded(error)}){_kept(folder)}") from None
     except DataError as error:
         raise DataError(f"{error}{_kept(folder, str(error))}") from None
     except KeyboardInterrupt:
@@ -336,10 +342,46 @@ def _checked_settings(
     )
 
 
-def _check_places(source: Path, out: Path) -> None:
-    if out.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{out}: lies inside the source {source}; choose a place outside it")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: exists and is no folder")
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: exists and is not empty; nothing was changed")
+def _place(source: Path, out: Path) -> Path:
+    """Return the folder that `out` means, links followed, if a set can be put there; else DataError
+    with what is in the way. It gets its name by renaming, at the very end.
+    """
+    try:
+        place = out.resolve()
+        if place.is_relative_to(source.resolve()):
+            raise DataError(f"{out}: lies inside the source {source}; choose a place outside it")
+        if place.exists() and not place.is_dir():
+            raise DataError(f"{out}: exists and is no folder")
+        if (place / MANIFEST).is_file() or not place.exists():
+            return place
+        if any(place.iterdir()):
+            raise DataError(f"{out}: exists and is not empty; nothing was changed")
+        if place.is_mount() or place == Path.cwd():
+            what = "a mount point" if place.is_mount() else "the folder that you are in"
+            raise DataError(f"{out}: is {what}, which cannot be replaced; name a folder inside it")
+    except (OSError, RuntimeError) as error:  # a loop of links is the latter
+        raise DataError(f"{shown(str(out))}: cannot be a folder ({worded(error)})") from None
+    return place
+
+
+def _is_finished(out: Path, settings: Settings) -> bool:
+    """Tell whether there is a set already; DataError where it is one of other settings."""
+    if not (out / MANIFEST).is_file():
+        return False
+    there = load_manifest(out)
+    most = max(shard.samples for shard in there.shards)
+    fits = most == settings.shard_size or len(there.shards) == 1 or bool(there.skipped)
+    wanted = settings.model_dump(exclude={"pillow", "shard_size"})
+    differing = [
+        f"{name.replace('_', ' ')} {getattr(there, name)}, not {value}"
+        for name, value in wanted.items()
+        if getattr(there, name) != value
+    ]
+    if most > settings.shard_size or not fits:
+        differing.append(f"{most} images in a shard, not {settings.shard_size}")
+    if differing:
+        raise DataError(
+            f"{out}: is a finished set of other settings ({'; '.join(differing)}); nothing was "
+            "changed, name another folder"
+        )
+    return True

@@ -6,7 +6,7 @@ import hashlib
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from fastrepa.data.format.shards import (
 )
 from fastrepa.errors import DataError
 from fastrepa.reading.text import parse_json
+from fastrepa.runtime.ownership import LOCK
+from fastrepa.runtime.terminal import typed
 
 IMAGES_PER_CHECK = 256
 BYTES_PER_CHECK = 32 << 20
@@ -72,6 +74,47 @@ def plan_shards(folder: Path, findings: Findings, *, quick: bool) -> list[Check]
             findings.notes.append(f"{MANIFEST}: {name!r} is the name of classes {listed}")
     _check_keys(indices, findings)
     return [] if quick else list(_checks(quick_check, findings))
+
+
+def repairs(folder: Path, problems: Sequence[FileProblem]) -> list[str]:
+    """Say by which commands the problems of a set of shards go away."""
+    if not problems:
+        return []
+    try:
+        columns = load_manifest(folder).columns
+    except DataError:
+        columns = ()
+    said, left = [], list(problems)
+    for column in columns:
+        files = {record.file for record in column.files}
+        # That there are too few of them is a problem of the manifest's.
+        too_few = f"{column.name} has "
+        rest = [p for p in left if p.file not in files and not p.problem.startswith(too_few)]
+        if len(rest) < len(left):
+            said.append(f"{column.name} is made again, where it is damaged, by:")
+            said.append(f"  {_encode(folder, column)}")
+        left = rest
+    if others := sorted({problem.file for problem in left}):
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        said.append(
+            f"{named}: cannot be made again in place; take the set from a copy, or prepare its "
+            "source again into a new folder"
+        )
+    return said
+
+
+def _encode(folder: Path, column: MomentsColumn | FeaturesColumn) -> str:
+    """The command that makes a column as it was made; `--replace` also looks at its contents."""
+    if column.digest is None:
+        return f"fastrepa prepare SOURCE {typed(folder)}, of the source that it came from"
+    command = f"fastrepa data encode {typed(folder)}"
+    if isinstance(column, MomentsColumn):
+        command += f" --codec sd-vae --codec-weights {typed(column.weights)}"
+    else:
+        weights = "" if column.weights == "hub" else f"={column.weights}"
+        command += f" --cache-features {typed(f'{column.encoder}{weights}@{column.input_side}')}"
+    flip = " --flip" if column.views == 2 else ""
+    return f"{command} --precision {column.precision}{flip} --replace"
 
 
 def _checks(quick_check: QuickCheck, findings: Findings) -> Iterator[Check]:
@@ -118,7 +161,7 @@ def _records(manifest: Manifest) -> Iterator[FileRecord]:
 
 def _note_others(folder: Path, known: set[str], findings: Findings) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name in known or path.name in _BESIDE:
+        if path.name in known or path.name in _BESIDE or path.name == LOCK:
             continue
         if path.name.endswith(".tmp"):
             findings.notes.append(f"{path.name}: left by a run that was interrupted")

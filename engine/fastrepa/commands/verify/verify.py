@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.commands.verify.check_reference import plan_reference
-from fastrepa.commands.verify.check_shards import plan_shards
+from fastrepa.commands.verify.check_shards import plan_shards, repairs
 from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftovers, run_checks
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
@@ -31,7 +31,8 @@ class VerifyReport:
     """All that was checked in a data set, and every problem of it.
 
     columns: rows checked of each; num_bytes: of the files that were read; notes: what is not wrong,
-    but worth a look. Counts are of what was there to check; `quick` leaves them 0, files apart.
+    but worth a look; repairs: what mends the problems. Counts are of what was there to check;
+    `quick` leaves them 0, files apart.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class VerifyReport:
     columns: dict[str, int]
     num_bytes: int
     seconds: float
+    repairs: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -103,6 +105,7 @@ def verify(
         columns={} if quick else findings.columns,
         num_bytes=0 if quick else findings.num_bytes,
         seconds=time.monotonic() - started,
+        repairs=repairs(folder, findings.problems) if layout == "shards" else [],
     )
 
 
@@ -116,6 +119,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
         console.print(f"... and {more} more (--json lists them all)")
     if not report.ok:
         console.print(f"{len(report.problems)} problems in {report.path}")
+        for repair in report.repairs:
+            console.print(repair, soft_wrap=True)
         return
     console.print(f"{report.path}: nothing wrong", soft_wrap=True)
     how = " (quick)" if report.quick else ""

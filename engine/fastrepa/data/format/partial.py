@@ -17,16 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastrepa.data.format.shards import MANIFEST, SOURCES
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, worded
+from fastrepa.runtime import ownership
 
 PLAN = "plan.json"
 SPOOL = "spool"  # what the source's reader unpacks or notes down
 REPORT = "report.json"
 CONTACT_SHEET = "contact_sheet.png"  # of sets that older versions made
-_LOCK, _WRITERS = ".lock", ".writers"
+_WRITERS = ".writers"
+_NAMES = (MANIFEST, SOURCES, SPOOL, REPORT, CONTACT_SHEET, ownership.LOCK, _WRITERS)
 _OURS = re.compile(
     r"\.?shard-\d+\..+|plan\..+|\..+\.tmp|"
-    + "|".join(map(re.escape, (MANIFEST, SOURCES, SPOOL, REPORT, CONTACT_SHEET, _LOCK, _WRITERS)))
+    + "|".join(
+        map(re.escape, (MANIFEST, SOURCES, SPOOL, REPORT, CONTACT_SHEET, ownership.LOCK, _WRITERS))
+    )
 )
 _GRACE = 60.0  # seconds that processes of a killed run have to end
 
@@ -46,26 +50,19 @@ def owned(out: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(name for name in os.listdir(folder) if not _OURS.fullmatch(name))
-        if foreign:
-            raise DataError(f"{folder}: in the way; it holds {foreign[0]}, which is none of ours")
-        lock = _open(folder / _LOCK)
     except OSError as error:
-        raise DataError(f"{out.parent}: cannot be written to ({error.strerror})") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: is being made by another fastrepa prepare") from None
+        raise DataError(f"{out}: cannot be made there ({worded(error)})") from None
+    if foreign:
+        raise DataError(f"{folder}: in the way; it holds {foreign[0]}, which is none of ours")
+    with ownership.owned(folder, "fastrepa prepare", DataError):
         _await_writers(folder)
-        for stale in folder.glob(".*.tmp"):
+        for stale in folder.glob(".*.tmp"):  # of whatever host: all its writers have gone
             stale.unlink()
         try:
             yield folder
         finally:
             if folder.is_dir() and not any((folder / name).exists() for name in (PLAN, MANIFEST)):
                 shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def join_writers(folder: Path) -> None:
@@ -75,14 +72,13 @@ def join_writers(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Remove everything that is not part of a finished set; the plan goes last."""
+    """Remove everything that is not part of a finished set, the lock apart; the plan goes last."""
     shutil.rmtree(folder / SPOOL, ignore_errors=True)
     for path in folder.glob("shard-*.done.json"):
         path.unlink()
     for path in sorted(folder.glob("plan.*"), key=lambda path: path.name == PLAN):
         path.unlink()
-    for name in (_WRITERS, _LOCK):
-        (folder / name).unlink(missing_ok=True)
+    (folder / _WRITERS).unlink(missing_ok=True)
 
 
 def _await_writers(folder: Path) -> None:

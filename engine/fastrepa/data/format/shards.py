@@ -29,6 +29,7 @@ from fastrepa.data.format.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import sha256_of, write_whole
+from fastrepa.runtime.terminal import typed
 
 FORMAT = "fastrepa-shards"
 VERSION = 1
@@ -171,12 +172,14 @@ class ShardSet:
         *,
         resolution: int | None = None,
         verify: Literal["sizes", "full", "auto"] = "auto",
+        columns: bool = True,
     ) -> ShardSet:
         """Open the set in folder `path` and verify it before anything is read from it.
 
         Every shard must be there with its recorded size, and every index with its recorded
         SHA-256, whatever `verify` says. "full" hashes every shard too; "auto" does so for sets up
-        to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32.
+        to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32. Without
+        `columns` nobody looks at these: what makes them anew must be able to open the set.
 
         Raises DataError, naming the file, for anything missing, truncated, altered or foreign,
         and when the set was prepared at another `resolution` (pixels a side) than asked.
@@ -189,9 +192,11 @@ class ShardSet:
                 f" set data.resolution={manifest.resolution} or prepare it again"
             )
         shards = cls(folder, manifest)
-        for fault in QuickCheck(folder, manifest).faults():
+        bare = {} if columns else {"moments": None, "features": ()}
+        listed = manifest.model_copy(update=bare)
+        for fault in QuickCheck(folder, listed).faults():
             if fault.refusal is not None:
-                raise DataError(f"{folder / fault.file}: {fault.refusal}")
+                raise DataError(f"{folder / fault.file}: {fault.refusal}{_repair(folder, fault)}")
         if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
             shards._check_contents()
         return shards
@@ -334,12 +339,21 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 class Fault(NamedTuple):
-    """A fault of a file or sample. `refusal`: opening's words for it; None: it is opened anyway."""
+    """A fault of a file or sample. `refusal`: opening's words for it; None: it is opened anyway.
+    of_column: whether it is a column's, which can be made anew.
+    """
 
     file: str
     problem: str
     refusal: str | None
     sample: str | None = None
+    of_column: bool = False
+
+
+def _repair(folder: Path, fault: Fault) -> str:
+    if not fault.of_column:
+        return ""
+    return f"; `fastrepa data verify {typed(folder)}` says which command makes it again"
 
 
 class QuickCheck:
@@ -363,7 +377,8 @@ class QuickCheck:
                 yield from self._size(record)
             yield from self._index(shard)
         for column in self.manifest.columns:
-            yield from self._column(column)
+            for fault in self._column(column):
+                yield fault._replace(of_column=True)
         yield from self._counts()
 
     def _size(self, record: FileRecord) -> Iterator[Fault]:
