@@ -16,7 +16,7 @@ from typing import Any
 from fastrepa.errors import DataError, nearest, printable
 from fastrepa.reading.text import parse_json, read_json, read_yaml
 
-_STEP = re.compile(r"step_(\d+)(\.png)?")
+_STEP = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,18})(\.png)?")  # others' names do not count
 
 
 @dataclass(frozen=True)
