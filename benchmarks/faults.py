@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from benchmarks.common import command_line, logged, newest, steps_of, until
 from benchmarks.run import RECORDS, append, environment
 from benchmarks.two_hosts import lose_hosts, refusal
+from fastrepa.checkpoint.format import checkpoints, step_number
 from fastrepa.runtime.world import outside_the_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,7 @@ def losses_of(run: Path) -> list[float]:
 def _partials(run: Path) -> set[tuple[str, int]]:
     """Folders of saves under way, told apart from those that an earlier process left."""
     found = set()
-    for path in (run / "checkpoints").glob(".partial_step_*"):
+    for path in (run / "checkpoints").glob(".step_*.tmp"):
         try:
             found.add((path.name, path.stat().st_ino))
         except OSError:  # it has just got its name
@@ -356,7 +357,7 @@ def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, 
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-        before = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*"))[-2]
+        before = step_number(checkpoints(run)[-2]) or 0
         more = [*arguments, f"training.steps={before + 1}"]
         with RankProcesses(folder / "flipped", more, size=1, wrap=disk.enter) as ranks:
             (code_again,) = ranks.wait(120)

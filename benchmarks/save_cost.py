@@ -67,7 +67,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     file_bytes = sum(p.stat().st_size for p in (folder / "run/checkpoints").glob("*/*.safetensors"))
     return {
         "parameters": parameters,
-        "bytes": file_bytes // len(list((folder / "run/checkpoints").glob("step_*"))),
+        "bytes": file_bytes // len(checkpoints(folder / "run")),
         "threads": torch.get_num_threads(),
         "step_seconds": normal,
         "step_seconds_spread": [min(calm), max(calm)],
