@@ -138,7 +138,8 @@ def sample(
         there += f", {done.more} more stay" if done.more else ""
         if done.removed:
             say(f"{done.folder}: {done.removed} files of other settings removed")
-        say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}")
+        beside = f"; {', '.join(files)}" if files else ""
+        say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}){beside}")
 
 
 @app.command()
