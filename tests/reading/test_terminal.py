@@ -23,7 +23,7 @@ from fastrepa.commands.report.report import write_report
 from fastrepa.config import EncoderConfig, TrainingConfig, VisionConfig
 from fastrepa.errors import print_error, worded
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.survival import RankLog
+from fastrepa.runtime.rank_log import RankLog
 from fastrepa.runtime.terminal import Terminal, as_json, quoted, say, say_json, typed
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import farewell
