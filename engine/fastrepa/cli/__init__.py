@@ -61,7 +61,7 @@ def _open_closed_streams() -> None:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
             os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r"))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _of_the_machine(error: Exception) -> int | None:
