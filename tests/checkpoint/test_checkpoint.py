@@ -31,7 +31,7 @@ from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import KeepBestConfig, TrainingConfig, load_config
 from fastrepa.errors import CheckpointError
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.files import sha256_of
+from fastrepa.runtime.files import sha256_of, temporary
 from fastrepa.training.zero.engine import WholeTensors, start_engine
 from tests.runs import ROOT, SMALL, said_by
 
@@ -138,7 +138,7 @@ def test_the_next_save_waits_for_the_one_before_and_old_ones_go(writer, tmp_path
 def test_a_failed_save_is_a_warning_and_an_error_only_at_the_end(writer, tmp_path, capsys):
     writer.save(state(1))
     writer.wait(required=True)
-    in_the_way = tmp_path / "checkpoints" / ".partial_step_0000002"
+    in_the_way = temporary(checkpoint_path(tmp_path, 2))
     in_the_way.write_text("a file where the folder should be")
     writer.save(state(2))
     writer.wait()

@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import choose_ema, named_emas, resumed_emas, stored_emas
-from fastrepa.checkpoint.host_tensors import write_durably
+from fastrepa.checkpoint.host_tensors import is_finite, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
 from fastrepa.errors import CheckpointError, shown
@@ -43,6 +44,9 @@ FORMAT = 2
 READABLE = (1, 2)  # 1: one file of each kind, written by the first rank
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+T = TypeVar("T")
+TRIES = 5  # to read a checkpoint that the run may prune meanwhile
+_NAME = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,18})")
 
 
 @dataclass(frozen=True)
@@ -73,28 +77,81 @@ class RunState:
 _STATE = TypeAdapter(RunState)
 
 
+class NotFinite(CheckpointError):
+    """A checkpoint that holds a NaN or an infinity where none may be."""
+
+
 def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:07d}"
 
 
-def newest_checkpoint(run: Path, *, verify: bool = True) -> Path | None:
-    """The newest checkpoint whose files are as its manifest says, None where there is none at all.
+def step_number(path: Path) -> int | None:
+    """Return the step that a checkpoint's name says; None where `checkpoint_path` makes no such."""
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else None
 
-    A damaged one is named in a warning and passed over for the one before it; CheckpointError where
-    every one is damaged.
+
+def checkpoints(run: Path, *, until: Path | None = None) -> list[Path]:
+    """Every finished checkpoint folder, up to `until` where that is given, oldest first. Others'
+    names, such as step_0000004_best, do not count.
     """
-    found = checkpoints(run)
-    problem = None
-    for path in reversed(found):
-        problem = damage(path) if verify else None
-        if problem is None:
-            return path
-        warnings.warn(
-            f"checkpoint {path.name} is damaged ({problem}); trying the one before", stacklevel=2
-        )
-    if found:
-        raise CheckpointError(f"{run / 'checkpoints'}: no undamaged checkpoint ({problem})")
-    return None
+    last = math.inf if until is None else step_number(until) or 0
+    paths = [p for p in (run / "checkpoints").glob("step_*") if p.is_dir()]
+    found = {step: p for p in paths if (step := step_number(p)) is not None and step <= last}
+    return [found[step] for step in sorted(found)]
+
+
+def with_newest(run: Path, read: Callable[[Path], T]) -> T:
+    """Return what `read` makes of the newest checkpoint whose files are as its manifest says.
+
+    A damaged one, and one for which `read` raises NotFinite, is named in a warning and passed over
+    for the one before it. While it is read the run may prune it: then the newest is taken again.
+    Raises CheckpointError where none is good, and what else `read` raises.
+    """
+    for _ in range(TRIES):
+        found = checkpoints(run)
+        if not found:
+            raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
+        bad: list[str] = []
+        for path in reversed(found):
+            try:
+                problem = damage(path)
+                if problem is None:
+                    return read(path)
+                problem = f"{path.name} is damaged ({problem})"
+            except NotFinite as e:
+                problem = f"{path.name}: {str(e).removeprefix(f'{path}: ')}"
+            except (CheckpointError, OSError):
+                if path.is_dir():
+                    raise
+            if not path.is_dir():
+                break
+            bad.append(str(problem))
+            if path != found[0]:
+                warnings.warn(f"checkpoint {problem}; trying the one before", stacklevel=2)
+        else:
+            raise CheckpointError(f"{run / 'checkpoints'}: no undamaged checkpoint; {bad[0]}")
+    raise CheckpointError(f"{run}: its checkpoints are replaced before they can be read")
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is undamaged and finite (`with_newest`); None: there is none at
+    all.
+    """
+
+    def checked(path: Path) -> Path:
+        for kind in (*KINDS, *read_state(path).emas):
+            check_finite(path, kind, StoredTensors(path, kind))
+        return path
+
+    return with_newest(run, checked) if checkpoints(run) else None
+
+
+def check_finite(source: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises NotFinite, naming the first tensor [...] that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NotFinite(f"{source}: {kind}: {name[:120]} is not finite")
 
 
 def fingerprint(run: Path, step: int) -> str:
@@ -177,25 +234,23 @@ def load_ema_model(
     run: str | Path, device: torch.device, ema: str | None = None
 ) -> tuple[SiT, Config, RunState]:
     """The averaged model of a run's newest checkpoint, in eval mode, float32; `ema` names another
-    average than the first.
+    average than the first. One that is not finite is passed over, as `with_newest` does.
     """
     run = Path(run)
     config = load_run_config(run)
-    path = newest_checkpoint(run)
-    if path is None:
-        raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
-    state = read_state(path)
-    model = SiT.from_config(
-        config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
-    )
-    key = choose_ema(stored_emas(state.emas, config.training.ema[0]), ema, source=path)
-    load_weights(model, StoredTensors(path, key), source=str(path))
-    return model.to(device).eval(), config, state
 
+    def read(path: Path) -> tuple[SiT, Config, RunState]:
+        state = read_state(path)
+        key = choose_ema(stored_emas(state.emas, config.training.ema[0]), ema, source=path)
+        stored = StoredTensors(path, key)
+        check_finite(path, key, stored)
+        model = SiT.from_config(
+            config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
+        )
+        load_weights(model, stored, source=str(path))
+        return model.to(device).eval(), config, state
 
-def checkpoints(run: Path) -> list[Path]:
-    """Every finished checkpoint folder, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir())
+    return with_newest(run, read)
 
 
 def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
@@ -207,8 +262,8 @@ def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
     """
     if not policy.keep_checkpoints:
         return []
-    past = [p for p in checkpoints(run) if p.name <= saved.name]
-    sound = {p: read_state(p) for p in past if damage(p, contents=False) is None}
+    past = checkpoints(run, until=saved)
+    sound = {p: state for p in past if (state := _of_sound(p))}
     kept = {saved, *list(sound)[-policy.keep_checkpoints :]}
     if policy.keep_every:
         kept |= {p for p, state in sound.items() if state.step % policy.keep_every == 0}
@@ -218,12 +273,56 @@ def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
     return [p for p in past if p not in kept]
 
 
+def _of_sound(path: Path) -> RunState | None:
+    """Read the state of a checkpoint that this version can read and that has all its files."""
+    try:
+        return read_state(path) if damage(path, contents=False) is None else None
+    except CheckpointError:  # of a later version
+        return None
+
+
+def stranger(path: Path) -> str | None:
+    """Say why a folder may hold anything that its run did not write there, None where it does not.
+
+    All of it must be files that its manifest lists, and state.json, as far as it can be read, of
+    this version and of the step that the folder has its name from.
+    """
+    if path.is_symlink():
+        return "it is a link"
+    try:
+        manifest = read_json(path / "manifest.json", CheckpointError)
+        listed = {*manifest["files"], "manifest.json"}
+    except (CheckpointError, KeyError, TypeError):
+        return "its manifest.json does not say what is in it"
+    try:
+        there = sorted(path.iterdir())
+    except OSError as e:
+        return e.strerror
+    if others := [p.name for p in there if p.name not in listed or not p.is_file()]:
+        return f"{others[0]} in it is none of its files"
+    try:
+        state = read_json(path / "state.json", CheckpointError)
+    except CheckpointError:
+        return None  # its own, and damaged
+    if not _known_format(state):
+        return "it is of another version"
+    return _other_step(path, state)
+
+
+def _other_step(path: Path, state: Any) -> str | None:
+    """Say that a checkpoint, whose state.json holds `state`, has the name of another step."""
+    step, named = state.get("step") if isinstance(state, dict) else None, step_number(path)
+    if None in (step, named) or step == named:
+        return None
+    return f"state.json is of step {shown(step)}"
+
+
 def _best(found: Mapping[Path, RunState], rule: KeepBestConfig) -> Path | None:
     """The checkpoint whose last logged metric is the least or the greatest; the newer of equals."""
     sign = 1.0 if rule.mode == "max" else -1.0
     values = {p: state.metrics.get(rule.metric, math.nan) for p, state in found.items()}
     known = [p for p, value in values.items() if math.isfinite(value)]
-    return max(known, key=lambda p: (sign * values[p], p.name), default=None)
+    return max(known, key=lambda p: (sign * values[p], found[p].step), default=None)
 
 
 def rng_state(world: World) -> dict[str, Tensor]:
@@ -279,8 +378,11 @@ def _unlisted(folder: Path, files: Mapping[str, Any]) -> str | None:
     """Say which file of a checkpoint is not in its manifest, or not there at all."""
     if "state.json" not in files:
         return "manifest.json leaves out state.json"
-    if not _known_format(read_json(folder / "state.json", CheckpointError)):
+    fields = read_json(folder / "state.json", CheckpointError)
+    if not _known_format(fields):
         return None  # whole, and of a later version, which read_state says
+    if other := _other_step(folder, fields):
+        return other
     for kind in (*KINDS, *read_state(folder).emas):
         names = [path.name for path in _paths(folder, kind)]
         whole = [part_name(kind, rank, len(names)) for rank in range(len(names))]

@@ -3,11 +3,15 @@
 Every rank copies its own fragments of all tensors and goes on training, while a thread makes whole
 tensors of everybody's (fragments.py), writes, hashes and flushes them. Once all ranks are done,
 which they ask one another between steps, the first one writes the manifest, renames the folder and
-drops what the policy keeps no longer.
+drops what the policy keeps no longer. Values that are not finite are never given a checkpoint's
+name, and what is saved while steps are bad replaces nothing.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,25 +26,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrepa.checkpoint.format import (
+    NotFinite,
     RunState,
     checkpoint_path,
-    checkpoints,
     damage,
     part_name,
     rng_state,
     seal,
+    stranger,
     superseded,
 )
 from fastrepa.checkpoint.fragments import Fragments
 from fastrepa.checkpoint.host_tensors import HostTensors, in_background, timed, write_durably
 from fastrepa.checkpoint.kinds import WEIGHT, Whole, ema_keys
 from fastrepa.config import TrainingConfig
-from fastrepa.errors import CheckpointError
-from fastrepa.runtime.files import fsync_folder
+from fastrepa.errors import CheckpointError, FastrepaError, worded
+from fastrepa.runtime.files import fsync_folder, process_name, remove, sweep, temporary
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World
 
-PARTIAL = ".partial_"
+_OLD_PARTIAL = re.compile(r"\.partial_(replaced_)?step_[0-9]{7,}")  # of earlier versions
 
 
 class CheckpointWriter:
@@ -50,7 +55,8 @@ class CheckpointWriter:
     A rank holds its share of every kind in host memory for as long as it trains: 12 bytes per
     parameter and 4 for each EMA, over the number of ranks, and what it sends to others (Fragments).
     `seconds` says what the last save cost this rank, by part: copy is what the step waited for,
-    save all of it until the folder had its name.
+    save all of it until the folder had its name. `good`: on the first rank, the newest checkpoint
+    that has been looked at and whose step was none of the bad ones; at first the one resumed from.
     """
 
     def __init__(
@@ -61,9 +67,11 @@ class CheckpointWriter:
         world: World,
         group: Any,
         policy: TrainingConfig,
+        *,
+        good: Path | None = None,
     ) -> None:
         self.run, self.whole, self.world, self.group = run, whole, world, group
-        self.policy = policy
+        self.policy, self.good = policy, good
         self.seconds: dict[str, float] = {}
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in whole.params.items()}
         self._fragments = Fragments(whole, shapes, world, group)
@@ -80,18 +88,36 @@ class CheckpointWriter:
         self._thread: Future[Any] | None = None  # what this rank does for the save in flight
         self._asked: tuple[Tensor, Any] | None = None  # whether all are done, being asked
         self._parts: list[dict[str, Any]] | None = None  # every rank's digests, once all wrote
+        self._bad_steps = torch.zeros((), pin_memory=pin)
+        self._told: set[str] = set()  # checkpoints of which a warning has been said
         if world.is_rank_0:
-            for left in (run / "checkpoints").glob(f"{PARTIAL}*"):
-                shutil.rmtree(left, ignore_errors=True)
-        dist.barrier(group=group)
+            self._clear(run / "checkpoints")
+        # All write to a folder of the first rank's: none of an earlier process writes there.
+        names = [process_name()]
+        dist.broadcast_object_list(names, src=0, group=group)
+        self._by = names[0]
 
-    def save(self, state: RunState) -> None:
-        """Copy everything to host memory and start to write it; waits for the save before."""
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Remove what killed processes left, also one that had this one's number."""
+        sweep(folder)
+        left = [p for p in folder.glob(".partial_*") if _OLD_PARTIAL.fullmatch(p.name)]
+        for path in (*left, *folder.glob(f".*.{process_name()}.tmp")):
+            remove(path)
+
+    def save(self, state: RunState, bad_steps: Tensor | None = None) -> None:
+        """Copy everything to host memory and start to write it; waits for the save before.
+
+        bad_steps: how many steps in a row were bad, [] on the device; if any, nothing is pruned.
+        """
         self.wait()
         began = time.perf_counter()
         self._state, self._final = state, checkpoint_path(self.run, state.step)
-        self._partial = self._final.with_name(PARTIAL + self._final.name)
+        self._partial = temporary(self._final, self._by)
         self._fragments.copy(self._host)
+        self._bad_steps.fill_(0) if bad_steps is None else self._bad_steps.copy_(
+            bad_steps, non_blocking=True
+        )
         copied = None
         if self.world.device.type == "cuda":
             copied = torch.cuda.Event()
@@ -143,8 +169,11 @@ class CheckpointWriter:
         mine: Any
         try:
             mine = self._thread.result()
+        except NotFinite as e:
+            mine = f"not saved, as {e}"
         except Exception as e:
-            mine = f"{type(e).__name__}: {e}" if not isinstance(e, OSError) else str(e)
+            known = isinstance(e, OSError | FastrepaError)
+            mine = f"cannot be written ({'' if known else f'{type(e).__name__}: '}{e})"
         answers: list[Any] = [None] * self.world.size
         dist.all_gather_object(answers, mine, group=self.group)
         problem = next((a for a in answers if isinstance(a, str)), None)
@@ -159,14 +188,12 @@ class CheckpointWriter:
 
     def _give_up(self, problem: str, required: bool) -> None:
         if self.world.is_rank_0:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            remove(self._partial)
         if required:
-            raise CheckpointError(
-                f"{self._final}: cannot be written ({problem}); earlier ones are intact"
-            )
-        earlier = checkpoints(self.run)
-        counts = f"{earlier[-1].name} still counts" if earlier else "there is none before it"
-        self._warn(f"{self._final}: cannot be written ({problem}); training goes on, and {counts}")
+            last = f"; the last good one is {self.good.name}" if self.good else ""
+            raise CheckpointError(f"{self._final}: {problem}; earlier ones are intact{last}")
+        counts = f"{self.good.name} still counts" if self.good else "there is none before it"
+        self._warn(f"{self._final}: {problem}; training goes on, and {counts}")
 
     def _warn(self, text: str) -> None:
         if self.world.is_rank_0:
@@ -180,6 +207,9 @@ class CheckpointWriter:
             copied.synchronize()
         with timed(self.seconds, "exchange"):
             self._fragments.exchange(self._host)
+        for kind, host in self._host.items():
+            if name := host.not_finite():
+                raise NotFinite(f"{kind} {name} is not finite")
         self._partial.mkdir(parents=True, exist_ok=True)
         rank, size = self.world.rank, self.world.size
         digests = {}
@@ -195,17 +225,29 @@ class CheckpointWriter:
         assert self._parts is not None
         files = {name: digest for part in self._parts for name, digest in part.items()}
         seal(self._partial, files, self._state)
-        replaced = None
-        if self._final.exists():  # of a future that a resume undid
-            replaced = self._final.with_name(f"{PARTIAL}replaced_{self._final.name}")
-            self._final.rename(replaced)
+        replaced = self._put_aside() if os.path.lexists(self._final) else None
         self._partial.rename(self._final)
         fsync_folder(self._final.parent)
         ended = time.perf_counter()
         self.seconds |= {"finish": ended - began, "save": ended - self._began}
         if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-        self._prune()
+            remove(replaced)
+        if not self._bad_steps:
+            self.good = self._final
+            self._prune()
+
+    def _put_aside(self) -> Path | None:
+        """Free the name of a checkpoint of a future that a resume undid; return what may go."""
+        if (reason := stranger(self._final)) is None:
+            replaced = temporary(self._final.with_name(f"replaced_{self._final.name}"))
+            self._final.rename(replaced)
+            return replaced
+        number = 1
+        while os.path.lexists(kept := self._final.with_name(f"{self._final.name}.{number}")):
+            number += 1
+        self._final.rename(kept)
+        self._warn(f"{self._final}: in the way of a checkpoint, is now {kept.name} ({reason})")
+        return None
 
     def _prune(self) -> None:
         """Drop what the policy keeps no longer, once the new one has been read back."""
@@ -218,13 +260,31 @@ class CheckpointWriter:
                 )
             old = superseded(self.run, self._final, self.policy)
             problem = damage(self._final) if old else None
-            if problem:
-                self._warn(f"{self._final} reads back damaged ({problem}); earlier ones are kept")
-                return
-            for path in old:
-                shutil.rmtree(path)
         except (OSError, CheckpointError) as e:  # the save itself is done
-            self._warn(f"{self.run / 'checkpoints'}: an old checkpoint stays ({e})")
+            self._warn(f"{self.run / 'checkpoints'}: old checkpoints stay ({worded(e)})")
+            return
+        if problem:
+            self._warn(f"{self._final} reads back damaged ({problem}); earlier ones are kept")
+            return
+        for path in old:
+            try:
+                reason = stranger(path)
+                if reason is None:
+                    _remove_whole(path)
+            except OSError as e:
+                reason = worded(e)
+            if reason and path.name not in self._told:
+                self._told.add(path.name)
+                self._warn(f"{path}: an old checkpoint, not removed ({reason})")
+
+
+def _remove_whole(path: Path) -> None:
+    """Remove a checkpoint so that whoever reads it, or is killed, never sees a part. OSError."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    gone = temporary(path.with_name(f"pruned_{path.name}"))
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _nothing() -> None:

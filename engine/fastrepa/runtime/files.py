@@ -22,9 +22,16 @@ _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,9})@(?P<host>[\w.-]+)\.tmp")
 _ABANDONED = 86400.0  # seconds for which what another host left has not changed
 
 
-def temporary(path: Path) -> Path:
-    """The name beside `path`, of this process alone, until it is whole: .NAME.PID@HOST.tmp."""
-    return path.with_name(f".{cut(path.name)}.{os.getpid()}@{HOST}.tmp")
+def temporary(path: Path, by: str = "") -> Path:
+    """The name beside `path`, of this process alone, until it is whole: .NAME.PID@HOST.tmp; `by`
+    is another one's `process_name`.
+    """
+    return path.with_name(f".{cut(path.name)}.{by or process_name()}.tmp")
+
+
+def process_name() -> str:
+    """PID@HOST, of this process."""
+    return f"{os.getpid()}@{HOST}"
 
 
 def cut(name: str) -> str:

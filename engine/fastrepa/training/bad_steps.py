@@ -67,6 +67,11 @@ class BadSteps:
         """Bad steps in a row, as far as the host knows without waiting: a step or two late."""
         return self._seen
 
+    @property
+    def count(self) -> Tensor:
+        """Bad steps in a row up to the last step: float32 [] on the device."""
+        return self._in_row
+
     def in_row(self) -> int:
         """Bad steps in a row up to the last step; waits for the device."""
         return int(self._in_row)

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastrepa.checkpoint.format import newest_checkpoint
 from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.reader import RankBatches, SampleOrder
-from fastrepa.errors import TrainingError
+from fastrepa.errors import TrainingError, worded
+from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.world import World, of_rank_0
 
 NAMED = 5  # parameters and samples that a message names; the file has them all
@@ -25,37 +25,34 @@ NAMED = 5  # parameters and samples that a message names; the file has them all
 def diagnosis(
     model: nn.Module,
     repeat: Callable[[int], dict[str, Tensor]],
-    names: Sequence[Sequence[str]],
+    names: Callable[[int], Sequence[str]],
+    forwards: int,
     *,
     run: Path,
     step: int,
     in_row: int,
+    good: Path | None,
     world: World,
     group: Any,
 ) -> TrainingError:
     """Repeat step number `step`, which was skipped, and say what in it is not finite (collective).
 
     repeat: the forward and backward of this rank's n-th micro-batch of that step once more, with
-    the same weights, batch and noise; returns its losses [] by name. names: of the samples of each
-    micro-batch. group: a gloo group of all ranks. Everything found is written to
-    RUN/bad_step_*.json. The engine cannot go on afterwards.
+    the same weights, batch and noise; returns its losses [] by name. names: of that micro-batch's
+    samples. good: on the first rank, the last good checkpoint. group: a gloo group of all ranks.
+    Everything found is written to RUN/bad_step_*.json. The engine cannot go on afterwards.
     """
     gradients: dict[str, None] = {}  # in the order of the backward pass
-    losses: list[dict[str, float]] = []
-    samples: list[str] = []
-    seen: list[dict[str, Tensor]] = []
+    mine: dict[str, Any] = {"losses": [], "gradients": [], "samples": []}
+    seen: list[dict[str, Tensor]] = []  # of each forward: bool [B] by what may not be finite
 
-    def look(_: Any, args: tuple[Any, ...], out: tuple[Tensor, Any]) -> None:
-        seen.append(
-            {
-                "its latent": _bad_samples(args[0]),
-                "its targets": torch.stack(
-                    [torch.zeros(len(args[0]), dtype=torch.bool, device=world.device)]
-                    + [_bad_samples(t) for t in args[3] or ()]
-                ).any(0),
-                "its prediction": _bad_samples(out[0]),
-            }
-        )
+    def look(_: Any, args: tuple[Any, ...], out: Tensor | tuple[Tensor, Tensor]) -> None:
+        targets = [_bad_samples(t) for t in args[3] or ()]
+        velocity = out if isinstance(out, Tensor) else out[0]  # a pair where there are targets
+        flags = {"its latent": _bad_samples(args[0])}
+        if targets:
+            flags["its targets"] = torch.stack(targets).any(0)
+        seen.append(flags | {"its prediction": _bad_samples(velocity)})
 
     hooks: list[Any] = [model.register_forward_hook(look)]
     for name, p in model.named_parameters():
@@ -66,18 +63,22 @@ def diagnosis(
                     gradients.setdefault(name)
 
             hooks.append(p.register_hook(note))
-    for forward, named in enumerate(names):
-        losses.append({k: float(v.detach()) for k, v in repeat(forward).items()})
-        for i, name in enumerate(named):
-            blame = [what for what, flags in seen[-1].items() if bool(flags[i])]
-            if blame:
-                samples.append(f"{name} ({blame[0]})")
+    try:
+        for forward in range(forwards):
+            losses = repeat(forward)
+            mine["losses"].append({k: float(v.detach()) for k, v in losses.items()})
+        for forward, found in enumerate(seen):
+            for i, name in enumerate(names(forward)):
+                if blame := [what for what, flags in found.items() if bool(flags[i])]:
+                    mine["samples"].append(f"{name} ({blame[0]})")
+    except Exception as e:  # what could not be found out must not hide what is known
+        mine["failed"] = f"{type(e).__name__}: {worded(e)}"
     for hook in hooks:
         hook.remove()
-    mine = {"losses": losses, "gradients": list(gradients), "samples": samples}
+    mine["gradients"] = list(gradients)
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, mine, group=group)
-    return _told(run, step, in_row, everyone, world)
+    return _told(run, step, in_row, everyone, good, world)
 
 
 class SampleNames:
@@ -111,7 +112,12 @@ class SampleNames:
 
 
 def _told(
-    run: Path, step: int, in_row: int, everyone: list[dict[str, Any]], world: World
+    run: Path,
+    step: int,
+    in_row: int,
+    everyone: list[dict[str, Any]],
+    good: Path | None,
+    world: World,
 ) -> TrainingError:
     """One line that names the ranks at fault, and the file with the rest."""
 
@@ -130,21 +136,44 @@ def _told(
                 wrong.append(f"the gradients of {_some(r['gradients'])} are not finite")
             if r["samples"]:
                 wrong.append(f"samples: {_some(r['samples'])}")
+            if "failed" in r:
+                wrong.append(f"its repetition failed ({r['failed']})")
             told.append(f"rank {rank}: {'; '.join(wrong) or 'nothing'}")
         return " | ".join(told)
 
     guilty = [r for r in range(world.size) if at_fault(everyone[r])]
     guilty = guilty or [r for r in range(world.size) if everyone[r]["gradients"]]
-    file = run / f"bad_step_{step:07d}.json"
-    if world.is_rank_0:
-        file.write_text(json.dumps({"step": step, "in_row": in_row, "ranks": everyone}, indent=1))
-    good = of_rank_0(world, lambda: newest_checkpoint(run, verify=False))
-    last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+    guilty = guilty or [r for r in range(world.size) if "failed" in everyone[r]]
+
+    def finished() -> str:
+        """On the first rank, write the file; return the end of the line."""
+        last = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
+        return f"{last}; {_kept(run / f'bad_step_{step:07d}.json', step, in_row, everyone)}"
+
     return TrainingError(
         f"stopped at step {step}: {in_row} steps in a row had a loss or gradients that are not "
         f"finite, and were skipped; {reports(guilty[:NAMED]) or 'a repetition finds nothing wrong'}"
-        f"; {last}; all there is to know: {file}"
+        f"; {of_rank_0(world, finished)}"
     )
+
+
+def _kept(file: Path, step: int, in_row: int, everyone: list[dict[str, Any]]) -> str:
+    """Write all that was found to a file; say where it is, or why it is not."""
+
+    def losses(report: dict[str, Any]) -> list[dict[str, float | str]]:
+        """JSON has no NaN: what is not finite becomes text."""
+        return [
+            {k: v if math.isfinite(v) else str(v) for k, v in parts.items()}
+            for parts in report["losses"]
+        ]
+
+    ranks = [report | {"losses": losses(report)} for report in everyone]
+    text = json.dumps({"step": step, "in_row": in_row, "ranks": ranks}, indent=1)
+    try:
+        write_whole(file, text.encode())
+    except OSError as e:
+        return f"{file}: cannot be written ({worded(e)})"
+    return f"all there is to know: {file}"
 
 
 def _bad_samples(x: Tensor) -> Tensor:

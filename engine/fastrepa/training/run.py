@@ -231,10 +231,10 @@ class Run:
         """Start to write a checkpoint of this step, or write it whole and `wait` (collective).
 
         Raises CheckpointError where it cannot be written and `wait` is set; otherwise that is a
-        warning at a later step.
+        warning at a later step. While steps are bad it is written and replaces none.
         """
         writer = self._open_writer()
-        writer.save(self.state())
+        writer.save(self.state(), self.trainer.bad_steps.count)
         if wait:
             writer.wait(required=True)
         return checkpoint_path(self.folder, self.step)
@@ -248,6 +248,7 @@ class Run:
                 self.world,
                 self.host_group,
                 self.config.training,
+                good=self.resumed_from,
             )
         return self.writer
 
@@ -330,7 +331,7 @@ class Run:
         """Stop with a diagnosis where too many steps in a row were bad (collective)."""
         in_row = self.trainer.bad_steps.in_row()
         if in_row >= self.config.survival.bad_steps:
-            self._open_writer().wait()  # a save in flight is the last good one
+            self._open_writer().wait()  # a save in flight may be the last good one
             raise self._diagnosis(in_row)
 
     def _diagnosis(self, in_row: int) -> TrainingError:
@@ -358,10 +359,12 @@ class Run:
         return diagnosis(
             self.trainer.engine.module,
             repeat,
-            [names.of(step, forward) for forward in range(len(batches))],
+            lambda forward: names.of(step, forward),
+            len(batches),
             run=self.folder,
             step=step,
             in_row=in_row,
+            good=self._open_writer().good,
             world=self.world,
             group=self.host_group,
         )

@@ -18,12 +18,13 @@ from fastrepa.checkpoint.averages import choose_ema, stored_emas
 from fastrepa.checkpoint.format import (
     RunState,
     StoredTensors,
+    check_finite,
     checkpoint_path,
     checkpoints,
-    newest_checkpoint,
     part_name,
     read_state,
     seal,
+    with_newest,
 )
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
@@ -39,7 +40,6 @@ from fastrepa.config import (
 )
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError, worded, writing
-from fastrepa.generation.generate import TRIES
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
 from fastrepa.reading.tensors import sized
@@ -74,13 +74,11 @@ def export_run(
     config = load_run_config(run)
     with owned(out.parent, "fastrepa convert", CheckpointError, file=out.name):
         _check_new(out)
-        path, state, kinds = _newest(run, config)
-        stored = stored_emas(state.emas, config.training.ema[0])
-        chosen = choose_ema(stored, ema, source=path)
-        name = str(stored[chosen])
+        path, state, kinds, chosen, name = with_newest(
+            run, lambda path: _opened(path, config, to, weights, ema, ema_sigma_rel)
+        )
         try:
             if to == "zero":
-                _check_finite(path, kinds)
                 with aside(out) as partial:
                     write_zero(partial, kinds, config, state)
                 return state
@@ -88,15 +86,14 @@ def export_run(
             raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
             if ema_sigma_rel is not None:
                 averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+                check_finite(path, "ema", averaged)
                 name = (
                     f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
                 )
             if weights == "raw" and to == "safetensors":
                 averaged = raw
-            _check_finite(path, {weights: averaged})
             opt = None
             if to == "reference":
-                _check_finite(path, {kind: kinds[kind] for kind in KINDS})
                 opt = _adamw_state(config.training.optimizer, raw, kinds, state)
             save_reference(
                 out,
@@ -146,30 +143,24 @@ def _check_new(out: Path) -> None:
         raise CheckpointError(f"{out}: exists already; name another file")
 
 
-def _newest(run: Path, config: Config) -> tuple[Path, RunState, dict[str, StoredTensors]]:
-    """Open the newest good checkpoint, whose files stay readable though the run may prune them."""
-    for left in reversed(range(TRIES)):
-        path = newest_checkpoint(run)
-        if path is None:
-            raise CheckpointError(f"{run}: no checkpoint yet (checkpoints/ is empty)")
-        try:
-            state = read_state(path)
-            stored = stored_emas(state.emas, config.training.ema[0])
-            return path, state, {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
-        except CheckpointError:
-            if path.is_dir() or not left:
-                raise
-    raise AssertionError
-
-
-def _check_finite(source: Path, kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises CheckpointError naming the first tensor, [...] by kind and name, with a NaN or an
-    infinity.
+def _opened(
+    path: Path, config: Config, to: str, weights: str, ema: str | None, ema_sigma_rel: float | None
+) -> tuple[Path, RunState, dict[str, StoredTensors], str, str]:
+    """Return (`path`, its state, its tensors by kind, the average that is asked for and its name),
+    once what goes to others has been found finite. Files stay readable though the run prunes them.
     """
-    for kind, tensors in kinds.items():
-        for name, tensor in tensors.items():
-            if not bool(tensor.float().isfinite().all()):
-                raise CheckpointError(f"{source}: {kind}: {name[:120]} is not finite")
+    state = read_state(path)
+    stored = stored_emas(state.emas, config.training.ema[0])
+    chosen = choose_ema(stored, ema, source=path)
+    kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
+    needed = {"zero": [*kinds], "reference": [*KINDS, chosen], "safetensors": [chosen]}[to]
+    if ema_sigma_rel is not None:
+        needed += [WEIGHT, *stored]
+    elif weights == "raw" and to == "safetensors":
+        needed = [WEIGHT]
+    for kind in dict.fromkeys(needed):
+        check_finite(path, kind, kinds[kind])
+    return path, state, kinds, chosen, str(stored[chosen])
 
 
 def import_reference(
@@ -212,7 +203,8 @@ def import_reference(
         "exp_avg": zeros | read.exp_avg,
         "exp_avg_sq": zeros | read.exp_avg_sq,
     }
-    _check_finite(file, kinds)
+    for kind, values in kinds.items():
+        check_finite(file, kind, values)
     final = checkpoint_path(run, state.step)
     with owned(run, "fastrepa convert", CheckpointError), writing(final, CheckpointError):
         _check_unused(run, config)

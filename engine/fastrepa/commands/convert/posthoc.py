@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrepa.checkpoint.format import StoredTensors, checkpoints, damage, read_state
+from fastrepa.checkpoint.format import (
+    NotFinite,
+    StoredTensors,
+    check_finite,
+    checkpoints,
+    damage,
+    read_state,
+)
 from fastrepa.checkpoint.kinds import WEIGHT
 from fastrepa.config import EmaConfig
 from fastrepa.errors import CheckpointError
@@ -37,14 +44,15 @@ class Snapshot:
 
 
 def snapshots(run: Path, *, until: Path) -> list[Snapshot]:
-    """Find the snapshots of every undamaged checkpoint up to `until`, kept from the start on."""
+    """Find the snapshots of every good checkpoint up to `until`, kept from the start on."""
     found = []
-    paths = [p for p in checkpoints(run) if p.name <= until.name]
-    for path in counted(paths, "verifying"):
+    for path in counted(checkpoints(run, until=until), "verifying"):
         if path != until and damage(path) is not None:
             continue
         try:
             found += _of_checkpoint(path)
+        except NotFinite:
+            continue
         except CheckpointError:
             if path.is_dir():  # otherwise the run has just pruned it
                 raise
@@ -57,8 +65,9 @@ def _of_checkpoint(path: Path) -> list[Snapshot]:
         ema = EmaConfig.model_validate(value)
         from_the_start = state.optimizer_step > 0 and kind not in state.ema_since
         if ema.sigma_rel is not None and from_the_start:
-            gamma = power_gamma(ema.sigma_rel)
-            found.append(Snapshot(StoredTensors(path, kind), state.optimizer_step, gamma))
+            tensors = StoredTensors(path, kind)
+            check_finite(path, kind, tensors)
+            found.append(Snapshot(tensors, state.optimizer_step, power_gamma(ema.sigma_rel)))
     return found
 
 

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fastrepa.checkpoint.format import (
+    NotFinite,
     RunState,
     StoredTensors,
+    check_finite,
     checkpoints,
     damage,
     load_ema_model,
@@ -126,6 +128,11 @@ def probe_run(
     for path in checkpoints(run):
         if problem := damage(path, contents=False):
             said.append(f"warning: {path.name} is damaged ({problem}) and left out")
+            continue
+        try:
+            check_finite(path, EMA, StoredTensors(path, EMA))
+        except NotFinite as e:
+            said.append(f"warning: {e}: left out")
             continue
         paths.append(path)
         states.append(read_state(path))

@@ -16,7 +16,7 @@ from fastrepa.errors import DataError, nearest, printable
 from fastrepa.reading.metrics import read_metrics
 from fastrepa.reading.text import read_json, read_yaml
 
-_STEP = re.compile(r"step_(\d+)(\.png)?")
+_STEP = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,18})(\.png)?")  # others' names do not count
 
 
 @dataclass(frozen=True)
