@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.faults import kills
+from benchmarks.faults.kills import kills
 from tests.runs import (
     ROOT,
     SMALL,
@@ -26,7 +26,7 @@ LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_ch
 
 
 def test_killed_and_continued_equals_undisturbed(tmp_path):
-    # `python -m benchmarks.faults kills2 kills3` does 25 of them, in two stages.
+    # `python -m benchmarks.faults kills2 kills3` does 12 of them, in two stages.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
     arguments += ["zero.stage=3", "training.precision=bf16", "deterministic=true"]
     arguments += ["training.ema=[0.99, {sigma_rel: 0.1}]"]
