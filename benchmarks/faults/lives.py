@@ -235,6 +235,7 @@ def choose(ask: dict[str, Any], written: list[list[str]]) -> list[Place]:
             moment = draw.choice((BEFORE, HALF, AFTER) if torn else (BEFORE, AFTER))
             places.append(Place(rank, number, moment, draw.random() < ask["together"]))
     if ask["each_call_once"]:
+        draw.shuffle(places)
         places = list({written[p.rank][p.number - 1].split()[0]: p for p in places}.values())
     most = ask["most"] or len(places)
     step = max(1.0, len(places) / most)
