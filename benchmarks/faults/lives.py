@@ -160,7 +160,7 @@ class Lives:
                 str(life / "run").encode(), ctypes.c_long(number), moment, str(log).encode()
             )
         else:
-            sys.addaudithook(_counting(str(life / "run"), number, log))
+            sys.addaudithook(counting(str(life / "run"), number, log))
 
     def wait(self, pids: Sequence[int], end_with: int | None = None) -> list[int | None]:
         """Wait for the exit codes; all end with that one rank where one is named. None: hung."""
@@ -179,7 +179,7 @@ class Lives:
         return [codes.get(rank) for rank in range(len(pids))]
 
 
-def _counting(folder: str, last: int, log: Path) -> Callable[[str, tuple], None]:
+def counting(folder: str, last: int, log: Path) -> Callable[[str, tuple], None]:
     """Count as placed.c does, as far as Python tells: each open, rename and removal, no write."""
     numbers = itertools.count(1)
 
@@ -227,19 +227,20 @@ def _share(lives: Lives, places: Sequence[Place], result: Path, number: int) -> 
 
 def choose(ask: dict[str, Any], written: list[list[str]]) -> list[Place]:
     """Which of the writes of the ranks that are asked about, and when in each of them."""
-    draw = random.Random(ask["seed"])
-    places = []
+    draw, chosen = random.Random(ask["seed"]), []
     for rank in ask["victims"]:
+        places = []
         for number, line in enumerate(written[rank], 1):
             torn = line.split()[0] in ("write", "pwrite", "writev", "sendfile", "copy")
             moment = draw.choice((BEFORE, HALF, AFTER) if torn else (BEFORE, AFTER))
             places.append(Place(rank, number, moment, draw.random() < ask["together"]))
-    if ask["each_call_once"]:
-        draw.shuffle(places)
-        places = list({written[p.rank][p.number - 1].split()[0]: p for p in places}.values())
-    most = ask["most"] or len(places)
-    step = max(1.0, len(places) / most)
-    return [places[int(step * i)] for i in range(min(most, len(places)))]
+        if ask["each_call_once"]:
+            draw.shuffle(places)
+            places = list({written[rank][p.number - 1].split()[0]: p for p in places}.values())
+        most = min(ask["most"] // len(ask["victims"]) or len(places), len(places))
+        apart, first = len(places) / most, draw.random()
+        chosen += [places[int(apart * (i + first))] for i in range(most)]
+    return chosen
 
 
 def main(ask_path: str, result_path: str) -> None:

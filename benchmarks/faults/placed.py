@@ -41,8 +41,9 @@ def placed(
 ) -> dict[str, Any]:
     """Kill a small run at the writes of its first rank, and of its last; what came of each.
 
-    most: so many places at most, spread evenly; 0 for every one. together: the share of kills that
-    all ranks die of. hooks: do without the library. Raises RuntimeError where the run itself fails.
+    most: so many places of both together, spread evenly; 0 for every one. together: the share of
+    kills that all ranks die of. hooks: do without the library. Raises RuntimeError where the run
+    itself fails.
     """
     began = time.monotonic()
     folder.mkdir(parents=True)
