@@ -67,7 +67,7 @@ def kills(
                 for _ in range(draw.randint(1, 2)):
                     seen |= _partials(run)
                     until(lambda: _partials(run) - seen or not ranks.running(), "a save")  # noqa: B023
-                time.sleep(draw.uniform(0.0, 0.04))
+                time.sleep(draw.uniform(0.0, 0.02))
             else:
                 # Its own steps: the log of an earlier life may be longer than what was saved, and
                 # ranks that have not met yet wait for each other as long as a rendezvous may take.

@@ -43,7 +43,7 @@ def in_short(records: list[Record]) -> str:
 
 
 def _right(r: Record) -> int:
-    """Of a record's faults, how many ended as they should."""
+    """Count those of a record's faults that ended as they should."""
     if "right" in r:
         return r["right"]
     if r["provider"].startswith("SIGKILL"):
