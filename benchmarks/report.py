@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import command_line
+from benchmarks.faults import rows
 
 RECORDS = Path(__file__).resolve().parent / "records"
 Record = dict[str, Any]
@@ -238,14 +239,15 @@ def _interval(pair: list[float | None] | None, digits: int, unit: str = "") -> s
 
 
 def faults(records: list[Record]) -> str:
-    """Tabulate faults: what was injected, how often, what came of it (benchmarks/faults.py)."""
+    """Tabulate faults: what was injected, how often, what came of it (benchmarks/faults/)."""
     first = records[0]
     parts = [
         f"### faults, {first['shape']}\n",
         f"{first['device']}, torch {first['torch']}, {_dated(first)}\n",
         "| injected | times | what happened | what was lost |\n|---|---|---|---|",
     ]
-    parts += [row for r in records for row in [_fault(r)] if row]
+    parts += filter(None, map(rows.row, records))
+    parts.append(f"\n{rows.in_short(records)}.")
     for r in records:
         if r["provider"] == "save":
             seconds = r["seconds"]
@@ -261,58 +263,6 @@ def faults(records: list[Record]) -> str:
 
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _fault(r: Record) -> str | None:
-    name = r["provider"]
-    if name.startswith("SIGKILL"):
-        codes = " and ".join(sorted(r["survivor_codes"]))
-        same = "bit for bit" if not r["different"] and r["same_losses"] else "NOT"
-        times = f"{r['count']}, {r['during_save']} of them while a checkpoint was written"
-        happened = (
-            f"resumed every time; the rank that was left ended after {r['survivor_seconds']:.1f} s "
-            f"at most ({r['one_rank']} times, exit code {codes})"
-        )
-        lost = (
-            f"{r['steps_lost']} steps were taken again in a run of {r['steps']}, "
-            f"{r['steps_lost_most']} at most after a kill; its {r['tensors']} tensors (weights, "
-            f"EMA, optimiser) equal an undisturbed run's {same}"
-        )
-    elif name in ("host killed", "link pulled"):
-        times = str(r["count"])
-        sides = " and ".join(
-            e.split("error")[1].split(" lost:")[0].lstrip("( :").replace("rank 1): ", "")
-            for lines in r["errors"]
-            for e in lines
-        )
-        who = "both sides" if " and " in sides else "the other side"
-        happened = (
-            f"{who} ended after {r['seconds']:.1f} s, naming {sides}; training again "
-            f"{r['took_up_seconds']:.0f} s later"
-        )
-        lost = f"{r['step'] - r['resumed']} steps since the checkpoint"
-    elif name == "disk full":
-        times = str(r["count"])
-        happened = (
-            f"a warning, {len(r['logged'])} of {r['last']} steps logged; saved again once there "
-            "was room"
-        )
-        lost = "nothing"
-    elif name == "flipped byte":
-        times = str(r["count"])
-        happened = "refused by name with a warning, the checkpoint before it used"
-        lost = f"the steps from {r['before']} to {r['last']}"
-    elif "fault" in r:
-        times = str(r["count"])
-        after = f" after {r['seconds']:.1f} s" if r["seconds"] is not None else ""
-        said = r["errors"][0].split(": ", 2)[2].split(";")[0] if r["errors"] else "saved"
-        happened = f"the others ended{after} with exit code {r['code']}: {said.rstrip('.')}"
-        lost = f"{r['step'] - r['resumed']} steps"
-        if any(r["codes_again"]):
-            happened += "; DID NOT RESUME"
-    else:
-        return None
-    return f"| {name} | {times} | {happened} | {lost} |"
 
 
 def plot(records: list[Record], path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastrepa.checkpoint.format import checkpoints
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
 from fastrepa.runtime.world import destroy_world, init_world

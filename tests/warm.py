@@ -75,23 +75,28 @@ def stop():
         _server.cache_clear()
 
 
-def _serve(path):
-    """Fork at every connection until stdin ends. Returns in the forks: a module and its words."""
+def import_everything():
+    """Import what a command may need, so that forks of this process need not."""
     import fastrepa
 
+    for name in LAZY:
+        importlib.import_module(name)
+    for module in pkgutil.walk_packages(fastrepa.__path__, "fastrepa."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the other threads"
+    sys.stdout.flush()
+    gc.collect()
+    gc.freeze()
+
+
+def _serve(path):
+    """Fork at every connection until stdin ends. Returns in the forks: a module and its words."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{path}~")
         listener.listen(64)
         os.rename(f"{path}~", path)  # who finds it can connect, and waits for the imports
-        for name in LAZY:
-            importlib.import_module(name)
-        for module in pkgutil.walk_packages(fastrepa.__path__, "fastrepa."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
-        assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the other threads"
-        sys.stdout.flush()
-        gc.collect()
-        gc.freeze()
+        import_everything()
         while 0 not in select.select([listener, 0], [], [])[0]:
             connection = listener.accept()[0]
             if os.fork() == 0:
@@ -141,8 +146,8 @@ def _fork_for(connection):
     return ask["words"]
 
 
-def _run(option, module, *rest):
-    """As `python -m` does, and its exit code, but for taking all modules down: that takes long."""
+def run(option, module, *rest):
+    """Be `python -m MODULE` to the end, but for taking all modules down: that takes long."""
     assert option == "-m"
     sys.argv = [module, *rest]
     sys.modules.pop(module, None)  # it is to run as the main module, not to be met there
@@ -162,4 +167,4 @@ def _run(option, module, *rest):
 
 
 if __name__ == "__main__":
-    _run(*_serve(sys.argv[1]))
+    run(*_serve(sys.argv[1]))

@@ -9,6 +9,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from fastrepa.runtime.files import write_whole
+
 INK, PALE, AXIS, GRID = "#222222", "#666666", "#999999", "#e8e8e8"
 PALETTE = {
     "navy": "#1f4e79", "blue": "#3f7cac", "sky": "#7fb0d3", "green": "#2a7f62", "mint": "#7cc4a4",
@@ -77,4 +79,4 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG, after it was drawn; OSError where it cannot be written."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    path.write_bytes(data.getvalue())
+    write_whole(path, data.getvalue())

@@ -1,7 +1,10 @@
 """The commands of README, run as a stranger would on small settings, each once a cold start."""
 
 import json
+import re
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +93,30 @@ def test_sample(trained, tmp_path, sampler):
     assert images.shape == (5, 32, 32, 3)
     assert images.dtype == np.uint8
     assert np.array_equal(np.asarray(Image.open(out / "000003.png")), images[3])
+
+
+def test_two_samples_and_an_interrupt(trained, tmp_path):
+    """The second of two into one folder is refused; the first is ended by Ctrl-C, and goes on."""
+    out, how = tmp_path / "images", {"env": environment(), "stderr": subprocess.PIPE, "text": True}
+    draw = ("sample", trained[0], "--batch-size", 2, "--steps", 2, "--out", out)
+    with subprocess.Popen(command(*draw, "--num", 4000), **how) as first:
+        until = time.monotonic() + 60
+        while not (out / "000003.png").is_file():
+            assert first.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        second = subprocess.run(command(*draw, "--num", 4, "--seed", 1), check=False, **how)
+        first.send_signal(signal.SIGINT)
+        said = first.stderr.read()
+    assert second.returncode == 1
+    (line,) = second.stderr.splitlines()
+    words = rf"fastrepa: error: {out}: in use by fastrepa sample on .+, process \d+, since .+"
+    assert re.fullmatch(words, line)
+    assert first.returncode == 130 and said.count("\n") <= 1 and "Traceback" not in said
+    assert not list(out.glob(".*"))
+    assert json.loads((out / "sampling.json").read_text())["seed"] == 0
+    there = len(list(out.glob("0*.png")))
+    assert f"4 were there, {there - 4} more stay" in run(*draw, "--num", 4)
+    assert len(list(out.glob("0*.png"))) == there
 
 
 def test_prepare_then_train_on_it(tmp_path):

@@ -30,6 +30,7 @@ from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from benchmarks import report
+from benchmarks.faults import rows as faults
 from benchmarks.gpu_suite import __main__ as gpu_suite
 from benchmarks.gpu_suite.wheels import INSTALL
 from benchmarks.gpu_suite.wheels import options as wheels_options
@@ -402,6 +403,13 @@ def test_tables_are_those_that_the_report_prints(page, head, capsys):
     rows = re.search(rf"^{re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
     assert len(rows.splitlines()) >= 8
     assert rows in printed
+
+
+def test_readme_and_its_page_count_the_faults_as_the_record_does():
+    records = [r for r in report.load(report.RECORDS) if r["case"] == "faults"]
+    counted = faults.in_short(records)
+    for page in ("README.md", "docs/testing.md"):
+        assert counted in " ".join((ROOT / page).read_text().split()), page
 
 
 def keys_of(model) -> set[str]:

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.faults import kills
+from benchmarks.faults.kills import kills
 from tests.runs import (
     ROOT,
     SMALL,
@@ -26,12 +26,13 @@ LARGER = ("model.width=192", "model.depth=4", "model.heads=6", "training.keep_ch
 
 
 def test_killed_and_continued_equals_undisturbed(tmp_path):
-    # `python -m benchmarks.faults kills2 kills3` does 25 of them, in two stages.
+    # `python -m benchmarks.faults kills2 kills3` does 12 of them, in two stages;
+    # test_placed_kills.py kills at single writes.
     arguments = [str(ROOT / "configs/quickstart.yaml"), *SMALL, *LARGER]
     arguments += ["zero.stage=3", "training.precision=bf16", "deterministic=true"]
     arguments += ["training.ema=[0.99, {sigma_rel: 0.1}]"]
-    done = kills(tmp_path, arguments, count=3, steps=10, seed=time.time_ns())
-    assert done["count"] == 3
+    done = kills(tmp_path, arguments, count=2, steps=10, seed=time.time_ns())
+    assert done["count"] == 2
     assert done["different"] == [], done["lives"]
     assert done["same_losses"] and done["tensors"] > 100
     assert done["during_save"] >= 1, done["lives"]  # the first of them waits for a save

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.faults import disk_full_and_flipped_byte
+from benchmarks.faults.files import disk_full_and_flipped_byte
 from benchmarks.two_hosts import EVERY, STEPS, TIMEOUT, lose_hosts, refusal
 from tests.runs import ROOT, SMALL
 

@@ -292,14 +292,15 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     assert len(list(foreign.iterdir())) == 1
     with pytest.raises(FastrepaError, match="is a file"):
         claimed(foreign / "000000.png")
-    with pytest.raises(FastrepaError, match="cannot be written"):
-        claimed(foreign / "000000.png" / "below")
+    for impossible in (foreign / "000000.png" / "below", foreign / ("a" * 300)):
+        with pytest.raises(FastrepaError, match="cannot be written"):
+            claimed(impossible)
 
 
 def test_what_a_killed_process_left_is_no_folder_of_somebody_else(tmp_path):
     for name in (".lock", ".sampling.json.1@there.tmp"):
         (tmp_path / name).touch()
-    assert claimed(tmp_path)[0] == Claim(batch_size=2, removed=0, num=2)
+    assert claimed(tmp_path)[0] == Claim(batch_size=2, removed=0, more=0)
 
 
 THEIRS = ["notes.txt", "best.png", "00.png", "0000001.png", "000002.png", "000123.png",
@@ -309,7 +310,7 @@ THEIRS = ["notes.txt", "best.png", "00.png", "0000001.png", "000002.png", "00012
 def test_an_own_folder_is_used_again_and_nothing_goes_unasked(tmp_path):
     folder = tmp_path / "new" / "samples"
     folder.mkdir(parents=True)
-    assert claimed(folder) == (Claim(2, 0, 2), {"seed": 1, "batch_size": 2, "num": 2})
+    assert claimed(folder) == (Claim(2, 0, 0), {"seed": 1, "batch_size": 2, "num": 2})
     ours = ["000000.png", "000001.png", "samples_2x4x4x3.npz"]
     for name in [*ours, *THEIRS, "grid.png"]:
         (folder / name).write_bytes(b"old")
@@ -334,13 +335,13 @@ def test_the_record_tells_the_truth_about_all_images(tmp_path):
     """Fewer are asked for, or more; batches stay as large as those of what is there."""
     claimed(tmp_path, num=10)
     (tmp_path / "000009.png").touch()
-    assert claimed(tmp_path, num=2) == (Claim(4, 0, 10), {"seed": 1, "batch_size": 4, "num": 10})
+    assert claimed(tmp_path, num=2) == (Claim(4, 0, 1), {"seed": 1, "batch_size": 4, "num": 10})
     assert claimed(tmp_path, num=12)[1]["num"] == 12
     with pytest.raises(FastrepaError, match="batch_size 4, now 3"):
         claimed(tmp_path, num=12, batch_size=3)
     with pytest.raises(FastrepaError, match=r"cfg None, now 2\.0"):
         claimed(tmp_path, num=12, cfg=2.0)
-    assert claimed(tmp_path, num=12, run="moved")[0].num == 12
+    assert claimed(tmp_path, num=12, run="moved")[1]["num"] == 12
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '{"num": "2"}', '{"num": true}'])

@@ -261,9 +261,13 @@ def test_two_processes_give_the_bits_of_one(loaded, tmp_path):
     sample_run("run", alone, num=10, batch_size=4, npz=True, seed=7)
     foreign.mkdir()
     (foreign / "precious").touch()
-    said_by("tests.programs.sampling_ranks", tmp_path / "rank_", foreign, pair)
+    with owned(tmp_path / "used", "another"):
+        folders = (foreign, tmp_path / "used", pair)
+        said_by("tests.programs.sampling_ranks", tmp_path / "rank_", *folders)
     lines = [(tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2)]
-    (refusal0, first), (refusal1, other) = lines
+    (refusal0, in_use, first), (refusal1, in_use1, other) = lines
+    assert in_use == in_use1
+    assert in_use.startswith(f"refused: {tmp_path}/used: in use by another on {HOST}, process")
     assert first == f"True [0, 1, 2, 3, 8, 9] {pair}/samples_10x16x16x3.npz"
     assert other == "False [4, 5, 6, 7] None"
     assert refusal0.startswith(f"refused: {foreign}: holds files")

@@ -23,7 +23,7 @@ from fastrepa.commands.report.report import write_report
 from fastrepa.config import EncoderConfig, TrainingConfig, VisionConfig
 from fastrepa.errors import print_error, worded
 from fastrepa.runtime.progress import Bar
-from fastrepa.runtime.survival import RankLog
+from fastrepa.runtime.rank_log import RankLog
 from fastrepa.runtime.terminal import Terminal, as_json, quoted, say, say_json, typed
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import farewell
@@ -329,8 +329,13 @@ def test_names_and_classes_of_a_whole_run(tmp_path):
     assert f" sample {typed(f'runs/{evil}')} --num 64" in said
 
 
-def test_the_end_of_a_run_names_what_there_is():
+def test_the_end_of_a_run_names_what_there_is(tmp_path, monkeypatch):
     last = {"loss": 1.0, "images_per_s": 2.0, "seconds": 3.0}
+    monkeypatch.chdir(tmp_path)
+    for run in ("r", "it's"):
+        Path(run, "checkpoints", "step_0000005").mkdir(parents=True)
+        Path(run, "metrics.jsonl").touch()
+        Path(run, "tensorboard").mkdir()
     vision = VisionConfig(encoders=(EncoderConfig(name="x"),))
     without = "\n".join(farewell(Path("r"), TrainingConfig(tensorboard=False), vision, 5, last))
     with_it = "\n".join(farewell(Path("it's"), TrainingConfig(), vision, 5, last))
@@ -338,6 +343,9 @@ def test_the_end_of_a_run_names_what_there_is():
     assert "  metrics      it's/metrics.jsonl, it's/tensorboard/\n" in with_it
     assert with_it.endswith(""" --logdir 'it'"'"'s'""")
     assert """ train 'it'"'"'s/config.yaml' training.steps=10""" in with_it
+    assert "curves" not in with_it and "samples/" not in with_it
+    nothing = "\n".join(farewell(Path("none"), TrainingConfig(), vision, 5, {}))
+    assert "none" not in nothing and "next:" not in nothing
 
 
 # The report ---------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """Bad numbers, signals and lost ranks: what a run does about them."""
 
 import json
+import re
 import socket
 import subprocess
+import sys
 import time
 from datetime import datetime
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastrepa.training.bad_steps import Spikes
-from tests.runs import environment, metrics, tensors, train_command
+from tests.programs.watched_ranks import TIMEOUT as WATCHED_TIMEOUT
+from tests.programs.watched_ranks import TRIALS
+from tests.runs import command, environment, metrics, tensors, train, train_command
 
 pytestmark = pytest.mark.ranks
 
@@ -62,6 +67,48 @@ def test_a_bad_step_changes_nothing_and_two_in_a_row_end_the_run(tmp_path, fault
         assert "blocks.0.mlp.fc1.weight" in report[int(bad)]["gradients"]
 
 
+def with_nan(checkpoint, kind):
+    """Every value of a kind's tensors is NaN now, and the manifest says so."""
+    file, manifest = checkpoint / f"{kind}.safetensors", checkpoint / "manifest.json"
+    values = {name: value * torch.nan for name, value in load_file(file).items()}
+    save_file(values, file, metadata={"format": "pt"})
+    fields, data = json.loads(manifest.read_text()), file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    fields["files"][file.name] = {"bytes": len(data), "sha256": digest}
+    manifest.write_text(json.dumps(fields))
+
+
+def test_weights_that_become_infinite_are_never_saved_and_no_nan_is_sampled(tmp_path):
+    """In a run without an encoder, whose micro-batch is larger than an image has channels."""
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    shared = ("vision.encoders=[]", "training.keep_checkpoints=2", "training.schedule.warmup=0")
+    train(run, "training.steps=4", *shared)
+    done = train(
+        run, "training.steps=40", "training.optimizer.lr=1e39", "training.checkpoint_every=1",
+        *shared, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [p.name for p in sorted(folder.iterdir())] == ["step_0000002", "step_0000004"]
+    assert all(value.isfinite().all() for value in tensors(run, 4).values())
+    assert re.search(
+        r"warning: .*step_0000005: not saved, as weight \S+ is not finite", done.stdout
+    )
+    (error,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "stopped at step " in error and "loss is nan" in error
+    assert f"the last good checkpoint is {folder / 'step_0000004'}; " in error
+    assert Path(re.search(r"know: (.*)", error)[1]).is_file()
+
+    with_nan(folder / "step_0000004", "ema")
+    drawn = subprocess.run(
+        command("sample", run, "--num", 2, "--out", tmp_path / "images"), env=environment(),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    words = r"warning: checkpoint step_0000004: ema: \S+ is not finite; trying the one before"
+    assert re.search(words, drawn.stdout + drawn.stderr)
+    assert json.loads((tmp_path / "images/sampling.json").read_text())["checkpoint_step"] == 2
+
+
 def test_a_spike_is_told_once_and_does_not_become_normal():
     spikes = Spikes(6.0, [1.0, 1.1, 0.9] * 4)
     assert spikes.check(13, 1.2) is None
@@ -71,9 +118,9 @@ def test_a_spike_is_told_once_and_does_not_become_normal():
     assert Spikes(0.0, [1.0, 2.0] * 9).check(20, 99.0) is None
 
 
-def two_processes(run, fault, *overrides, stop_after=150):
-    """Two ranks without an agent above them, of which one is lost; (the other's exit code, stdout,
-    stderr, seconds after the last logged step, what the lost one left).
+def with_one_lost(run, fault, size, *overrides, stop_after=150):
+    """Ranks without an agent above them, of which one is lost; (exit code, stdout, stderr, when it
+    ended) of every other, and what the lost one left.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -82,10 +129,9 @@ def two_processes(run, fault, *overrides, stop_after=150):
     args = train_command(run, *overrides, module="tests.programs.faulty")
     # As srun names them: rank 0 finds its world by torchrun's names, so both ways are walked.
     meet = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault}
-    names = [
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
-    ]
+    names = [{"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}]
+    slurm = {"SLURM_NTASKS": str(size), "SLURM_STEP_ID": "0"}
+    names += [slurm | {"SLURM_PROCID": f"{r}", "SLURM_LOCALID": f"{r}"} for r in range(1, size)]
     ranks = [
         subprocess.Popen(
             args, env=meet | n, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -93,15 +139,18 @@ def two_processes(run, fault, *overrides, stop_after=150):
         for n in names
     ]
     lost = int(fault.split(";")[-1].split()[1])
+    others = {}
     try:
-        out, err = ranks[1 - lost].communicate(timeout=stop_after)
-        code, ended = ranks[1 - lost].returncode, time.time()
+        for rank, process in enumerate(ranks):
+            if rank != lost:
+                out, err = process.communicate(timeout=stop_after)
+                others[rank] = (process.returncode, out, err, time.time())
     finally:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
         rest = ranks[lost].communicate()
-    return code, out, err, ended, rest
+    return others, rest
 
 
 def last_line_before(log, words):
@@ -111,41 +160,83 @@ def last_line_before(log, words):
 
 
 @pytest.mark.parametrize(
-    ("fault", "where"),
+    ("fault", "where", "size", "stage"),
     [
-        ("sleep 1 1; kill 1 last", "step 3"),
-        ("stop 0 2", "step 3"),
-        ("raise 1 build", "the start"),
+        ("sleep 1 1; kill 1 last", "step 3", 2, 1),
+        ("stop 0 2", "step 3", 3, 2),
+        ("raise 1 build", "the start", 4, 3),
+        ("kill 1 2", "step 3", 3, 3),
     ],
 )
-def test_a_lost_rank_ends_the_other_which_names_it(tmp_path, fault, where):
+def test_a_lost_rank_ends_the_others_which_name_it(tmp_path, fault, where, size, stage):
     kind, lost, _ = fault.split("; ")[-1].split()
     run = tmp_path / "run"
-    code, out, err, ended, rest = two_processes(
-        run, fault, "training.steps=3", "zero.stage=1", "survival.stall_seconds=4"
-    )
-    assert code == 76, (out, err, rest)
-    last = err.splitlines()[-1]
-    why = "failed: ValueError: planted" if kind == "raise" else "lost: "
-    assert f"rank {lost} (" in last and why in last and f"stopped in {where}" in last
-    assert last.endswith(", the same command continues")
-    logs = [(run / f"rank_{rank}.log").read_text() for rank in (0, 1)]
-    log = logs[1 - int(lost)]
-    assert last.split(": ", 2)[2] in log and "most recent call first" in log
-    if lost == "0":
-        assert not out  # the other rank prints nothing but its error
+    settings = ("training.steps=3", f"zero.stage={stage}", "survival.stall_seconds=4")
+    if size > 2:
+        settings = ("training.global_batch=12", "training.micro_batch=1", *settings)
+    others, rest = with_one_lost(run, fault, size, *settings)
+    logs = [(run / f"rank_{rank}.log").read_text() for rank in range(size)]
     # All within the set time; a loaded machine is given two seconds more to notice it.
     if kind == "raise":
         began = last_line_before(logs[int(lost)], "stopped by an error")
     else:
         began = (run / "metrics.jsonl").stat().st_mtime
-    assert ended - began < TIMEOUT + 2
+    for rank, (code, out, err, ended) in others.items():
+        assert code == 76, (out, err, rest)
+        last = err.splitlines()[-1]
+        why = "failed: ValueError: planted" if kind == "raise" else "lost: "
+        assert f"rank {lost} (" in last and why in last and f"stopped in {where}" in last
+        assert (
+            last.partition("): ")[2 if rank else 0].count("rank ") <= 1 and "Traceback" not in err
+        )
+        assert last.endswith(", the same command continues")
+        assert last.split(": ", 2)[2] in logs[rank] and "most recent call first" in logs[rank]
+        assert ended - began < TIMEOUT + 2
+        assert not rank or not out  # the others print nothing but their error
     if fault.startswith("sleep"):
         # The stall before was no loss: both logs have the stacks, that of the culprit in its sleep.
-        assert "warning: step 2 has taken more than 4 s; see " in out
+        assert "warning: step 2 has taken more than 4 s; see " in others[0][1]
         for log in logs:
             stalled = log[log.index("step 2 has taken more than 4 s on rank ") :]
             assert "every thread's stack:" in stalled.splitlines()[0]
             assert "in train_step" in stalled
         assert "faulty.py" in logs[1] and "in act" in logs[1]
         assert len(metrics(run)) == 3
+
+
+@pytest.fixture(scope="module")
+def trials():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.programs.watched_ranks"],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {(found := json.loads(line))["trial"]: found for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize("name", [n for n in TRIALS if "suspend" not in n])
+def test_every_rank_that_is_left_names_those_that_failed_and_nobody_else(trials, name):
+    size, faults = TRIALS[name]
+    verdict = " failed: " if {"error", "refused"} & set(faults.values()) else " lost: "
+    code = 1 if "refused" in faults.values() else 76
+    found, told = trials[name], set()
+    for rank in range(size):
+        if rank in faults:
+            continue
+        ended, said = found["ends"][rank], found["said"][rank]
+        assert ended is not None and ended[0] == code, found
+        assert ended[1] < WATCHED_TIMEOUT + 2, found
+        line = next(x for x in said.splitlines() if x.startswith("fastrepa: error"))
+        assert verdict in line, found
+        blamed = set(re.findall(r"rank ([0-9]+) \(", line))
+        told.add(frozenset(blamed))
+        # Of several that fail by themselves the first to say so is named.
+        assert blamed == {str(r) for r in faults} or (len(blamed) == 1 and verdict == " failed: ")
+        assert blamed <= {str(r) for r in faults}, found
+    assert len(told) == 1, found  # all say the same
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(trials):
+    found = trials["suspend all of 4"]
+    assert [end and end[0] for end in found["ends"]] == [0, 0, 0, 0], found
+    assert found["said"] == [""] * 4

@@ -6,6 +6,7 @@ Imports of torch and its friends stay inside the commands, so that `--help` answ
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +28,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, err
 
 def main() -> None:
     """The console script: a user's error is one line on stderr and a non-zero exit."""
+    _open_closed_streams()
     warnings.formatwarning = _in_a_line
     try:
         _refuse_empty(sys.argv[1:])
@@ -46,6 +48,20 @@ def main() -> None:
         if code is None:
             raise
     sys.exit(for_launcher(code) if isinstance(code, int) else code)
+
+
+def _open_closed_streams() -> None:
+    """Give streams that the shell closed (`>&-`) somewhere to go: the next file to be opened would
+    get their number, and what C libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _of_the_machine(error: Exception) -> int | None:

@@ -37,7 +37,7 @@ def train(
 
 
 def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> int:
-    from fastrepa.config import load_config
+    from fastrepa.config import load_config, told_of_folder
 
     resolved = load_config(config, overrides)
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
@@ -58,6 +58,8 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
             if world.is_rank_0:
                 print_dry_run(result, resolved.training.global_batch)
             return 0
+        if world.is_rank_0 and (words := told_of_folder(config, resolved.run)):
+            say(words)
         from fastrepa.training.run import Run
 
         evaluator: Any = None
@@ -138,7 +140,8 @@ def sample(
         there += f", {done.more} more stay" if done.more else ""
         if done.removed:
             say(f"{done.folder}: {done.removed} files of other settings removed")
-        say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}); {', '.join(files)}")
+        beside = f"; {', '.join(files)}" if files else ""
+        say(f"{done.num} images in {done.folder} ({done.seconds:.1f} s{there}){beside}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from fastrepa.config.loading import (
     load_config,
     load_run_config,
     save_config,
+    told_of_folder,
 )
 from fastrepa.config.sections import (
     MAX_EMAS,
@@ -35,5 +36,5 @@ __all__ = [
     "Config", "DataConfig", "EmaConfig", "EncoderConfig", "EvaluationConfig", "KeepBestConfig",
     "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "SampleConfig", "ScheduleConfig",
     "SurvivalConfig", "TrainingConfig", "VisionConfig", "ZeroConfig", "config_from_dict",
-    "load_config", "load_run_config", "save_config",
+    "load_config", "load_run_config", "save_config", "told_of_folder",
 ]  # fmt: skip

@@ -17,8 +17,9 @@ from pydantic_core import ErrorDetails
 
 from fastrepa.config.sections import Config
 from fastrepa.config.values import is_int
-from fastrepa.errors import ConfigError, nearest, printable, shown
+from fastrepa.errors import ConfigError, nearest, printable, shown, writing
 from fastrepa.reading.text import dump_yaml, parse_yaml, read_yaml, whole_number, written
+from fastrepa.runtime.files import write_whole
 
 # REPA_SPEC "Generator": width, depth, heads, and the block that is aligned (1-based).
 SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
@@ -30,6 +31,8 @@ SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
+SAVED = "config.yaml"  # a run's own configuration, by its name
+_LEFT = ("checkpoints", "metrics.jsonl", "rank_0.log")  # one of which is beside it
 MOST_TOLD = 440  # characters of what is wrong with a file, the file's own name apart
 
 
@@ -38,7 +41,8 @@ def load_config(
 ) -> Config:
     """The validated, resolved configuration from a YAML file and `path.to.key=value` overrides.
 
-    run: the run's folder, whatever the file says.
+    run: the run's folder, whatever the file says. Otherwise a run's own file means the run that it
+    lies in (`run_of`), unless an override names another.
     Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
     """
     path = Path(path)
@@ -52,10 +56,12 @@ def load_config(
     tree = read_yaml(path, ConfigError, as_written=True)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
+    if own := run_of(path):
+        tree["run"] = _as_path(own)
     for override in overrides:
         _set(tree, override)
     if run is not None:
-        tree["run"] = str(run)
+        tree["run"] = _as_path(run)
     return config_from_dict(tree, source=str(path))
 
 
@@ -68,18 +74,59 @@ def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") 
 
 
 def load_run_config(run: Path) -> Config:
-    """Load the configuration that a run was last trained with.
+    """Load the configuration that a run was last trained with; its `run` is the folder given.
 
     Raises ConfigError where the folder is no run's.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: not a run folder (no config.yaml)")
-    return load_config(run / "config.yaml")
+    if not (run / SAVED).is_file():
+        raise ConfigError(f"{run}: not a run folder (no {SAVED})")
+    return load_config(run / SAVED, run=run)
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back to the same object."""
-    path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+    """Write the resolved configuration as YAML that `load_config` reads back to the same object.
+
+    Raises ConfigError naming a file that cannot be written; what was there then stays.
+    """
+    with writing(path):
+        write_whole(path, dump_yaml(config.model_dump(mode="json")).encode())
+
+
+def run_of(file: Path) -> Path | None:
+    """The folder of the run whose own configuration a file is, itself or through a link; None for
+    any other file.
+    """
+    for path in (file, Path(os.path.realpath(file))):
+        left = (os.path.exists(path.parent / name) for name in _LEFT)
+        if path.name == SAVED and any(left):
+            return path.parent if path.parent.name else path.parent.absolute()
+    return None
+
+
+def told_of_folder(file: Path, run: str) -> str:
+    """Say which run goes on where that is not what the file, loaded for `run`, is or says; or ''.
+
+    A run is where its folder is, whatever name it had when its configuration was saved.
+    """
+    own = run_of(file)
+    if own is None:
+        return ""
+    if not _same_folder(own, Path(run)):
+        return f"{file} is of the run in {own}, run={run} is another one"
+    before = str(read_yaml(file, ConfigError).get("run", run))
+    if before == run or _same_folder(own, Path(before)):
+        return ""
+    return f"this is the run in {own}, where {file.name} lies, which says run: {before}"
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _as_path(run: Path) -> str:
+    """A path as the key `run` takes it: not as a home folder, nor as nothing."""
+    text = str(run)
+    return f"./{text}" if text.startswith("~") or not text.strip() else text
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -40,8 +40,8 @@ class Claim:
     batch_size: int
     removed: int
     """Files of other settings that are gone."""
-    num: int
-    """Images that it has, or is to have."""
+    more: int
+    """Images above those asked for, which stay."""
 
 
 def claim_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool = False) -> Claim:
@@ -77,7 +77,8 @@ def claim_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool = F
                 path.unlink()
         text = json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
         write_whole(folder / RECORD, text.encode())
-    return Claim(wanted["batch_size"], len(ours), wanted["num"])
+        more = sum(record["num"] <= i < there for i in _numbers(folder))
+    return Claim(wanted["batch_size"], len(ours), more)
 
 
 def _sized(record: Mapping[str, Any], num: int) -> dict[str, Any]:
@@ -87,9 +88,9 @@ def _sized(record: Mapping[str, Any], num: int) -> dict[str, Any]:
 
 def check_whose(folder: Path) -> None:
     """Raises FastrepaError where `folder` is a file, or holds files without a sampling.json."""
-    if folder.exists() and not folder.is_dir():
-        raise FastrepaError(f"{folder}: is a file; --out wants a folder")
     with writing(folder, FastrepaError):
+        if folder.exists() and not folder.is_dir():
+            raise FastrepaError(f"{folder}: is a file; --out wants a folder")
         entries = list(folder.iterdir()) if folder.exists() else []
     names = [path.name for path in entries if path.name != LOCK and not is_temporary(path)]
     if names and RECORD not in names:

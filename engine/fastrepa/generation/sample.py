@@ -145,7 +145,7 @@ def sample_run(
         destroy_world()
     grid, packed = files if world.is_rank_0 else (files[0], None)
     return SampleFolder(
-        folder, len(labels), there, claim.num - len(labels), claim.removed, grid, packed, seconds,
+        folder, len(labels), there, claim.more, claim.removed, grid, packed, seconds,
         world.is_rank_0,
     )  # fmt: skip
 

@@ -8,7 +8,10 @@ process writes its code there, and what torchrun gets to see is an error only fo
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from fastrepa.errors import print_warning, worded
 
 REQUEUE = 75  # EX_TEMPFAIL: saved on a signal; the launch files start the run again
 LOST = 76  # a rank was lost; the launch files start the run again
@@ -16,10 +19,17 @@ NOTE = "FASTREPA_EXIT_CODES"  # environment variable: a file, to which each proc
 
 
 def for_launcher(code: int) -> int:
-    """Return what a process that means `code` exits with."""
+    """Return what a process that means `code` exits with: `code` itself where nobody asks for a
+    note, or where it cannot be written.
+    """
     note = os.environ.get(NOTE)
     if not note:
         return code
-    with Path(note).open("a") as f:
-        f.write(f"{code}\n")
+    try:
+        with Path(note).open("a") as f:
+            f.write(f"{code}\n")
+    except OSError as e:
+        with suppress(OSError):
+            print_warning(f"{NOTE}: {note} cannot be written ({worded(e)})")
+        return code
     return LOST if code == LOST else 0

@@ -8,7 +8,6 @@ collective for ever.
 
 from __future__ import annotations
 
-import faulthandler
 import hmac
 import logging
 import os
@@ -16,21 +15,23 @@ import secrets
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from fastrepa.errors import CheckpointError, FastrepaError, print_error, printable
+from fastrepa.errors import FastrepaError, print_error
 from fastrepa.runtime.exit_codes import LOST, for_launcher
 from fastrepa.runtime.terminal import say
-from fastrepa.runtime.world import World, address_of
+from fastrepa.runtime.world import World, address_of, of_rank_0
+
+if TYPE_CHECKING:
+    from fastrepa.runtime.rank_log import RankLog
 
 GRACE = 5.0  # seconds in which a process may end by itself when the first rank is gone
 log = logging.getLogger("fastrepa")
@@ -48,70 +49,23 @@ class Limits(Protocol):
 
 @contextmanager
 def watched(run: Path, limits: Limits, world: World) -> Iterator[Watch]:
-    """A run from before its building to after its last save: its rank's log, and the watch."""
-    with (
-        closing(RankLog(run, world)) as rank_log,
-        Watch(limits, world, host_group_of(limits), rank_log) as watch,
-    ):
-        yield watch
+    """A run from before its building to after its last save: its folder is held for this job alone,
+    its rank has a log, and the watch begins (collective).
+
+    Raises CheckpointError, on all ranks, where another process holds the folder or it cannot be
+    written.
+    """
+    from fastrepa.runtime.rank_log import RankLog, hold
+
+    with ExitStack() as held:
+        of_rank_0(world, lambda: hold(run, held))
+        rank_log = held.enter_context(closing(RankLog(run, world)))
+        yield held.enter_context(Watch(limits, world, host_group_of(limits), rank_log))
 
 
 def host_group_of(limits: Limits) -> Any:
     """A gloo group of all ranks, whose collectives may take two stalled steps (collective)."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * limits.stall_seconds))
-
-
-class _OneLine(logging.Formatter):
-    """A line for every message, which steers no terminal, whatever names and errors say."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-
-class RankLog:
-    """RUN/rank_N.log: this rank's warnings, errors and stacks. Only the first rank prints too.
-
-    Raises CheckpointError where the run folder is not writable.
-    """
-
-    def __init__(self, run: Path, world: World) -> None:
-        self.path = run / f"rank_{world.rank}.log"
-        probe = run / f".writable_{world.rank}"
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x" * 4096)
-            probe.unlink()
-            self.file = self.path.open("a", encoding="utf-8", buffering=1)
-        except OSError as e:
-            raise CheckpointError(f"{run}: the run folder is not writable ({e})") from None
-        self._handler = logging.StreamHandler(self.file)
-        form = f"%(asctime)s {socket.gethostname()} rank {world.rank}: %(message)s"
-        self._handler.setFormatter(_OneLine(form))
-        log.addHandler(self._handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        self._show = warnings.showwarning
-
-        def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-            log.warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
-            if world.is_rank_0:
-                self._show(message, category, filename, lineno, *rest)
-
-        warnings.showwarning = show  # type: ignore[assignment]
-        log.info("joined, %d ranks, process %d", world.size, os.getpid())
-
-    def stacks(self, why: str) -> None:
-        """Log where every thread of this process is."""
-        log.error("%s; every thread's stack:", why)
-        with suppress(OSError):  # a full disk must not stop what comes after
-            self.file.flush()
-            faulthandler.dump_traceback(self.file, all_threads=True)
-
-    def close(self) -> None:
-        warnings.showwarning = self._show
-        log.removeHandler(self._handler)
-        self.file.close()
 
 
 class Watch:

@@ -121,32 +121,40 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any
 def farewell(
     run: Path, training: TrainingConfig, vision: VisionConfig, step: int, last: Mapping[str, float]
 ) -> list[str]:
-    """Say what the finished run did, where to look, and what to try next.
+    """Say what the finished run did, where to look, and what to try next: of what is there.
 
     last: the last line of its metrics.
     """
     names = ", ".join(encoder.name for encoder in vision.encoders)
     aligned = f", aligned to {names}" if names else ""
-    metrics = [f"{run}/metrics.jsonl"]
-    commands = [
-        f"{_program('fastrepa')} sample {typed(run)} --num 64 --cfg 3 --seed 1",
-        f"{_program('fastrepa')} train {typed(run / 'config.yaml')} training.steps={2 * step}",
-    ]
+    saved, boards = f"{checkpoint_path(run, step)}/", f"{run}/tensorboard/"
+    metrics = [f"{run}/metrics.jsonl", *([boards] if training.tensorboard else [])]
+    fastrepa, config = _program("fastrepa"), typed(run / "config.yaml")
+    commands = {
+        f"{fastrepa} sample {typed(run)} --num 64 --cfg 3 --seed 1": saved,
+        f"{fastrepa} train {config} training.steps={2 * step}": saved,
+    }
     if training.tensorboard:
-        metrics.append(f"{run}/tensorboard/")
-        commands.append(f"{_program('tensorboard')} --logdir {typed(run)}")
+        commands[f"{_program('tensorboard')} --logdir {typed(run)}"] = boards
+    next_ones = [f"  {command}" for command, needed in commands.items() if os.path.exists(needed)]
+    of_last = (last.get(key, math.nan) for key in ("loss", "images_per_s", "seconds"))
+    loss, images_per_s, seconds = of_last
     return [
         "",
         f"{step} steps of {training.global_batch} images{aligned}: "
-        f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s, "
-        f"{last['seconds'] / 60:.1f} minutes",
-        f"  samples      {run}/samples/",
-        f"  curves       {run}/curves.png",
-        f"  metrics      {', '.join(metrics)}",
-        f"  checkpoint   {checkpoint_path(run, step)}/",
-        "next:",
-        *(f"  {command}" for command in commands),
+        f"loss {loss:.4f}, {images_per_s:.0f} images/s, {seconds / 60:.1f} minutes",
+        *_where("samples", f"{run}/samples/"),
+        *_where("curves", f"{run}/curves.png"),
+        *_where("metrics", *metrics),
+        *_where("checkpoint", saved),
+        *(["next:", *next_ones] if next_ones else []),
     ]
+
+
+def _where(what: str, *paths: str) -> list[str]:
+    """A line that names those of the paths that are there, if any."""
+    there = [path for path in paths if os.path.exists(path)]
+    return [f"  {what:<13}{', '.join(there)}"] if there else []
 
 
 def _program(name: str) -> str:

@@ -185,7 +185,7 @@ class Run:
         telemetry.start(self.step)
         meter = self.trainer.meter
         meter.reset()
-        earlier = [line["loss"] for line in telemetry.history()]
+        earlier = [line["loss"] for line in telemetry.history() if "loss" in line]
         spikes = Spikes(self.config.survival.loss_spike, earlier)
         skipped = self.step - self.trainer.whole.optimizer_step
         while self.step < t.steps:

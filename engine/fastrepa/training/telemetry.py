@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
 import sys
 import time
@@ -22,9 +24,9 @@ from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
-from fastrepa.errors import DataError, FastrepaError, decoration
-from fastrepa.reading.text import parse_json
-from fastrepa.runtime.files import aside
+from fastrepa.errors import DataError, FastrepaError, decoration, worded, writing
+from fastrepa.reading.text import read_json
+from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.terminal import Terminal
@@ -92,6 +94,9 @@ class Telemetry:
     `environment` joins what environment.json says of the machine.
 
     Lines of metrics.jsonl past `start_step` belong to steps that a crash undid: they are dropped.
+    What is no line of a run's moves to metrics.jsonl.dropped.
+
+    Raises ConfigError where the run folder cannot be written.
     """
 
     def __init__(
@@ -112,12 +117,14 @@ class Telemetry:
             return
         self.metrics_path = run / "metrics.jsonl"
         self._unwritten = ""  # lines that wait for room on a full disk
-        self._drop_undone(start_step)
+        with writing(run):
+            self._drop_undone(start_step)
+            ran_on = machine() | (environment or {})
+            write_whole(run / "environment.json", json.dumps(ran_on, indent=1).encode())
         earlier = self.history()
-        self._seconds_before = earlier[-1].get("seconds", 0.0) if earlier else 0.0
+        seconds = earlier[-1].get("seconds", 0.0) if earlier else 0.0
+        self._seconds_before = seconds if math.isfinite(seconds) else 0.0
         self._began = time.monotonic()
-        ran_on = machine() | (environment or {})
-        (run / "environment.json").write_text(json.dumps(ran_on, indent=1))
         if config.training.tensorboard:
             with decoration(run / "tensorboard", self._end_tensorboard):
                 from torch.utils.tensorboard import SummaryWriter
@@ -207,17 +214,18 @@ class Telemetry:
     def _append(self, line: str) -> None:
         """Append to metrics.jsonl; on a full disk lines wait, whole, until there is room again."""
         waiting, self._unwritten = self._unwritten, self._unwritten + line
-        path = self.metrics_path
-        size = path.stat().st_size if path.exists() else 0
+        path, size = self.metrics_path, None
         try:
+            size = path.stat().st_size if path.exists() else 0
             with path.open("a", encoding="utf-8") as f:
                 f.write(self._unwritten)
             self._unwritten = ""
         except OSError as e:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
             if not waiting:
-                self.warn(f"{path}: cannot be written ({e}); training goes on, lines wait")
+                self.warn(f"{path}: cannot be written ({worded(e)}); training goes on, lines wait")
 
     @contextlib.contextmanager
     def dispensable(self, name: str) -> Iterator[None]:
@@ -234,25 +242,31 @@ class Telemetry:
                 self._tensorboard.add_image(tag, read_rgb(path), step, dataformats="HWC")
 
     def history(self) -> list[dict[str, float]]:
-        """Every logged line so far."""
-        if not self.active or not self.metrics_path.exists():
+        """Every logged step so far; none where metrics.jsonl cannot be read, which is a warning."""
+        from fastrepa.reading.metrics import read_metrics
+
+        if not self.active:
             return []
-        raw = self.metrics_path.read_bytes().splitlines()
-        lines = [parse_json(line, self.metrics_path) for line in raw if line]
-        return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+        try:
+            return read_metrics(self.metrics_path).by_step()
+        except DataError as e:
+            self.warn(str(e))
+            return []
 
     def _drop_undone(self, start_step: int) -> None:
-        if not self.metrics_path.exists():
-            return
-        kept = []
-        for line in self.metrics_path.read_bytes().splitlines():
-            try:
-                if parse_json(line, self.metrics_path)["step"] <= start_step:
-                    kept.append(line + b"\n")
-            except (DataError, KeyError, TypeError):
-                continue  # a line that was being written when the process died
-        with aside(self.metrics_path) as replacement:
-            replacement.write_bytes(b"".join(kept))
+        from fastrepa.reading.metrics import read_metrics
+
+        path = self.metrics_path
+        found = read_metrics(path)
+        kept = b"".join(raw + b"\n" for raw, line in found.lines if line["step"] <= start_step)
+        if others := found.others:
+            aside = path.with_name(f"{path.name}.dropped")
+            with aside.open("ab") as file:
+                file.writelines(raw + b"\n" for raw in others)
+            lines = f"{len(others)} line{'s' * (len(others) > 1)}"
+            self.warn(f"{path}: {lines} that no run wrote, or twice, moved to {aside.name}")
+        if path.exists() and path.read_bytes() != kept:
+            write_whole(path, kept)
 
 
 def _start_wandb(run: Path, config: Config) -> Any:
@@ -262,11 +276,29 @@ def _start_wandb(run: Path, config: Config) -> Any:
         raise FastrepaError(
             "training.wandb is set, but wandb is not installed: pip install 'fastrepa[wandb]'"
         ) from None
+    with writing(run):
+        key = _wandb_id(run)
     return wandb.init(
         project=config.training.wandb,
-        name=run.name,
+        name=run.resolve().name,
         dir=str(run),
-        id=run.name,
+        id=key,
         resume="allow",
         config=config.model_dump(mode="json"),
     )
+
+
+def _wandb_id(run: Path) -> str:
+    """The id by which wandb knows a run: kept in its folder, a copy of which is another run."""
+    note, folder = run / "wandb.json", run.stat().st_ino
+    with contextlib.suppress(DataError, KeyError, TypeError):
+        kept = read_json(note)
+        if kept["folder"] == folder:
+            return str(kept["id"])
+    # Before there was a note the id was the run's name, with which wandb's own folders end.
+    dated = [p.name.partition("run-")[2] for p in (run / "wandb").glob("*run-*-*")]
+    begun = "" if note.exists() or not dated else max(dated).partition("-")[2]
+    name = re.sub(r"[^\w.-]", "-", run.resolve().name)[:64]
+    key = begun or f"{name}-{secrets.token_hex(4)}"
+    write_whole(note, json.dumps({"id": key, "folder": folder}).encode())
+    return key

@@ -188,6 +188,8 @@ def test_owners(tmp_path, config):
             assert not list(out.iterdir())
             assert export_run(run, out / name, to).step == 7
         (out / name).rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(File name too long\)"):
+        export_run(run, out / f"{'a' * 300}.pt", "reference")
     (out / "link.pt").symlink_to("nowhere")
     with pytest.raises(CheckpointError, match="exists already"):
         export_run(run, out / "link.pt", "reference")

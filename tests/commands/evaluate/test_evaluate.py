@@ -31,7 +31,7 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.generation.folder import write_adm_npz, write_png
 from fastrepa.generation.generate import rank_batches
-from fastrepa.runtime.ownership import take
+from fastrepa.runtime.ownership import owned, take
 from fastrepa.runtime.world import World
 from tests.runs import ROOT
 
@@ -362,8 +362,9 @@ def test_mistakes_are_one_line(tmp_path, two_sets, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refusal(DataError, tmp_path / "empty")
     assert "no such file or folder; allowed are" in refusal(DataError, tmp_path / "none")
-    (tmp_path / "a.npz").write_bytes(b"PK no")
-    assert "a.npz: not readable as npz" in refusal(DataError, tmp_path / "a.npz")
+    for damaged in (b"PK no", b""):
+        (tmp_path / "a.npz").write_bytes(damaged)
+        assert "a.npz: not readable as npz" in refusal(DataError, tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", images=np.zeros(3))
     assert "holds images; an npz has images (arr_0" in refusal(DataError, tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
@@ -374,6 +375,12 @@ def test_mistakes_are_one_line(tmp_path, two_sets, monkeypatch):
     needs = "fd_efficientnet_lite0: needs statistics of its features, and"
     assert needs in refusal(DataError, tmp_path / "e.npz")
     assert refusal(ConfigError, root / "dull", cfg=2.0).startswith("--cfg: is for a run")
+    with owned(tmp_path, "another", file="s.npz"):
+        saved = {"save_statistics": tmp_path / "s.npz", "cache": None}
+        assert "s.npz: in use by another on" in refusal(DataError, root / "dull", **saved)
+    saved = {"save_statistics": tmp_path / "e.npz/s.npz", "cache": None}
+    assert "e.npz: cannot be written (File exists)" in refusal(DataError, root / "dull", **saved)
+    assert not (root / "dull.statistics").exists()  # said before anything was measured
     (tmp_path / "one").mkdir()
     shutil.copy(root / "dull/000000.png", tmp_path / "one")
     assert "needs 2 images or more, the samples are 1" in refusal(DataError, tmp_path / "one")

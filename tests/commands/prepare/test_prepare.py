@@ -295,7 +295,7 @@ def start(source: Path, out: Path, workers: int) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     partial = out.parent / f".{out.name}.partial"
-    wait_for(lambda: any(partial.glob(".shard-*.tar.tmp")))
+    wait_for(lambda: any(partial.glob(".shard-*.tar.*.tmp")))
     assert process.poll() is None
     return process
 
@@ -335,7 +335,8 @@ def test_ctrl_c_keeps_what_is_done(big_tree: Path, tmp_path: Path, workers: int)
 def test_killed_run_is_taken_over(big_tree: Path, tree: Path, tmp_path: Path) -> None:
     process = start(big_tree, tmp_path / "out", 2)
     message = refusal(tree, tmp_path / "out")
-    assert message.startswith(f"{tmp_path / 'out'}: is being made by another fastrepa prepare")
+    assert message.startswith(f"{tmp_path / '.out.partial'}: in use by fastrepa prepare on ")
+    assert f", process {process.pid}, since " in message
     process.kill()
     process.communicate()
     # No shard was finished, so nothing is lost by another source. Its workers are awaited.
@@ -369,7 +370,7 @@ def test_lock_is_released(tree: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     lock = os.open(tmp_path / ".out.partial" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    assert "another fastrepa prepare" in refusal(tree, tmp_path / "out")
+    assert "in use by another process" in refusal(tree, tmp_path / "out")
     os.close(lock)
     run(tree, tmp_path / "out")
     run(tree, tmp_path / "out2")

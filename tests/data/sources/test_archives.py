@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
 import tarfile
 import time
 import zipfile
@@ -17,6 +18,7 @@ import pytest
 
 from fastrepa.data.format.shards import ShardSet
 from fastrepa.data.sources import spool
+from fastrepa.runtime.files import HOST
 from tests.data.sources.test_sources import contents, listed, reasons, refused
 from tests.sets.archives import PICTURES, Files, by_class, tar_bytes, written, zip_bytes
 
@@ -197,7 +199,9 @@ def test_compressed_tar_is_copied_once(
     assert contents(listed(source)) == by_class(PICTURES)
     assert copy.stat().st_ino == before
     # A killed run's rest and another source's copy are not taken for it.
-    written(copy.parent / ".00000.tar.tmp", b"rest")
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    written(copy.parent / f".00000.tar.{killed.pid}@{HOST}.tmp", b"rest")
     fewer = dict(list(PICTURES.items())[1:])
     written(source, compress(tar_bytes(fewer)))
     assert contents(listed(source)) == by_class(fewer)

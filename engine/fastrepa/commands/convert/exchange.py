@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def _check_asked(
 
 
 def _check_new(out: Path) -> None:
-    if os.path.lexists(out):
+    """Raises CheckpointError for what is there, be it a link, and for a name that cannot be."""
+    with writing(out, CheckpointError), suppress(FileNotFoundError):
+        out.lstat()
         raise CheckpointError(f"{out}: exists already; name another file")
 
 

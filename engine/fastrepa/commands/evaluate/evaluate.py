@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_sto
 from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.data.datasets import is_data, open_data
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, DataError
 from fastrepa.generation.generate import (
     default_labels,
     load_generator,
     ready_to_sample,
     with_settings,
 )
+from fastrepa.runtime.ownership import owned
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, destroy_world, init_or_alone, of_rank_0
 from fastrepa.vision.codec import build_codec
@@ -109,7 +111,6 @@ def evaluate(
             )  # fmt: skip
 
     kept = StatisticsCache(cache) if cache else StatisticsCache.beside(reference)
-    sides = [measure(sources[0], samples, None), measure(sources[1], reference, kept)]
 
     def compare() -> dict[str, float]:
         scores = evaluator.scores(*sides)
@@ -119,7 +120,13 @@ def evaluate(
             write_statistics(save_statistics, sides[1].gaussians)
         return scores
 
-    scores = of_rank_0(world, compare)
+    with ExitStack() as held:
+        if save_statistics is not None:  # what cannot be written is said before the work
+            place, name = save_statistics.parent, save_statistics.name
+            mine = owned(place, "fastrepa evaluate", DataError, file=name)
+            of_rank_0(world, lambda: held.enter_context(mine))
+        sides = [measure(sources[0], samples, None), measure(sources[1], reference, kept)]
+        scores = of_rank_0(world, compare)
     if world.size > 1:
         destroy_world()
     return Evaluation(

@@ -57,7 +57,7 @@ from fastrepa.errors import ConfigError, DataError, worded
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.files import sha256_of
 from fastrepa.runtime.progress import BYTES, Bar
-from fastrepa.runtime.world import World, launched_world, of_rank_0
+from fastrepa.runtime.world import World, launched_world
 from fastrepa.vision.codec import build_codec
 from fastrepa.vision.registry import parse_encoders
 
@@ -130,7 +130,12 @@ def encode_columns(
         if todo:
             _encode(data, todo, batch_size, device, world, progress)
         world.wait()
-        made = of_rank_0(world, lambda: _finish(data, wanted))
+        stems = [_stem(data, shard) for shard in range(len(data.shard_sizes))]
+        kept = tuple(c.name for c in wanted if not any(finished(folder, c, s) for s in stems))
+        world.wait()  # all have looked at the records
+        if world.is_rank_0:
+            _finish(data, wanted)
+        world.wait()
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be written ({worded(error)}); what is finished is kept, the same "
@@ -138,7 +143,6 @@ def encode_columns(
         ) from None
     columns = load_manifest(folder).columns
     names = [column.name for column in wanted]
-    kept = tuple(name for name in names if name not in made)
     return EncodeReport(tuple(c for c in columns if c.name in names), kept)
 
 
@@ -290,10 +294,8 @@ def _check_space(data: ShardSet, columns: Sequence[Column]) -> None:
         )
 
 
-def _finish(data: ShardSet, columns: Sequence[Column]) -> list[str]:
-    """Put what was made in the manifest, then remove what it replaces; returns the names of the
-    columns of which anything was.
-    """
+def _finish(data: ShardSet, columns: Sequence[Column]) -> None:
+    """Put what was made in the manifest, then remove what it replaces."""
     new: dict[str, Any] = {}
     records = []
     before = data.manifest
@@ -321,7 +323,7 @@ def _finish(data: ShardSet, columns: Sequence[Column]) -> list[str]:
             update["min_cosine"] = min(cosines)
         new[column.name] = column.model_copy(update=update)
     if not new:
-        return []
+        return
     features = {column.name: column for column in before.features}
     features |= {k: v for k, v in new.items() if isinstance(v, FeaturesColumn)}
     after = before.model_copy(
@@ -335,7 +337,6 @@ def _finish(data: ShardSet, columns: Sequence[Column]) -> list[str]:
         record.unlink()
     for path in _files(before) - _files(after):
         (data.path / path).unlink(missing_ok=True)
-    return list(new)
 
 
 def _files(manifest: Manifest) -> set[str]:

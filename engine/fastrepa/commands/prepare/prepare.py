@@ -58,7 +58,7 @@ from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest, printable, shown, worded
 from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
-from fastrepa.runtime.ownership import LOCK, owned_by_rank_0
+from fastrepa.runtime.ownership import owned_by_rank_0
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
 
@@ -175,7 +175,6 @@ def _publish(
     release(folder)
     fsync_folder(folder)
     os.rename(folder, out)
-    (out / LOCK).unlink(missing_ok=True)  # held until here
     fsync_folder(out.parent)
     return _report(out, images=images, seconds=seconds, ignored=ignored)
 
@@ -283,7 +282,7 @@ def _failures(out: Path, world: World) -> Iterator[None]:
 
 
 def _kept(folder: Path, said: str = "") -> str:
-    started = any((folder / name).exists() for name in (PLAN, MANIFEST))
+    started = any(os.path.exists(folder / name) for name in (PLAN, MANIFEST))
     if not started or str(folder) in said:
         return ""
     return f"; what is done is kept in {folder}, and the same command goes on there"
@@ -352,7 +351,10 @@ def _place(source: Path, out: Path) -> Path:
             raise DataError(f"{out}: lies inside the source {source}; choose a place outside it")
         if place.exists() and not place.is_dir():
             raise DataError(f"{out}: exists and is no folder")
-        if (place / MANIFEST).is_file() or not place.exists():
+        if (place / MANIFEST).is_file():
+            return place
+        partial_folder(place).exists()  # its name is the longer one
+        if not place.exists():
             return place
         if any(place.iterdir()):
             raise DataError(f"{out}: exists and is not empty; nothing was changed")
@@ -366,7 +368,7 @@ def _place(source: Path, out: Path) -> Path:
 
 def _is_finished(out: Path, settings: Settings) -> bool:
     """Tell whether there is a set already; DataError where it is one of other settings."""
-    if not (out / MANIFEST).is_file():
+    if not os.path.isfile(out / MANIFEST):
         return False
     there = load_manifest(out)
     most = max(shard.samples for shard in there.shards)

@@ -24,7 +24,8 @@ from fastrepa.commands.probe.report import (
 from fastrepa.commands.probe.run import IMAGES as RUN_IMAGES
 from fastrepa.commands.probe.run import TIME, RunProbe, probe_run
 from fastrepa.data.datasets import is_data
-from fastrepa.errors import ConfigError, DataError, decoration, writing
+from fastrepa.errors import ConfigError, DataError, decoration, worded, writing
+from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.vision.registry import parse_encoders
 
@@ -92,7 +93,8 @@ def probe(
     record = run_record(found) if isinstance(found, RunProbe) else data_record(found)
     picture = HEAT_MAP if is_run else FEATURES
     with writing(f"--out: {folder}"):
-        (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_whole(folder / RECORD, text.encode())
     files = [RECORD]
     with decoration(folder / picture):
         if isinstance(found, RunProbe):
@@ -136,4 +138,4 @@ def _made(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ConfigError(f"--out: {folder}: cannot be made ({e.strerror})") from None
+        raise ConfigError(f"--out: {folder}: cannot be made ({worded(e)})") from None

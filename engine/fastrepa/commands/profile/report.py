@@ -19,6 +19,7 @@ from fastrepa.commands.profile.profile import (
     report_as_dict,
 )
 from fastrepa.errors import decoration, writing
+from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.terminal import Terminal, say, say_json
 
@@ -34,7 +35,7 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
     tree = report_as_dict(report)
     files = [report.folder / "profile.json"]
     with writing(f"--out: {report.folder}"):
-        files[0].write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        write_whole(files[0], json.dumps(tree, indent=1).encode())
     for name, save in (("roofline.png", save_roofline), ("step.png", save_step)):
         with decoration(report.folder / name):
             save(report, report.folder / name)

@@ -5,7 +5,6 @@ Reads files alone and needs neither torch nor a valid configuration: runs of oth
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrepa.errors import DataError, nearest, printable
-from fastrepa.reading.text import parse_json, read_json, read_yaml
+from fastrepa.reading.metrics import read_metrics
+from fastrepa.reading.text import read_json, read_yaml
 
 _STEP = re.compile(r"step_([0-9]{7}|[1-9][0-9]{7,18})(\.png)?")  # others' names do not count
 
@@ -84,9 +84,10 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     if not (folder / "config.yaml").exists() and not metrics.exists():
         raise DataError(f"{folder}: is no run folder: it has no config.yaml and no metrics.jsonl")
     notes: list[str] = []
-    lines, unreadable = _read_lines(metrics)
-    if unreadable:
-        notes.append(f"{unreadable} line{'s' * (unreadable > 1)} of metrics.jsonl left out: broken")
+    found = read_metrics(metrics)
+    if count := len(found.others):
+        notes.append(f"{count} line{'s' * (count > 1)} of metrics.jsonl left out: broken")
+    lines = found.by_step()
     return RunRecord(
         folder=folder,
         name=name,
@@ -98,26 +99,6 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         logged=datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if lines else None,
         notes=notes,
     )
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
-    by_step: dict[int, dict[str, float]] = {}
-    unreadable = 0
-    raw = path.read_bytes().splitlines() if path.exists() else []
-    for line in raw:
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line, path)
-            step = int(record["step"])
-            numbers = {k: math.nan if v is None else v for k, v in record.items()}
-            numbers = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
-        except (DataError, ValueError, KeyError, TypeError, OverflowError):
-            # Being written, or what a crash left.
-            unreadable += 1
-            continue
-        by_step.setdefault(step, {}).update(numbers)
-    return [by_step[step] for step in sorted(by_step)], unreadable
 
 
 def _read_mapping(path: Path, read: Any, notes: list[str]) -> dict[str, Any]:

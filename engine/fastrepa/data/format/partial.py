@@ -51,13 +51,14 @@ def owned(out: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(name for name in os.listdir(folder) if not _OURS.fullmatch(name))
     except OSError as error:
-        raise DataError(f"{out}: cannot be made there ({worded(error)})") from None
+        raise DataError(f"{out}: cannot be written there ({worded(error)})") from None
     if foreign:
         raise DataError(f"{folder}: in the way; it holds {foreign[0]}, which is none of ours")
     with ownership.owned(folder, "fastrepa prepare", DataError):
         _await_writers(folder)
-        for stale in folder.glob(".*.tmp"):  # of whatever host: all its writers have gone
-            stale.unlink()
+        for place in (folder, folder / SPOOL):  # of whatever host: all its writers have gone
+            for stale in place.glob(".*.tmp"):
+                stale.unlink()
         try:
             yield folder
         finally:
@@ -72,13 +73,14 @@ def join_writers(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Remove everything that is not part of a finished set, the lock apart; the plan goes last."""
+    """Remove everything that is not part of a finished set; the plan goes last."""
     shutil.rmtree(folder / SPOOL, ignore_errors=True)
     for path in folder.glob("shard-*.done.json"):
         path.unlink()
     for path in sorted(folder.glob("plan.*"), key=lambda path: path.name == PLAN):
         path.unlink()
-    (folder / _WRITERS).unlink(missing_ok=True)
+    for name in (_WRITERS, ownership.LOCK):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _await_writers(folder: Path) -> None:

@@ -196,7 +196,8 @@ class ShardSet:
         listed = manifest.model_copy(update=bare)
         for fault in QuickCheck(folder, listed).faults():
             if fault.refusal is not None:
-                raise DataError(f"{folder / fault.file}: {fault.refusal}{_repair(folder, fault)}")
+                repair = _repair(folder) if fault.of_column else ""
+                raise DataError(f"{folder / fault.file}: {fault.refusal}{repair}")
         if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
             shards._check_contents()
         return shards
@@ -290,7 +291,7 @@ class ShardSet:
                     rows = open_rows(path, column.dtype, shard.samples, column.views)
                     number = first_damaged(rows)
                     which = "" if number is None else f" (sample {number}: its CRC-32 is wrong)"
-                    raise DataError(f"{path}: damaged{which}")
+                    raise DataError(f"{path}: damaged{which}{_repair(self.path)}")
         path = self.path / self.manifest.sources.file
         if (problem := size_problem(self.path, self.manifest.sources)) is not None:
             raise DataError(f"{path}: {problem}")
@@ -350,9 +351,7 @@ class Fault(NamedTuple):
     of_column: bool = False
 
 
-def _repair(folder: Path, fault: Fault) -> str:
-    if not fault.of_column:
-        return ""
+def _repair(folder: Path) -> str:
     return f"; `fastrepa data verify {typed(folder)}` says which command makes it again"
 
 

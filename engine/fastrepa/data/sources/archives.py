@@ -13,7 +13,7 @@ from fastrepa.data.sources.members import Members
 from fastrepa.data.sources.spool import COMPRESSIONS, byte_bar, decompressed
 from fastrepa.data.sources.tars import scan_tar
 from fastrepa.data.sources.zips import scan_zip
-from fastrepa.errors import DataError, printable
+from fastrepa.errors import DataError, printable, worded
 
 _MAGIC = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
           b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
@@ -60,7 +60,7 @@ def _kind(path: Path) -> str:
         with path.open("rb") as file:
             start = file.read(6)
     except OSError as error:
-        raise DataError(printable(f"{path}: cannot be read ({error.strerror})")) from None
+        raise DataError(printable(f"{path}: cannot be read ({worded(error)})")) from None
     if not start:
         raise DataError(printable(f"{path}: empty file"))
     # A zip may have a program before it, which unpacks it.

@@ -13,7 +13,7 @@ from fastrepa.data.sources.members import (
     is_hidden,
     picture_extensions,
 )
-from fastrepa.errors import DataError
+from fastrepa.errors import DataError, worded
 
 
 def scan_folder(source: Path) -> Members:
@@ -44,7 +44,7 @@ def entries_of(source: Path, folder: str = "") -> tuple[list[str], list[tuple[st
                 except OSError:  # a link to nowhere or to itself: reading it will say so
                     files.append((entry.name, -1))
     except OSError as error:
-        raise DataError(f"{source / folder}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{source / folder}: cannot be read ({worded(error)})") from None
     return sorted(folders), sorted(files)
 
 

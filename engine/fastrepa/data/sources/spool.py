@@ -21,7 +21,7 @@ from typing import IO, Any
 from fastrepa.data.sources.tars import BLOCK, is_header
 from fastrepa.errors import DataError, printable
 from fastrepa.reading.text import read_json
-from fastrepa.runtime.files import aside, fsync, write_whole
+from fastrepa.runtime.files import aside, fsync, sweep, write_whole
 from fastrepa.runtime.progress import BYTES, Bar
 
 # Images hardly shrink: an archive that grows more than this, beyond the first part, is a bomb.
@@ -64,6 +64,7 @@ def new_copy(copy: Path, source: dict[str, Any]) -> Iterator[tuple[IO[bytes], di
     It gets its name when it is whole and on the disk; on failure nothing stays.
     """
     copy.parent.mkdir(parents=True, exist_ok=True)
+    sweep(copy.parent)  # a killed run's rest may be as large as the source
     copy.with_suffix(".json").unlink(missing_ok=True)
     note: dict[str, Any] = {}
     try:

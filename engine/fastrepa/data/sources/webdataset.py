@@ -11,7 +11,7 @@ from pathlib import Path
 from fastrepa.data.classes import same_name
 from fastrepa.data.sources.entries import MAX_LABEL
 from fastrepa.data.sources.members import Members, extension_of, picture_extensions
-from fastrepa.errors import DataError, printable
+from fastrepa.errors import DataError, printable, worded
 from fastrepa.reading.text import parse_json
 
 _MAX_CLS = 64  # bytes
@@ -129,7 +129,7 @@ def read_class_names(path: Path) -> list[str]:
         # Lines end as files' do: a name may hold what str.splitlines takes for an end.
         names = same_name(path.read_text(encoding="utf-8-sig")).split("\n")
     except OSError as error:
-        raise DataError(printable(f"{path}: cannot be read ({error.strerror})")) from None
+        raise DataError(printable(f"{path}: cannot be read ({worded(error)})")) from None
     except ValueError:
         raise DataError(printable(f"{path}: not UTF-8 text")) from None
     while names and not names[-1].strip():
