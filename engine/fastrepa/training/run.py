@@ -290,7 +290,8 @@ class Run:
             warn=telemetry.warn,
         )
         figures = " · ".join(f"{name} {value:.5g}" for name, value in scores.items())
-        telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
+        if figures:
+            telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """Write the grid of this step: samples/step_*.png (collective)."""
