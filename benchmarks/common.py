@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastrepa.checkpoint.format import checkpoints, step_number
+
 
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m benchmarks.MODULE`, whose help is the module's docstring."""
@@ -33,7 +35,7 @@ def steps_of(run: Path) -> list[int]:
 
 def newest(run: Path) -> int:
     """Return the step of the newest checkpoint that has its name; 0 where there is none."""
-    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")), default=0)
+    return max((step_number(p) or 0 for p in checkpoints(run)), default=0)
 
 
 def until(

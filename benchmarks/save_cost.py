@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastrepa.checkpoint.format import checkpoints
 from fastrepa.config import load_config
 from fastrepa.runtime.survival import watched
 from fastrepa.runtime.world import destroy_world, init_world
@@ -67,7 +68,7 @@ def save_cost(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any
     file_bytes = sum(p.stat().st_size for p in (folder / "run/checkpoints").glob("*/*.safetensors"))
     return {
         "parameters": parameters,
-        "bytes": file_bytes // len(list((folder / "run/checkpoints").glob("step_*"))),
+        "bytes": file_bytes // len(checkpoints(folder / "run")),
         "threads": torch.get_num_threads(),
         "step_seconds": normal,
         "step_seconds_spread": [min(calm), max(calm)],

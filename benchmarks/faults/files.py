@@ -17,6 +17,7 @@ from benchmarks.faults.processes import (
     SmallDisk,
     resumed_from,
 )
+from fastrepa.checkpoint.format import checkpoints, step_number
 
 
 def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, 
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-        before = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*"))[-2]
+        before = step_number(checkpoints(run)[-2]) or 0
         more = [*arguments, f"training.steps={before + 1}"]
         with RankProcesses(folder / "flipped", more, size=1, wrap=disk.enter) as ranks:
             (code_again,) = ranks.wait(120)

@@ -27,7 +27,7 @@ MOMENTS = ("save", "step", "save", "any")
 def _partials(run: Path) -> set[tuple[str, int]]:
     """Folders of saves under way, told apart from those that an earlier process left."""
     found = set()
-    for path in (run / "checkpoints").glob(".partial_step_*"):
+    for path in (run / "checkpoints").glob(".step_*.tmp"):
         try:
             found.add((path.name, path.stat().st_ino))
         except OSError:  # it has just got its name

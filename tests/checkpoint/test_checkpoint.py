@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,12 +27,10 @@ from fastrepa.checkpoint.fragments import shares
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.checkpoint.writer import CheckpointWriter
-from fastrepa.config import KeepBestConfig, TrainingConfig, load_config
+from fastrepa.config import KeepBestConfig, TrainingConfig
 from fastrepa.errors import CheckpointError
-from fastrepa.model.sit import SiT
 from fastrepa.runtime.files import sha256_of, temporary
-from fastrepa.training.zero.engine import WholeTensors, start_engine
-from tests.runs import ROOT, SMALL, said_by
+from tests.runs import said_by
 
 pytestmark = pytest.mark.ranks
 
@@ -50,23 +47,6 @@ def state(step, **metrics):
         step=step, optimizer_step=step, samples_seen=8 * step, side=32, channels=3,
         encoder_widths=[], classes=["a", "b"], world_size=1, metrics=metrics,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def engine(world):
-    """A started ZeRO-1 engine of one process: (world, gloo group, whole tensors, fixed ones)."""
-    config = load_config(ROOT / "configs/quickstart.yaml", ["run=unused", *SMALL])
-    model = SiT.from_config(config, side=32, channels=3, encoder_widths=[])
-    fixed = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-    started, optimizer = start_engine(model, config, world)
-    return world, dist.new_group(backend="gloo"), WholeTensors(started, optimizer), fixed
-
-
-@pytest.fixture
-def writer(engine, tmp_path):
-    world, group, whole, fixed = engine
-    policy = TrainingConfig(keep_checkpoints=2)
-    return CheckpointWriter(tmp_path, whole, fixed, world, group, policy)
 
 
 def everything(whole):

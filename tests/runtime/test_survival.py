@@ -10,11 +10,12 @@ from datetime import datetime
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastrepa.training.bad_steps import Spikes
 from tests.programs.watched_ranks import TIMEOUT as WATCHED_TIMEOUT
 from tests.programs.watched_ranks import TRIALS
-from tests.runs import environment, metrics, tensors, train_command
+from tests.runs import command, environment, metrics, tensors, train, train_command
 
 pytestmark = pytest.mark.ranks
 
@@ -64,6 +65,48 @@ def test_a_bad_step_changes_nothing_and_two_in_a_row_end_the_run(tmp_path, fault
         (sample,) = report[int(bad)]["samples"]
         assert "train/shard-" in sample and "(its latent)" in sample and sample in error
         assert "blocks.0.mlp.fc1.weight" in report[int(bad)]["gradients"]
+
+
+def with_nan(checkpoint, kind):
+    """Every value of a kind's tensors is NaN now, and the manifest says so."""
+    file, manifest = checkpoint / f"{kind}.safetensors", checkpoint / "manifest.json"
+    values = {name: value * torch.nan for name, value in load_file(file).items()}
+    save_file(values, file, metadata={"format": "pt"})
+    fields, data = json.loads(manifest.read_text()), file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    fields["files"][file.name] = {"bytes": len(data), "sha256": digest}
+    manifest.write_text(json.dumps(fields))
+
+
+def test_weights_that_become_infinite_are_never_saved_and_no_nan_is_sampled(tmp_path):
+    """In a run without an encoder, whose micro-batch is larger than an image has channels."""
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    shared = ("vision.encoders=[]", "training.keep_checkpoints=2", "training.schedule.warmup=0")
+    train(run, "training.steps=4", *shared)
+    done = train(
+        run, "training.steps=40", "training.optimizer.lr=1e39", "training.checkpoint_every=1",
+        *shared, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [p.name for p in sorted(folder.iterdir())] == ["step_0000002", "step_0000004"]
+    assert all(value.isfinite().all() for value in tensors(run, 4).values())
+    assert re.search(
+        r"warning: .*step_0000005: not saved, as weight \S+ is not finite", done.stdout
+    )
+    (error,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "stopped at step " in error and "loss is nan" in error
+    assert f"the last good checkpoint is {folder / 'step_0000004'}; " in error
+    assert Path(re.search(r"know: (.*)", error)[1]).is_file()
+
+    with_nan(folder / "step_0000004", "ema")
+    drawn = subprocess.run(
+        command("sample", run, "--num", 2, "--out", tmp_path / "images"), env=environment(),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    words = r"warning: checkpoint step_0000004: ema: \S+ is not finite; trying the one before"
+    assert re.search(words, drawn.stdout + drawn.stderr)
+    assert json.loads((tmp_path / "images/sampling.json").read_text())["checkpoint_step"] == 2
 
 
 def test_a_spike_is_told_once_and_does_not_become_normal():

@@ -131,7 +131,7 @@ def with_newest(run: Path, read: Callable[[Path], T]) -> T:
                 warnings.warn(f"checkpoint {problem}; trying the one before", stacklevel=2)
         else:
             raise CheckpointError(f"{run / 'checkpoints'}: no undamaged checkpoint; {bad[0]}")
-    raise CheckpointError(f"{run}: its checkpoints are replaced before they can be read")
+    raise CheckpointError(f"{path}: pruned before it could be read, and so were others before it")
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fastrepa.checkpoint.averages import recorded
 from fastrepa.checkpoint.format import (
@@ -338,34 +337,25 @@ class Run:
         """Say what is not finite in the last step, which is repeated for it (collective)."""
         from fastrepa.training.diagnosis import SampleNames, diagnosis
 
-        step, batches = self.step, self.trainer.last_batches
-        self.trainer.step -= 1  # the draws are keyed by the step that is under way
-        batch, micro = self.config.training.global_batch, self.trainer.micro
+        step = self.step
         names = SampleNames(
             self.data,
             self.config.data,
-            RankBatches(batch, micro, self.world.rank, self.world.size),
+            RankBatches(
+                self.config.training.global_batch,
+                self.trainer.micro,
+                self.world.rank,
+                self.world.size,
+            ),
             seed=self.config.seed,
             cached_latents=self.trainer.cached_latents,
         )
-
-        def repeat(forward: int) -> dict[str, Tensor]:
-            losses = self.trainer.forward_losses(
-                batches[forward], self.trainer.sample_numbers(forward)
-            )
-            self.trainer.engine.backward(losses["loss"])
-            return losses
-
         return diagnosis(
-            self.trainer.engine.module,
-            repeat,
+            self.trainer,
             lambda forward: names.of(step, forward),
-            len(batches),
             run=self.folder,
-            step=step,
             in_row=in_row,
             good=self._open_writer().good,
-            world=self.world,
             group=self.host_group,
         )
 

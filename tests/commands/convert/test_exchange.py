@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastrepa.checkpoint import format as checkpoint_format
 from fastrepa.checkpoint.format import StoredTensors, checkpoint_path, newest_checkpoint
 from fastrepa.checkpoint.kinds import KINDS
 from fastrepa.commands.convert import exchange
@@ -212,16 +213,16 @@ def test_two_imports_at_once_make_one_run(tmp_path, config, monkeypatch):
 
 def test_a_checkpoint_that_is_pruned_while_it_is_opened(tmp_path, config, monkeypatch):
     *_, file = model_and_file(tmp_path)
-    run, newest, chosen = tmp_path / "run", exchange.newest_checkpoint, []
+    run, listed, chosen = tmp_path / "run", checkpoint_format.checkpoints, []
     import_reference(file, run, config)
 
     def pruned(run):
-        chosen.append(checkpoint_path(run, 3) if len(chosen) < 2 else newest(run))
+        chosen.append([checkpoint_path(run, 3)] if len(chosen) < 2 else listed(run))
         return chosen[-1]
 
-    monkeypatch.setattr(exchange, "newest_checkpoint", pruned)
+    monkeypatch.setattr(checkpoint_format, "checkpoints", pruned)
     assert export_run(run, tmp_path / "a.pt", "reference").step == 7
-    monkeypatch.setattr(exchange, "newest_checkpoint", lambda run: checkpoint_path(run, 3))
+    monkeypatch.setattr(checkpoint_format, "checkpoints", lambda run: [checkpoint_path(run, 3)])
     with pytest.raises(CheckpointError, match="step_0000003"):
         export_run(run, tmp_path / "b.pt", "reference")
 
