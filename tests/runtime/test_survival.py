@@ -1,5 +1,6 @@
 """Bad numbers, signals and lost ranks: what a run does about them."""
 
+import hashlib
 import json
 import re
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
