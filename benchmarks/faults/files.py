@@ -88,6 +88,7 @@ def disk_full_at(folder: Path, when: str) -> dict[str, Any]:
                 disk.fill()
             ((code, _),) = ranks.ended([0], 120)
             said = ranks.said()
+        reached = max(steps_of(run), default=0)
         kept, whole = newest(run), before.items() <= _content(run).items()
         disk.clear()
         with RankProcesses(folder / "again", last, size=1, wrap=disk.enter) as ranks:
@@ -102,7 +103,8 @@ def disk_full_at(folder: Path, when: str) -> dict[str, Any]:
     saw += f"; checkpoint {kept} {'whole' if whole else 'or config.yaml DAMAGED'}"
     saw += f"; then continued from {resumed}, exit code {code_again}"
     return {
-        "when": when, "code": code, "errors": errors, "whole": whole, "saved": kept,
+        "when": when, "code": code, "errors": errors, "whole": whole,
+        "step": reached, "saved": kept,
         "resumed": resumed, "code_again": code_again, "steps_once": steps == list(range(1, 10)),
         "right": right and steps == list(range(1, 10)), "saw": saw.replace(f"{place}/", ""),
     }  # fmt: skip

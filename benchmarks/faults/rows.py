@@ -86,11 +86,13 @@ def _trials(r: Record) -> Cells:
         happened = r["expected"]
     else:
         saw = "; or ".join(r["saw"][:2])
-        happened = f"NOT AS EXPECTED {r['count'] - r['right']} times ({r['expected']}): {saw}"
+        happened = f"NOT AS EXPECTED {r['count'] - r['right']} of {r['count']} times: {saw}"
     if r.get("seconds_most") is not None:
         happened += f"; the last after {r['seconds_most']:.1f} s"
-    lost = "" if r["steps_lost_most"] is None else f"{r['steps_lost_most']} steps at most"
-    return str(r["count"]), happened.replace("|", "/"), lost or "nothing"
+    lost = "nothing" if r["right"] == r["count"] else ""
+    if r["steps_lost_most"]:
+        lost = f"{r['steps_lost_most']} steps at most"
+    return str(r["count"]), happened.replace("|", "/"), lost
 
 
 def _kills(r: Record) -> Cells:

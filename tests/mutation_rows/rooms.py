@@ -246,6 +246,22 @@ ROWS = (
         "tests/generation/test_generate.py::test_rank_batches_share_out_every_image_once",
     ),
     (
+        "images beyond the record are sample's own", "engine/fastrepa/generation/folder.py",
+        "for i in _numbers(folder) if i < num)", "for i in _numbers(folder))",
+        "tests/generation/test_generate.py"
+        "::test_an_own_folder_is_used_again_and_nothing_goes_unasked",
+    ),
+    (
+        "a fork holds its parent's lock", "engine/fastrepa/runtime/ownership.py",
+        "os.register_at_fork(after_in_child=_let_go_in_fork)", "",
+        "tests/runtime/test_ownership.py::test_death_releases_it_though_children_live_on",
+    ),
+    (
+        "another owner's lock is removed", "engine/fastrepa/runtime/ownership.py",
+        "            if _is_still(path, descriptor):\n                path", "            path",
+        "tests/runtime/test_ownership.py::test_the_folder_of_an_owner_is_removed_and_made_anew",
+    ),
+    (
         "covariance by N", "engine/fastrepa/commands/evaluate/metrics.py",
         "self.scatter / (self.count - 1)", "self.scatter / self.count",
         "tests/commands/evaluate/test_metrics.py",

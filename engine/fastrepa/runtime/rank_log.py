@@ -62,7 +62,7 @@ class RankLog:
         finally:
             remove(probe)
         self._before = sys.stdout, sys.stderr, warnings.showwarning, logging.raiseExceptions
-        self._streams = [_Lasting(stream, self._tell_lost) for stream in self._before[:2]]
+        self._streams = [_Lasting(stream, self._lost) for stream in self._before[:2]]
         sys.stdout, sys.stderr = self._streams
         logging.raiseExceptions = False  # libraries' logs go there as well
         self._handler = _Handler(self.file, world.is_rank_0)
@@ -96,7 +96,8 @@ class RankLog:
             stream.close()
         sys.stdout, sys.stderr, warnings.showwarning, logging.raiseExceptions = self._before
 
-    def _tell_lost(self, name: str, error: Exception) -> None:
+    def _lost(self, stream: _Lasting, error: Exception) -> None:
+        name = "stdout" if stream is self._streams[0] else "stderr"
         log.warning("%s: cannot be written (%s); training goes on", name, worded(error))
 
 
@@ -147,7 +148,7 @@ class _Lasting:
             self._lost = True
             if not self._told:
                 self._told = True
-                self._tell_lost(self._stream.name, e)
+                self._tell_lost(self, e)
 
     def close(self) -> None:
         """Leave nothing in the stream that would fail when Python ends."""

@@ -8,8 +8,13 @@ sub-group at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,13 @@ import torch
 from torch import Tensor
 
 from fastrepa.config import ZeroConfig
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, worded
+from fastrepa.runtime.files import HOST, cut, remove, temporary
+from fastrepa.runtime.ownership import InUse, take
+
+_SWAPPED = re.compile(r".*\.[0-9a-f]{8}\.[0-9]+@(?P<host>[\w.-]+)\.[0-9a-f]{8}\.swap", re.DOTALL)
+_BEING_MADE, _ABANDONED = 60.0, 86400.0  # seconds without a change
+_taken: set[Path] = set()  # for as long as this process lives
 
 
 def offload_settings(zero: ZeroConfig, run: str, states: int) -> dict[str, Any]:
@@ -37,26 +48,72 @@ def offload_settings(zero: ZeroConfig, run: str, states: int) -> dict[str, Any]:
 
 
 def swap_folder(zero: ZeroConfig, run: str) -> Path:
-    """The run's own part of zero.nvme_path. Nothing in it is needed once the run has ended."""
+    """This process's own part of zero.nvme_path for a run, by where its folder is now.
+
+    Nothing in it is needed once the process has ended; a later one removes it.
+    """
     assert zero.nvme_path  # checked wherever `swaps` is true
-    return Path(zero.nvme_path) / run.strip("/").replace("/", "_")
+    where = os.path.realpath(run)
+    key = hashlib.sha256(os.fsencode(where)).hexdigest()[:8]
+    process = f"{os.getpid()}@{HOST}.{_token(os.getpid())}"
+    return Path(zero.nvme_path) / f"{cut(os.path.basename(where))}.{key}.{process}.swap"
+
+
+@functools.cache
+def _token(pid: int) -> str:
+    """Tells processes apart that have one number in two containers."""
+    return secrets.token_hex(4)
 
 
 def check_offload(zero: ZeroConfig, run: str) -> None:
     """Raise ConfigError, before anything is built, where `zero.offload: nvme` cannot work here.
+    Otherwise the swap folder is there and held, and those of processes that are no more are gone.
 
     DeepSpeed's async_io op is compiled at its first use, which takes minutes, once.
     """
     if not zero.swaps:
         return
     folder = swap_folder(zero, run)
+    probe = temporary(folder.parent / "writable")
+    with _writable(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            remove(probe)
+    _check_async_io()
+    if folder not in _taken:
+        with _writable(folder):
+            sweep_swapped(folder.parent)
+            take(folder, "fastrepa train")
+        _taken.add(folder)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        yield
     except OSError as e:
-        raise ConfigError(f"zero.nvme_path: {folder} is not writable ({e})") from None
+        raise ConfigError(f"zero.nvme_path: {folder} is not writable ({worded(e)})") from None
+
+
+def sweep_swapped(nvme: Path) -> None:
+    """Remove the swap folders in zero.nvme_path that processes left which are no more."""
+    for path in nvme.glob("*.swap"):
+        by = _SWAPPED.fullmatch(path.name)
+        if by is None or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError, InUse):
+            # Another host's lock may not be seen here, but it writes at every step.
+            here = by["host"] == HOST
+            changed = [p.stat().st_mtime for p in (path, *([] if here else path.rglob("*")))]
+            if time.time() - max(changed) > (_BEING_MADE if here else _ABANDONED):
+                release = take(path, "fastrepa train")
+                remove(path)
+                release()
+
+
+def _check_async_io() -> None:
     missing = [program for program in ("c++", "ninja") if shutil.which(program) is None]
     if missing:
         raise ConfigError(
