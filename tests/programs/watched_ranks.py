@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 
 from fastrepa.errors import DataError, FastrepaError, print_error
@@ -50,9 +51,10 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
     with watched(folder, limits, world) as watch:
         dist.barrier(group=watch.group)
         (folder / f"ready{rank}").touch()
-        began, step = time.monotonic(), 0
-        while not (folder / "enough").exists():
-            dist.barrier(group=watch.group)
+        began, step, enough = time.monotonic(), 0, torch.zeros(())
+        while not enough:  # all take the same steps
+            enough.fill_((folder / "enough").exists())
+            dist.all_reduce(enough, op=dist.ReduceOp.MAX, group=watch.group)
             step += 1
             watch.progress(step)
             time.sleep(0.02)
@@ -61,8 +63,6 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
                     raise ValueError("planted")
                 if fault == "refused":
                     raise DataError("planted")
-            (folder / f"step{rank}").write_text(str(step))
-        dist.barrier(group=watch.group)
 
 
 def forked(*args) -> int:
