@@ -344,6 +344,25 @@ def of_rank_0(world: World, work: Callable[[], T]) -> T:
     return cast(T, answer[0])
 
 
+def on_all(world: World, work: Callable[[], T]) -> T:
+    """Return what `work` gives here; a rank's FastrepaError is raised on all (collective)."""
+    given: T | None = None
+    error: FastrepaError | None = None
+    try:
+        given = work()
+    except FastrepaError as e:
+        error = e
+    errors: list[Any] = [error]
+    if world.size > 1:
+        import torch.distributed as dist
+
+        errors = [None] * world.size
+        dist.all_gather_object(errors, error, group=world.group)
+    for first in filter(None, [error, *errors]):
+        raise first
+    return cast(T, given)
+
+
 def destroy_world() -> None:
     """End the group of all ranks, where there is one."""
     import torch.distributed as dist
