@@ -22,6 +22,7 @@ from fastrepa.runtime.world import init_world
 
 TIMEOUT = 4.0
 FOR = 1.0  # seconds before the fault
+LAST = 30  # the step after which ranks leave where one is killed at the end
 AT_ONCE = 4  # trials
 # world size, what happens to which ranks: killed, stopped, an error of the user's or of the code's
 TRIALS = {
@@ -35,6 +36,8 @@ TRIALS = {
     "error 2 of 3": (3, {2: "error"}),
     "refused 0 of 3": (3, {0: "refused"}),
     "refused 1 and 2 of 3": (3, {1: "refused", 2: "refused"}),
+    "kill 1 of 3 at the end": (3, {1: "end"}),
+    "interrupt 2 of 3": (3, {2: "interrupt"}),
     "suspend all of 4": (4, dict.fromkeys(range(4), "suspend")),
 }
 
@@ -61,7 +64,14 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
                     raise ValueError("planted")
                 if fault == "refused":
                     raise DataError("planted")
+                if fault == "interrupt":
+                    raise KeyboardInterrupt
             (folder / f"step{rank}").write_text(str(step))
+            if step == LAST and fault in ("end", "leave"):  # to the barrier in which the watch ends
+                if fault == "end":
+                    time.sleep(0.5)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return
         dist.barrier(group=watch.group)
 
 
@@ -91,7 +101,8 @@ def start(size: int, faults: dict[int, str], folder: Path) -> list[int]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     folder.mkdir()
-    return [forked(r, size, port, faults.get(r, ""), folder) for r in range(size)]
+    other = "leave" if "end" in faults.values() else ""
+    return [forked(r, size, port, faults.get(r, other), folder) for r in range(size)]
 
 
 def strike(pids: list[int], faults: dict[int, str]) -> None:

@@ -219,8 +219,11 @@ def trials():
 @pytest.mark.parametrize("name", [n for n in TRIALS if "suspend" not in n])
 def test_every_rank_that_is_left_names_those_that_failed_and_nobody_else(trials, name):
     size, faults = TRIALS[name]
-    verdict = " failed: " if {"error", "refused"} & set(faults.values()) else " lost: "
-    code = 1 if "refused" in faults.values() else 76
+    kinds = set(faults.values())
+    verdict = " failed: " if {"error", "refused"} & kinds else " lost: "
+    code = 1 if "refused" in kinds else 76
+    if "interrupt" in kinds:
+        verdict, code = " was interrupted; ", 130
     found, told = trials[name], set()
     for rank in range(size):
         if rank in faults:
@@ -228,6 +231,10 @@ def test_every_rank_that_is_left_names_those_that_failed_and_nobody_else(trials,
         ended, said = found["ends"][rank], found["said"][rank]
         assert ended is not None and ended[0] == code, found
         assert ended[1] < WATCHED_TIMEOUT + 2, found
+        assert "Traceback" not in said
+        if code == 130 and rank:  # a Ctrl-C comes to all: one says so
+            assert not said
+            continue
         line = next(x for x in said.splitlines() if x.startswith("fastrepa: error"))
         assert verdict in line, found
         blamed = set(re.findall(r"rank ([0-9]+) \(", line))

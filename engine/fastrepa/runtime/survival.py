@@ -197,9 +197,11 @@ class Watch:
                     self._verdict = _Verdict(LOST, (0,), ended)
                 return
             self._heard = now
-            silent = tuple(r for r, (_, at) in last.items() if now - at > self.silence)
-            if silent and self._verdict is None:
-                self._tell(self._lost(silent))
+            silent = {r: now - at for r, (_, at) in last.items()}
+            if self._verdict is None and max(silent.values()) > self.silence:
+                # Ranks lost together, as with their host, last beat up to an interval apart.
+                least = self.silence - 1.5 * self.interval
+                self._tell(self._lost(tuple(r for r, seconds in silent.items() if seconds > least)))
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval / 2):

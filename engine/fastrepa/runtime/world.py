@@ -368,7 +368,10 @@ def of_rank_0(world: World, work: Callable[[], T]) -> T:
 
 
 def on_all(world: World, work: Callable[[], T]) -> T:
-    """Return what `work` gives here; a rank's FastrepaError is raised on all (collective)."""
+    """Return what `work` gives here; the first rank's FastrepaError is raised on all (collective).
+
+    `work` must not be collective, unless its errors are everybody's.
+    """
     given: T | None = None
     error: FastrepaError | None = None
     try:
@@ -380,8 +383,9 @@ def on_all(world: World, work: Callable[[], T]) -> T:
         import torch.distributed as dist
 
         errors = [None] * world.size
-        dist.all_gather_object(errors, error, group=world.group)
-    for first in filter(None, [error, *errors]):
+        with world._complete():
+            dist.all_gather_object(errors, error, group=world.group)
+    for first in filter(None, errors):
         raise first
     return cast(T, given)
 
