@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,8 +39,24 @@ TRIALS = {
     "refused 1 and 2 of 3": (3, {1: "refused", 2: "refused"}),
     "kill 1 of 3 at the end": (3, {1: "end"}),
     "interrupt 2 of 3": (3, {2: "interrupt"}),
+    "suspend all of 1": (1, {0: "suspend"}),
     "suspend all of 4": (4, dict.fromkeys(range(4), "suspend")),
 }
+
+
+def listeners() -> list[str]:
+    """Where this process listens: address:port, as the kernel writes it."""
+    mine = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            mine.add(os.readlink(fd))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+                found.append(words[1])
+    return found
 
 
 def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
@@ -52,6 +69,7 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
     limits = SimpleNamespace(timeout_seconds=TIMEOUT, stall_seconds=60.0)
     with watched(folder, limits, world) as watch:
         dist.barrier(group=watch.group)
+        (folder / f"listens{rank}").write_text(" ".join(listeners()))
         (folder / f"ready{rank}").touch()
         began, step = time.monotonic(), 0
         while not (folder / "enough").exists():
@@ -166,7 +184,9 @@ def run(names: list[str], root: Path) -> None:
     for trial in trials:
         trial.close()
         said = [(trial.folder / f"err{r}").read_text() for r in range(trial.size)]
-        print(json.dumps({"trial": trial.name, "ends": trial.ends, "said": said}), flush=True)
+        listen = [(trial.folder / f"listens{r}").read_text().split() for r in range(trial.size)]
+        found = {"trial": trial.name, "ends": trial.ends, "said": said, "listen": listen}
+        print(json.dumps(found), flush=True)
 
 
 def main() -> None:
