@@ -8,7 +8,7 @@
 # with what is left (training.global_batch must divide), NNODES=2 waits for a replacement, which is
 # this same command. A machine whose own agent fails (its link is down) starts it again.
 #
-# SIGTERM or SIGUSR1 here, on any one machine, saves and ends the run on all of them. Exit codes:
+# SIGTERM, SIGUSR1 or SIGHUP here, on any one machine, saves and ends the run on all of them. Exit codes:
 # those of `fastrepa train`, 75 where the run is saved and to be queued again by whoever ran this;
 # 76 where MAX_RESTARTS did not suffice. An error of the user's is not tried again.
 set -uo pipefail

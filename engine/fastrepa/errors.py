@@ -33,6 +33,10 @@ class TrainingError(FastrepaError):
     """A run that cannot go on: a rank was lost, or its numbers are not finite any more."""
 
 
+class GivenUp(FastrepaError):
+    """A signal's number: it asked for a stop while something dispensable was done."""
+
+
 def printable(text: object) -> str:
     """`text` as it is safe on a terminal: control characters and stray bytes become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -1,5 +1,6 @@
 """A killed run, started again, ends bit for bit where an undisturbed one ends."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -51,11 +52,14 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
     run, settings = tmp_path / "run", ("training.steps=60", "training.checkpoint_every=0")
     process = subprocess.Popen(
         train_command(run, *settings, ranks=ranks, cold=True), env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.02)
-    process.send_signal(number)
+    # A terminal's Ctrl-C, and systemd's SIGTERM as often as it likes, go to torchrun and its ranks.
+    for _ in range(1 if number == signal.SIGINT else 5):
+        os.killpg(process.pid, number)
+        time.sleep(0.005)
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "saved; the same command continues" in out, out + err

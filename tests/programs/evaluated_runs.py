@@ -1,9 +1,10 @@
 """Run as a program under torchrun: the same run without evaluation and with it, one after another.
 
-evaluated_runs.py FOLDER: leaves FOLDER/plain and FOLDER/evaluated, both under ZeRO stage 3, and
-FOLDER/validation.statistics.
+evaluated_runs.py FOLDER: leaves FOLDER/plain and FOLDER/evaluated, both under ZeRO stage 3,
+FOLDER/validation.statistics, and FOLDER/stopped, whose second rank has a signal while it measures.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.config import load_config
+from fastrepa.runtime.exit_codes import REQUEUE
+from fastrepa.runtime.signals import StopSignals
 from fastrepa.runtime.survival import watched
 from fastrepa.runtime.world import destroy_world, init_world
 from fastrepa.training.run import Run
@@ -39,18 +42,32 @@ def merge_moments(world):
     assert torch.allclose(moments.mean, whole.mean(0), rtol=1e-12)
 
 
+SIGNALS = StopSignals()
+
+
+class Signalled(RunEvaluator):
+    def scores(self, model, *, alive):
+        if self.world.rank == 1:
+            SIGNALS.asked = signal.SIGTERM
+        return super().scores(model, alive=alive)
+
+
 def main(folder):
     world = init_world()
     merge_moments(world)
     if world.is_rank_0:
         (folder / "validation").symlink_to(ROOT / "configs/quickstart/emoji/validation")
-    for name, settings in (("plain", []), ("evaluated", EVALUATED)):
+    for name, settings in (("plain", []), ("evaluated", EVALUATED), ("stopped", EVALUATED)):
         config = load_config(ROOT / "configs/quickstart.yaml", [
             f"run={folder / name}", *SMALL, f"training.steps={STEPS}", "zero.stage=3",
             "training.log_every=3", f"evaluation.reference={folder / 'validation'}", *settings,
         ])  # fmt: skip
         with watched(Path(config.run), config.survival, world) as watch:
-            Run(config, world, watch.group, evaluator=RunEvaluator).train(watch)
+            evaluator, signals = RunEvaluator, None
+            if name == "stopped":
+                evaluator, signals = Signalled, SIGNALS
+            code = Run(config, world, watch.group, evaluator=evaluator).train(watch, signals)
+            assert code == (REQUEUE if signals else 0)
     destroy_world()
 
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from fastrepa.runtime.world import init_world
 
 TIMEOUT = 4.0
 FOR = 1.0  # seconds before the fault
+LAST = 30  # the step after which ranks leave where one is killed at the end
 AT_ONCE = 4  # trials
 # world size, what happens to which ranks: killed, stopped, an error of the user's or of the code's
 TRIALS = {
@@ -36,8 +38,26 @@ TRIALS = {
     "error 2 of 3": (3, {2: "error"}),
     "refused 0 of 3": (3, {0: "refused"}),
     "refused 1 and 2 of 3": (3, {1: "refused", 2: "refused"}),
+    "kill 1 of 3 at the end": (3, {1: "end"}),
+    "interrupt 2 of 3": (3, {2: "interrupt"}),
+    "suspend all of 1": (1, {0: "suspend"}),
     "suspend all of 4": (4, dict.fromkeys(range(4), "suspend")),
 }
+
+
+def listeners() -> list[str]:
+    """Where this process listens: address:port, as the kernel writes it."""
+    mine = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            mine.add(os.readlink(fd))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+                found.append(words[1])
+    return found
 
 
 def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
@@ -50,6 +70,7 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
     limits = SimpleNamespace(timeout_seconds=TIMEOUT, stall_seconds=60.0)
     with watched(folder, limits, world) as watch:
         dist.barrier(group=watch.group)
+        (folder / f"listens{rank}").write_text(" ".join(listeners()))
         (folder / f"ready{rank}").touch()
         began, step, enough = time.monotonic(), 0, torch.zeros(())
         while not enough:  # all take the same steps
@@ -63,6 +84,13 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
                     raise ValueError("planted")
                 if fault == "refused":
                     raise DataError("planted")
+                if fault == "interrupt":
+                    raise KeyboardInterrupt
+            if step == LAST and fault in ("end", "leave"):  # to the barrier in which the watch ends
+                if fault == "end":
+                    time.sleep(0.5)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return
 
 
 def forked(*args) -> int:
@@ -91,7 +119,8 @@ def start(size: int, faults: dict[int, str], folder: Path) -> list[int]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     folder.mkdir()
-    return [forked(r, size, port, faults.get(r, ""), folder) for r in range(size)]
+    other = "leave" if "end" in faults.values() else ""
+    return [forked(r, size, port, faults.get(r, other), folder) for r in range(size)]
 
 
 def strike(pids: list[int], faults: dict[int, str]) -> None:
@@ -155,7 +184,9 @@ def run(names: list[str], root: Path) -> None:
     for trial in trials:
         trial.close()
         said = [(trial.folder / f"err{r}").read_text() for r in range(trial.size)]
-        print(json.dumps({"trial": trial.name, "ends": trial.ends, "said": said}), flush=True)
+        listen = [(trial.folder / f"listens{r}").read_text().split() for r in range(trial.size)]
+        found = {"trial": trial.name, "ends": trial.ends, "said": said, "listen": listen}
+        print(json.dumps(found), flush=True)
 
 
 def main() -> None:

@@ -4,11 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.runtime import world as world_module
 from fastrepa.runtime.world import (
     LAUNCHER_VARIABLES,
     World,
@@ -150,6 +153,49 @@ def test_the_command_ends_where_ranks_could_never_meet(tmp_path, said):
     assert (
         "fastrepa: error" in done.stderr and f"is {next(iter(said.values()))}, but" in done.stderr
     )
+
+
+@pytest.fixture
+def meeting(alone, monkeypatch):
+    """A function that lets a rank meet others at a free port, or at a port of one's own."""
+    monkeypatch.setattr(world_module, "_QUIET", 0.2)
+    monkeypatch.setattr(world_module, "_NAMELESS", 0.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("", 0)) as s:
+        port = s.getsockname()[1]
+
+    def meet(rank, size=2, host="127.0.0.1", port=port, seconds=1.0):
+        monkeypatch.setenv("MASTER_ADDR", host)
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        return world_module._meeting(World(rank, size), seconds)
+
+    return meet
+
+
+def test_ranks_that_wait_in_vain_say_for_whom(meeting, capfd):
+    with pytest.raises(ConfigError, match=r"1 of 2 ranks did not come in 1 s, .*rank 1$"):
+        meeting(0)
+    with pytest.raises(ConfigError, match=r":\d+: rank 0 did not come in 1 s \(Connection refused"):
+        meeting(1)
+    waiting = [f"rank {rank} waits for the others of 2 at 127.0.0.1:" for rank in (0, 1)]
+    said = capfd.readouterr().err.splitlines()
+    assert [line.rpartition(":")[0] + ":" for line in said] == [f"warning: {w}" for w in waiting]
+
+
+def test_ranks_that_cannot_meet_are_refused_in_a_line(meeting, capfd):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR: 'no\.such\.invalid' has no address \("):
+        meeting(1, host="no.such.invalid")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"MASTER_PORT: {port} is taken on this host"):
+            meeting(0, port=port)
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(meeting, rank, size=3, seconds=3.0) for rank in (0, 1)]
+        time.sleep(0.5)
+        with pytest.raises(ConfigError, match="is rank 1 too"):
+            meeting(1, size=3)
+        for other in others:
+            assert "rank 2" in str(other.exception())
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused(alone, monkeypatch):

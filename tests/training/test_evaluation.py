@@ -28,7 +28,15 @@ def folder(tmp_path_factory):
     said = said_by("tests.programs.evaluated_runs", folder)
     assert f"step 2, {NUM} images: fd_resnet10t" in said
     assert f"fd_resnet10t: {NUM} images are few for 512 dimensions" in said
+    assert said.count("step 2: the evaluation is given up for the signal") == 1
     return folder
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_and_its_step_is_saved(folder):
+    (line,) = metrics(folder / "stopped")
+    assert line["step"] == 2 and "fd_resnet10t" not in line
+    saved, whole = (tensors(folder / name, 2) for name in ("stopped", "evaluated"))
+    assert saved and all(torch.equal(whole[n], v) for n, v in saved.items())
 
 
 def test_a_run_ends_with_the_same_bits_whether_evaluated_or_not(folder):

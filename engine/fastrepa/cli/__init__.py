@@ -39,7 +39,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort) as e:
         if isinstance(e.__cause__, EOFError):  # typer's way with a file that ends too early
             raise e.__cause__ from None
-        say("fastrepa: interrupted", file=sys.stderr)
+        if _rank() == 0:  # Ctrl-C comes to all
+            say("fastrepa: interrupted", file=sys.stderr)
         code = 130
     except SystemExit as e:
         code = e.code

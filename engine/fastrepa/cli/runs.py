@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from fastrepa.cli.app import ClassesOption, ConfigArgument, OverridesArgument, app
+from fastrepa.errors import print_error
 from fastrepa.reading.text import expanded
+from fastrepa.runtime.exit_codes import LOST
 from fastrepa.runtime.terminal import say, typed
 
 
@@ -41,12 +43,13 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
 
     resolved = load_config(config, overrides)
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
-    from fastrepa.runtime.survival import watched
-    from fastrepa.runtime.world import destroy_world, init_world
+    from fastrepa.runtime.survival import is_of_peers, watched
+    from fastrepa.runtime.world import destroy_world, init_world, launched_world
 
     make_deterministic(resolved.deterministic)
-    world = init_world(2 * resolved.survival.stall_seconds)
+    watch = None
     try:
+        world = init_world(2 * resolved.survival.stall_seconds)
         from fastrepa.training.memory.decision import resolve_memory
 
         resolved = resolve_memory(resolved, world)
@@ -69,6 +72,12 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
             evaluator = RunEvaluator
         with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
             return Run(resolved, world, watch.group, evaluator=evaluator).train(watch, signals)
+    except RuntimeError as e:
+        if watch is not None or not is_of_peers(e):
+            raise
+        words = "another rank was lost before the run began; the same command continues"
+        print_error(words, launched_world().rank)
+        return LOST
     finally:
         destroy_world()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
@@ -38,6 +39,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked, self.saves = 0, False
         self._interrupted: float | None = None
+        # Joining a world of one sets RANK, too.
+        self._launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
 
     def __enter__(self) -> StopSignals:
         # Batch scripts have their tasks ignore the signals that they pass on.
@@ -56,16 +59,12 @@ class StopSignals:
         now, before = time.monotonic(), self._interrupted
         if number == signal.SIGINT:
             self._interrupted = now
-            again = before is not None and (now - before > _ONE_KEY or _alone())
+            again = before is not None and (now - before > _ONE_KEY or not self._launched)
             if again or not self.saves:
                 raise KeyboardInterrupt
         elif not self.saves:
             raise Stopped(number)
         self.asked = self.asked or number
-
-
-def _alone() -> bool:
-    return launched_world().size == 1
 
 
 def _is_rank_0() -> bool:

@@ -12,6 +12,7 @@ import hmac
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -25,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from fastrepa.errors import FastrepaError, print_error
-from fastrepa.runtime.exit_codes import LOST, for_launcher
+from fastrepa.errors import FastrepaError, print_error, printable
+from fastrepa.runtime.exit_codes import LOST, REQUEUE, for_launcher
 from fastrepa.runtime.terminal import say
-from fastrepa.runtime.world import World, address_of, of_rank_0
+from fastrepa.runtime.world import World, address_of, of_rank_0, on_all
 
 if TYPE_CHECKING:
     from fastrepa.runtime.rank_log import RankLog
@@ -59,7 +60,7 @@ def watched(run: Path, limits: Limits, world: World) -> Iterator[Watch]:
 
     with ExitStack() as held:
         of_rank_0(world, lambda: hold(run, held))
-        rank_log = held.enter_context(closing(RankLog(run, world)))
+        rank_log = on_all(world, lambda: held.enter_context(closing(RankLog(run, world))))
         yield held.enter_context(Watch(limits, world, host_group_of(limits), rank_log))
 
 
@@ -90,6 +91,7 @@ class Watch:
         self._doing = "the start"
         self._stalled = self._stall = ""  # this rank's, to be told; the last that was told
         self._explained = False
+        self._ending = threading.Lock()
 
     def __enter__(self) -> Watch:
         if self.world.size == 1:
@@ -115,7 +117,8 @@ class Watch:
         if e is not None:
             self._explain(e)
         elif self.world.size > 1:
-            dist.barrier(group=self.group)  # the board goes with the first rank
+            with self.guard():
+                dist.barrier(group=self.group)  # the board goes with the first rank
         self._done.set()
         for thread in self._threads:
             # One that is inside the board when Python ends would abort the process.
@@ -136,7 +139,7 @@ class Watch:
             return
         self._explained, self._leaving = True, self._clock.seconds
         log.error("stopped by an error", exc_info=e)
-        if not isinstance(e, FastrepaError) and _is_of_peers(e):
+        if not isinstance(e, FastrepaError) and is_of_peers(e):
             limit = self.limits.timeout_seconds + 2 * self.interval
             while self._verdict is None and self._clock.seconds - self._leaving < limit:
                 time.sleep(self.interval / 4)
@@ -144,9 +147,9 @@ class Watch:
                 self._end(self._verdict)
             self._done.set()
             return
-        code = 1 if isinstance(e, FastrepaError) else LOST  # a user's error would only come again
+        code, words = _why(e)
         rank = self.world.rank
-        self._tell(_Verdict(code, (rank,), f"{self._names[rank]} failed: {_line(e)}"))
+        self._tell(_Verdict(code, (rank,), f"{self._names[rank]} {words}"))
         self._until_all_know()
         self._done.set()
         # Leaving a process group may hang like any collective.
@@ -194,9 +197,11 @@ class Watch:
                     self._verdict = _Verdict(LOST, (0,), ended)
                 return
             self._heard = now
-            silent = tuple(r for r, (_, at) in last.items() if now - at > self.silence)
-            if silent and self._verdict is None:
-                self._tell(self._lost(silent))
+            silent = {r: now - at for r, (_, at) in last.items()}
+            if self._verdict is None and max(silent.values()) > self.silence:
+                # Ranks lost together, as with their host, last beat up to an interval apart.
+                least = self.silence - 1.5 * self.interval
+                self._tell(self._lost(tuple(r for r, seconds in silent.items() if seconds > least)))
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval / 2):
@@ -250,10 +255,13 @@ class Watch:
                 time.sleep(self.interval / 10)
 
     def _end(self, verdict: _Verdict) -> NoReturn:
+        if not self._ending.acquire(blocking=False):  # the other thread is about it
+            self._done.wait()
         text = f"{verdict.words}; stopped in {self._doing}"
-        if verdict.code == LOST:
+        if verdict.code != 1:
             text += ", the same command continues"
-        print_error(text, self.world.rank)
+        if verdict.code in (1, LOST) or self.world.is_rank_0:
+            print_error(text, self.world.rank)
         code = for_launcher(verdict.code)
         anyway = threading.Timer(4 * self.interval, os._exit, (code,))  # the log's disk may hang
         anyway.daemon = True
@@ -376,7 +384,17 @@ def _listen(addresses: Sequence[str], master: str) -> tuple[str, socket.socket]:
     return master, socket.create_server(("", 0), backlog=4096)
 
 
-def _is_of_peers(e: BaseException) -> bool:
+def _why(e: BaseException) -> tuple[int, str]:
+    """Return with which exit code an error here ends the other ranks, and in which words."""
+    if isinstance(e, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "was interrupted"
+    if isinstance(e, SystemExit) and e.code == REQUEUE:
+        return REQUEUE, f"was {e}"
+    # A user's error would only come again.
+    return 1 if isinstance(e, FastrepaError) else LOST, f"failed: {_line(e)}"
+
+
+def is_of_peers(e: BaseException) -> bool:
     """Tell whether an error is what a collective says when a peer has gone."""
     words = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "store")
     return isinstance(e, dist.DistError) or (
@@ -385,4 +403,4 @@ def _is_of_peers(e: BaseException) -> bool:
 
 
 def _line(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:500]
+    return printable(f"{type(e).__name__}: {' '.join(str(e).split())}"[:500])

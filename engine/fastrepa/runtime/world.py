@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastrepa.errors import ConfigError, DataError, FastrepaError, print_warning, shown
+from fastrepa.errors import ConfigError, DataError, FastrepaError, print_warning, shown, worded
 
 if TYPE_CHECKING:
     import torch
@@ -151,10 +151,11 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
     if not dist.is_initialized():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env.update({key: value for key, value in alone.items() if not env.get(key)})
-        _listen_where_they_meet(world)
+        store = _meeting(world, timeout_seconds)
+        _listen_where_they_meet(world, store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=_meeting(world, timeout_seconds),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_seconds),
@@ -208,10 +209,12 @@ def _master_store(world: World, timeout_seconds: float) -> Any:
     """Return torch's store at MASTER_ADDR and MASTER_PORT, which the first rank holds."""
     import torch.distributed as dist
 
-    port = int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not world.is_rank_0:
+        _await_first(host, port, timeout_seconds)
     try:
         return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
+            host,
             port,
             is_master=world.is_rank_0,
             wait_for_workers=False,
@@ -240,6 +243,21 @@ def _await_name(host: str) -> None:
             time.sleep(1.0)
 
 
+def _await_first(host: str, port: int, timeout_seconds: float) -> None:
+    """Wait until the first rank listens; torch would print stacks when it has waited in vain."""
+    ends = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10.0).close()
+            return
+        except OSError as e:
+            if time.monotonic() > ends:
+                raise ConfigError(
+                    f"{host}:{port}: rank 0 did not come in {timeout_seconds:g} s ({worded(e)})"
+                ) from None
+            time.sleep(0.2)
+
+
 def _say_waiting(where: str, world: World) -> None:
     print_warning(f"rank {world.rank} waits for the others of {world.size} at {where}")
 
@@ -250,13 +268,17 @@ def address_of(host: str) -> str:
     return str(found[0][4][0])
 
 
-def _listen_where_they_meet(world: World) -> None:
+def _listen_where_they_meet(world: World, store: Any) -> None:
     """Keep gloo, whose every group listens, on the loopback interface where no rank is elsewhere;
-    its own choice is the interface of the host's name.
+    its own choice is the interface of the host's name (collective).
     """
     global _on_loopback
-    meet = os.environ.get("MASTER_ADDR", "") if world.size > 1 else "localhost"
-    here = re.fullmatch(r"localhost|::1|127\.[0-9.]+", meet)
+    here = True
+    if world.size > 1:  # some operators tell the first rank "localhost", and the others its name
+        loopback = re.fullmatch(r"localhost|::1|127\.[0-9.]+", os.environ["MASTER_ADDR"])
+        store.set(f"fastrepa/here/{world.rank}", "yes" if loopback else "no")
+        told = store.multi_get([f"fastrepa/here/{rank}" for rank in range(world.size)])
+        here = all(word == b"yes" for word in told)
     if here and sys.platform == "linux" and not os.environ.get(_INTERFACE):
         os.environ[_INTERFACE] = "lo"  # for the groups that come later, too
         _on_loopback = True
@@ -285,10 +307,11 @@ def patient_world() -> Iterator[World]:
 
     ours = not dist.is_initialized()
     if ours:
-        _listen_where_they_meet(world)
+        store = _meeting(world, _PATIENCE.total_seconds())
+        _listen_where_they_meet(world, store)
         dist.init_process_group(
             "gloo",
-            store=_meeting(world, _PATIENCE.total_seconds()),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=_PATIENCE,
@@ -342,6 +365,29 @@ def of_rank_0(world: World, work: Callable[[], T]) -> T:
     if isinstance(answer[0], FastrepaError):
         raise answer[0]
     return cast(T, answer[0])
+
+
+def on_all(world: World, work: Callable[[], T]) -> T:
+    """Return what `work` gives here; the first rank's FastrepaError is raised on all (collective).
+
+    `work` must not be collective, unless its errors are everybody's.
+    """
+    given: T | None = None
+    error: FastrepaError | None = None
+    try:
+        given = work()
+    except FastrepaError as e:
+        error = e
+    errors: list[Any] = [error]
+    if world.size > 1:
+        import torch.distributed as dist
+
+        errors = [None] * world.size
+        with world._complete():
+            dist.all_gather_object(errors, error, group=world.group)
+    for first in filter(None, errors):
+        raise first
+    return cast(T, given)
 
 
 def destroy_world() -> None:

@@ -24,7 +24,7 @@ from fastrepa.config import Config, DataConfig, save_config
 from fastrepa.data.datasets import DataSet, open_data
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.data.reader import RankBatches
-from fastrepa.errors import ConfigError, DataError, TrainingError
+from fastrepa.errors import ConfigError, DataError, GivenUp, TrainingError
 from fastrepa.generation.pictures import save_curves, save_grid
 from fastrepa.model.attention import attention_record, slow_attention
 from fastrepa.runtime.determinism import NOT_ON_A_GPU, make_deterministic
@@ -197,7 +197,7 @@ class Run:
             last = stop() or self.step == t.steps
             if last:
                 self._give_up_if_bad()
-            evaluated = self.evaluations.due(self.step)
+            evaluated = self.evaluations.due(self.step) and not self._stopped_by
             if self.step % t.log_every == 0 or last or evaluated:
                 rate = learning_rate(self.config.training, self.step - 1)
                 read = meter.read(self.step, rate, grad_norm(self.trainer.engine))
@@ -205,7 +205,7 @@ class Run:
                 self.metrics = {**read, "skipped_steps": skipped}
                 if evaluated:
                     with meter.region(SAMPLING):
-                        self._evaluate(telemetry, watch)
+                        last = self._evaluate(telemetry, watch) or last
                 telemetry.log(self.metrics | self.evaluations.at(self.step))
                 if skipped > before:
                     telemetry.warn(
@@ -280,18 +280,28 @@ class Run:
         )
         return sorted({*before, *self.drawn})
 
-    def _evaluate(self, telemetry: Telemetry, watch: Watch) -> None:
-        """Metrics of the averaged weights; training.keep_best may go by them (collective)."""
-        scores = self.evaluations.measure(
-            self.step,
-            self.trainer.whole,
-            self.trainer.fixed,
-            alive=lambda: watch.progress(self.step),
-            warn=telemetry.warn,
-        )
+    def _evaluate(self, telemetry: Telemetry, watch: Watch) -> bool:
+        """Metrics of the averaged weights; training.keep_best may go by them. True where a signal
+        has come meanwhile, for which they are given up (collective).
+        """
+
+        def alive() -> None:
+            watch.progress(self.step)
+            if self._signals and self._signals.asked:
+                raise GivenUp(self._signals.asked)
+
+        try:
+            scores = self.evaluations.measure(
+                self.step, self.trainer.whole, self.trainer.fixed, alive=alive, warn=telemetry.warn
+            )
+        except GivenUp as e:
+            (self._stopped_by,) = e.args
+            telemetry.say(f"step {self.step}: the evaluation is given up for the signal")
+            return True
         figures = " · ".join(f"{name} {value:.5g}" for name, value in scores.items())
         if figures:
             telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
+        return False
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """Write the grid of this step: samples/step_*.png (collective)."""

@@ -33,7 +33,7 @@ from fastrepa.commands.evaluate.metrics import (
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, nearest, print_warning, worded
 from fastrepa.runtime.ownership import InUse, take
-from fastrepa.runtime.world import World, of_rank_0
+from fastrepa.runtime.world import World, of_rank_0, on_all
 from fastrepa.vision.pooled import space_name
 from fastrepa.vision.registry import REGISTRY
 
@@ -240,7 +240,7 @@ class SetEvaluator:
             found = self._from_cache(source, wanted, cache)
             if found is None and cache is not None:
                 while not of_rank_0(self.world, partial(self._owns, held, cache, source, wanted)):
-                    progress(0)
+                    on_all(self.world, partial(progress, 0))
                 found = self._from_cache(source, wanted, cache)  # of who was before us
             if found is None:
                 for extractor in self.extractors.values():

@@ -26,7 +26,7 @@ from fastrepa.errors import DataError, writing
 from fastrepa.generation.generate import rank_batches
 from fastrepa.reading.arrays import read_npz
 from fastrepa.runtime.files import aside
-from fastrepa.runtime.world import World
+from fastrepa.runtime.world import World, on_all
 
 KEPT = 50_000
 MOMENTS = ("mean", "scatter")
@@ -84,7 +84,8 @@ def extract(
 ) -> FeatureSet:
     """The wanted features of a source's images (collective).
 
-    `progress` is told how many images this rank has just taken.
+    `progress` is told how many images this rank has just taken. A FastrepaError of it, as of what
+    reads the images, ends all ranks.
     """
     keep = set(kept_numbers(source.num).tolist()) if wanted.kept else set()
     moments: dict[str, Moments] = {}
@@ -95,20 +96,24 @@ def extract(
                 moments[name] = Moments.empty(width, world.device)
     numbers = rank_batches(source.num, batch_size, world.rank, world.size)
     seen = []
-    for ids, images in zip(numbers, source.batches(numbers), strict=True):
-        chosen = torch.tensor([int(i) in keep for i in ids], dtype=torch.bool)
-        seen.append(ids[chosen])
-        for space in wanted.spaces:
-            parts = [extractors[space](part.to(world.device)) for part in images]
-            for feature in parts[0]:
-                name = f"{space}.{feature}"
-                if name in moments or name in kept:
-                    values = torch.cat([part[feature] for part in parts])
-                    if name in moments:
-                        moments[name].update(values)
-                    if name in kept:
-                        kept[name].append(values.cpu()[chosen])
-        progress(len(ids))
+
+    def look() -> None:
+        for ids, images in zip(numbers, source.batches(numbers), strict=True):
+            chosen = torch.tensor([int(i) in keep for i in ids], dtype=torch.bool)
+            seen.append(ids[chosen])
+            for space in wanted.spaces:
+                parts = [extractors[space](part.to(world.device)) for part in images]
+                for feature in parts[0]:
+                    name = f"{space}.{feature}"
+                    if name in moments or name in kept:
+                        values = torch.cat([part[feature] for part in parts])
+                        if name in moments:
+                            moments[name].update(values)
+                        if name in kept:
+                            kept[name].append(values.cpu()[chosen])
+            progress(len(ids))
+
+    on_all(world, look)
     if world.size > 1:
         for name in sorted(moments):  # the same order on all
             moments[name].merge_ranks()
