@@ -108,8 +108,8 @@ def prepare(
     )  # fmt: skip
     if done.is_rank_0 and done.was_there:
         say(
-            f"{done.path} is finished already, {done.report.images:,} images with these settings; "
-            "to make it again, name another folder"
+            f"{done.path} is finished already, {done.report.images:,} images with these settings, "
+            f"whatever {source} holds now; to make it again, name another folder"
         )
     elif done.is_rank_0:
         print_report(done.report, Terminal(), done.path, done.images, done.seconds)
