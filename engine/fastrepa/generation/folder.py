@@ -86,7 +86,7 @@ def claim_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool = F
 
 
 def settings_of(record: Path) -> dict[str, Any]:
-    """What a sampling.json says that its images depend on; empty where it says nothing."""
+    """Read from a sampling.json what its images depend on; empty where it says nothing."""
     try:
         found = parse_json(record.read_bytes(), str(record))
     except (OSError, DataError):

@@ -148,7 +148,7 @@ def evaluate(
 
 
 def _opened(path: Path, notes: list[str]) -> Stills | AdmImages | Statistics:
-    """What is stored at `path`; `notes` are told of images that are missing there."""
+    """Open what is stored at `path`; `notes` are told of images that are missing there."""
     found = open_stored(path)
     if isinstance(found, Stills):
         notes.extend(missing_images(path, found.num))
