@@ -356,6 +356,22 @@ def test_images_without_a_record_that_can_be_read_are_left_alone(tmp_path, text)
     assert (tmp_path / "000000.png").read_bytes() == b"an image"
 
 
+def test_a_folder_in_the_way_is_named_before_anything_goes(tmp_path):
+    claimed(tmp_path)
+    (tmp_path / "000000.png").touch()
+    (tmp_path / "000001.png").mkdir()
+    for settings in ({"seed": 1}, {"seed": 2, "overwrite": True}):
+        with pytest.raises(FastrepaError, match=r"000001\.png: in the way"):
+            claimed(tmp_path, **settings)
+    assert names(tmp_path) == ["000000.png", "000001.png", "sampling.json"]
+    assert claimed(tmp_path, 1, seed=2, overwrite=True)[0].removed == 1
+    assert names(tmp_path) == ["000001.png", "sampling.json"]
+    (tmp_path / "sampling.json").unlink()
+    (tmp_path / "sampling.json").mkdir()
+    with pytest.raises(FastrepaError, match=r"sampling\.json: is a folder"):
+        claimed(tmp_path)
+
+
 def test_images_that_are_not_whole_are_found_and_others_refused(tmp_path):
     write_png(random_images(1)[0], tmp_path / "000000.png")
     whole = (tmp_path / "000000.png").read_bytes()

@@ -218,6 +218,8 @@ def test_help_and_version_are_no_errors(typing):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", FILE), "Permission denied"),
         (MemoryError(), "not enough memory"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+         "No usable temporary directory found in ['/tmp']"),
     ],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_one_line(typing, monkeypatch, error, line):

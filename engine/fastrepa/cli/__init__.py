@@ -77,7 +77,9 @@ def _of_the_machine(error: Exception) -> int | None:
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, MemoryError):
         print_error(worded(error), _rank())
-    elif isinstance(error, OSError) and (error.filename or error.errno in _NO_ROOM):
+    elif isinstance(error, OSError) and (
+        error.filename or error.errno in _NO_ROOM or "temporary directory" in str(error)
+    ):  # the last is Python's, where no place for temporary files has room
         where = f"{error.filename}: " if error.filename else ""
         print_error(f"{where}{worded(error)}", _rank())
     else:

@@ -38,7 +38,10 @@ def prepare(
             "dataset.json, WebDataset tars, parquet tables, or a set of REPA's layout."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Where the shards go; must not exist yet.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Where the shards go: a folder that is new, empty or a set of this."),
+    ],
     resolution: Annotated[int, typer.Option(help="Side of the square crops in pixels.")],
     shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     image_format: Annotated[str, typer.Option("--format", help="png, jpeg or webp.")] = "png",
@@ -108,8 +111,8 @@ def prepare(
     )  # fmt: skip
     if done.is_rank_0 and done.was_there:
         say(
-            f"{done.path} is finished already, {done.report.images:,} images with these settings; "
-            "to make it again, name another folder"
+            f"{done.path} is finished already, {done.report.images:,} images with these settings, "
+            f"whatever {source} holds now; to make it again, name another folder"
         )
     elif done.is_rank_0:
         print_report(done.report, Terminal(), done.path, done.images, done.seconds)

@@ -57,7 +57,11 @@ def claim_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool = F
     with writing(folder, FastrepaError):
         before = _record(folder)
         there = int(before.get("num", 0))
-        foreign = [i for i in _numbers(folder) if there <= i < record["num"]]
+        foreign = [
+            i
+            for i in _numbers(folder)
+            if i < record["num"] and (i >= there or image_path(folder, i).is_dir())
+        ]
         if foreign:
             raise FastrepaError(
                 f"{image_path(folder, min(foreign))}: in the way, and none that `fastrepa sample` "
@@ -79,6 +83,17 @@ def claim_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool = F
         write_whole(folder / RECORD, text.encode())
         more = sum(record["num"] <= i < there for i in _numbers(folder))
     return Claim(wanted["batch_size"], len(ours), more)
+
+
+def settings_of(record: Path) -> dict[str, Any]:
+    """Read from a sampling.json what its images depend on; empty where it says nothing."""
+    try:
+        found = parse_json(record.read_bytes(), str(record))
+    except (OSError, DataError):
+        return {}
+    return (
+        {k: v for k, v in found.items() if k not in _NO_MATTER} if isinstance(found, dict) else {}
+    )
 
 
 def _sized(record: Mapping[str, Any], num: int) -> dict[str, Any]:
@@ -105,6 +120,8 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
         return {}
+    if path.is_dir():
+        raise FastrepaError(f"{path}: is a folder, and in the way; choose another --out")
     try:
         found = parse_json(path.read_bytes(), str(path))
         if isinstance(found, dict) and type(found.get("num")) is int and found["num"] >= 0:
@@ -131,7 +148,8 @@ def _ours(folder: Path, num: int) -> Iterator[Path]:
         packed = _NPZ_NAME.fullmatch(path.name)
         if packed and int(packed["num"]) <= num and path.is_file():
             yield path
-    yield from (image_path(folder, i) for i in _numbers(folder) if i < num)
+    images = (image_path(folder, i) for i in _numbers(folder) if i < num)
+    yield from (path for path in images if not path.is_dir())
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from fastrepa.commands.convert.exchange import FORMATS, export_run, import_refer
 from fastrepa.config import load_config, save_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.model.sit import SiT
+from fastrepa.runtime.files import HOST
 from fastrepa.runtime.ownership import owned
 from tests.runs import ROOT, SMALL, command, environment
 
@@ -193,6 +194,24 @@ def test_owners(tmp_path, config):
     (out / "link.pt").symlink_to("nowhere")
     with pytest.raises(CheckpointError, match="exists already"):
         export_run(run, out / "link.pt", "reference")
+
+
+def test_an_import_that_was_killed_goes_on(tmp_path, config):
+    """Its configuration has its name, its checkpoint not yet."""
+    *_, file = model_and_file(tmp_path)
+    run = tmp_path / "run"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = run / f"checkpoints/.step_0000007.{ended.pid}@{HOST}.tmp"
+    left.mkdir(parents=True)
+    (left / "manifest.json").touch()
+    save_config(load_config(config, run=run), run / "config.yaml")
+    another = tmp_path / "another.yaml"
+    save_config(load_config(config, ["seed=5"]), another)
+    with pytest.raises(ConfigError, match=r"has a config\.yaml already"):
+        import_reference(file, run, another)
+    assert import_reference(file, run, config).step == 7
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_0000007"]
 
 
 def test_two_imports_at_once_make_one_run(tmp_path, config, monkeypatch):

@@ -26,7 +26,7 @@ from fastrepa.commands.evaluate.feature_sets import (
     extract,
     save_statistics,
 )
-from fastrepa.commands.evaluate.image_sources import open_stored
+from fastrepa.commands.evaluate.image_sources import missing_images, open_stored
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
 from fastrepa.generation.folder import write_adm_npz, write_png
@@ -234,6 +234,32 @@ def test_a_cache_that_cannot_be_written_costs_no_evaluation(measured, tmp_path, 
     assert not capsys.readouterr().err
 
 
+def test_images_that_sample_replaces_meanwhile_are_no_set(two_sets, tmp_path, monkeypatch):
+    folder = tmp_path / "drawn"
+    shutil.copytree(two_sets[0] / "dull", folder)
+
+    def recorded(**settings):
+        (folder / "sampling.json").write_text(json.dumps({"classes": "all", **settings}))
+
+    every = [torch.arange(12)]
+    recorded(num=12, seed=1)
+    assert missing_images(folder, 12) == []
+    source = open_stored(folder)
+    recorded(num=50, seed=1)  # more of the same
+    assert len(next(iter(source.batches(every)))[0]) == 12
+    (told,) = missing_images(folder, 12)
+    assert told.endswith("drawn: 12 of the 50 images that sampling.json speaks of are there")
+    images = source.batches(every)
+    next(images)
+    recorded(num=50, seed=2)
+    with pytest.raises(DataError, match="drawn: its images were replaced while they were read"):
+        next(images)
+    again = evaluate(
+        folder, folder, encoders=[LITE0], metrics=["fd_efficientnet_lite0"], cache=tmp_path / "c"
+    )
+    assert told in again.notes
+
+
 def test_statistics_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path, one = tmp_path / "a.npz", torch.ones(1, dtype=torch.float64)
     save_statistics(path, {"inception.pool": (one, one[None])})
@@ -380,6 +406,8 @@ def test_mistakes_are_one_line(tmp_path, two_sets, monkeypatch):
         assert "s.npz: in use by another on" in refusal(DataError, root / "dull", **saved)
     saved = {"save_statistics": tmp_path / "e.npz/s.npz", "cache": None}
     assert "e.npz: cannot be written (File exists)" in refusal(DataError, root / "dull", **saved)
+    saved = {"save_statistics": tmp_path / "s.npz", "cache": None}
+    assert "s.npz: statistics are those of fid and" in refusal(DataError, root / "dull", **saved)
     assert not (root / "dull.statistics").exists()  # said before anything was measured
     (tmp_path / "one").mkdir()
     shutil.copy(root / "dull/000000.png", tmp_path / "one")

@@ -26,6 +26,7 @@ from fastrepa.errors import DataError
 from fastrepa.runtime.files import sha256_of
 from tests.runs import command, environment
 from tests.sets.trees import write_tree
+from tests.sets.written import RESOLUTION, write_reference
 
 ENCODER = EncoderConfig(name="test_vit", weights="random", input=32)
 SETTINGS: dict[str, Any] = {"resolution": 16, "workers": 0, "progress": False, "shard_size": 8}
@@ -187,6 +188,47 @@ def test_a_finished_set_is_said_to_be_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done_again.was_there and len(load_manifest(tmp_path / "set").features) == 1
     assert verify(tmp_path / "set", workers=0, progress=False).ok
+
+
+def test_a_finished_set_that_lost_images_is_none(encoded: Path, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", {"ant": 9, "bee": 10})
+    column_files(encoded)[0].unlink()  # which prepare was not asked for
+    assert prepare(tree, encoded, **SETTINGS).was_there
+    shard = encoded / load_manifest(encoded).shards[1].file
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard.name}: missing"):
+        prepare(tree, encoded, **SETTINGS)
+
+
+def test_latents_of_repas_layout_are_mended_by_the_command_that_verify_names(
+    tmp_path: Path,
+) -> None:
+    source, out = write_reference(tmp_path / "source"), tmp_path / "set"
+    first = ("prepare", source, out, "--resolution", RESOLUTION, "--shard-size", 9, "--seed", 3)
+
+    def run(*words: object) -> str:
+        done = subprocess.run(
+            command(*words), env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(*first)
+    whole = contents(out)
+    moments = load_manifest(out).moments
+    assert moments is not None
+    files = [out / record.file for record in moments.files]
+    deleted(files)
+    raw = bytearray(files[0].read_bytes())
+    raw[-9] ^= 1
+    files[0].write_bytes(raw)
+    said, repair = verify(out, workers=0, progress=False).repairs
+    assert said.startswith("moments is made again")
+    typed, comma, _ = repair.partition(", with the source")
+    words = [str(source) if word == "SOURCE" else word for word in shlex.split(typed)]
+    assert comma and words[0] == "fastrepa"
+    run(*words[1:])
+    assert contents(out) == whole
 
 
 def test_out_is_looked_at_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from fastrepa.errors import CheckpointError, ConfigError, DataError, worded, wri
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
 from fastrepa.reading.tensors import sized
-from fastrepa.runtime.files import aside, fsync_folder
+from fastrepa.runtime.files import aside, fsync_folder, sweep
 from fastrepa.runtime.ownership import owned
 from fastrepa.training.telemetry import versions
 
@@ -208,6 +208,7 @@ def import_reference(
     final = checkpoint_path(run, state.step)
     with owned(run, "fastrepa convert", CheckpointError), writing(final, CheckpointError):
         _check_unused(run, config)
+        sweep(final.parent)
         with aside(final) as partial:
             partial.mkdir(parents=True, exist_ok=True)
             digests = {}
@@ -225,10 +226,13 @@ def import_reference(
 
 
 def _check_unused(run: Path, config: Path | None) -> None:
-    """Raises FastrepaError for a run that has begun, or a second configuration of it."""
+    """Raises FastrepaError for a run that has begun, or another configuration of it."""
     if checkpoints(run):
         raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
-    if config is not None and (run / "config.yaml").exists():
+    if config is None or not (run / "config.yaml").exists():
+        return
+    # Of this very call, killed before its checkpoint had its name: it goes on.
+    if load_run_config(run) != load_config(config, run=run):
         raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
 
 

@@ -21,7 +21,16 @@ from fastrepa.commands.evaluate.evaluator import (
 )
 from fastrepa.commands.evaluate.feature_sets import StatisticsCache
 from fastrepa.commands.evaluate.feature_sets import save_statistics as write_statistics
-from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
+from fastrepa.commands.evaluate.image_sources import (
+    STATISTICS,
+    AdmImages,
+    Generated,
+    Statistics,
+    Stills,
+    is_run,
+    missing_images,
+    open_stored,
+)
 from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.data.datasets import is_data, open_data
@@ -87,7 +96,7 @@ def evaluate(
 
     def open_source(path: Path, other: Path) -> Any:
         if not is_run(path):
-            return open_stored(path)
+            return _opened(path, notes)
         return _run_source(
             path, other, world, record, notes, batch_size, seed=seed, ema=ema, **settings
         )
@@ -125,6 +134,7 @@ def evaluate(
             place, name = save_statistics.parent, save_statistics.name
             mine = owned(place, "fastrepa evaluate", DataError, file=name)
             of_rank_0(world, lambda: held.enter_context(mine))
+            _check_statistics(save_statistics, chosen, sources[1])
         sides = [measure(sources[0], samples, None), measure(sources[1], reference, kept)]
         scores = of_rank_0(world, compare)
     if world.size > 1:
@@ -135,6 +145,22 @@ def evaluate(
         {name: extractor.identity for name, extractor in evaluator.extractors.items()},
         record, time.perf_counter() - started, world.is_rank_0,
     )  # fmt: skip
+
+
+def _opened(path: Path, notes: list[str]) -> Stills | AdmImages | Statistics:
+    """Open what is stored at `path`; `notes` are told of images that are missing there."""
+    found = open_stored(path)
+    if isinstance(found, Stills):
+        notes.extend(missing_images(path, found.num))
+    return found
+
+
+def _check_statistics(path: Path, metrics: Sequence[Metric], reference: Any) -> None:
+    """Raises DataError where there will be none to save, before the work."""
+    features = [f"inception.{feature}" for feature in STATISTICS]
+    made = any(metric.kind == "frechet" and metric.feature in features for metric in metrics)
+    if not made and not getattr(reference, "gaussians", None):
+        raise DataError(f"{path}: statistics are those of fid and sfid, and neither is asked for")
 
 
 def _bias_note(evaluator: SetEvaluator, metric: Metric, samples: Side, reference: Side) -> str:

@@ -27,7 +27,7 @@ from fastrepa.data.format.shards import MANIFEST, ShardSet
 from fastrepa.data.gallery import Gallery
 from fastrepa.data.images import image_files, read_rgb
 from fastrepa.errors import DataError
-from fastrepa.generation.folder import PNG_NAME, RECORD
+from fastrepa.generation.folder import PNG_NAME, RECORD, settings_of
 from fastrepa.generation.generate import generate
 from fastrepa.reading.arrays import NPZ, npz_names, npz_stream, read_npz
 from fastrepa.reading.text import read_json
@@ -74,9 +74,12 @@ class Stills:
         labels: Tensor | None,
         classes: Sequence[str],
         digest: Callable[[], str],
+        still: Callable[[], None] = lambda: None,
     ) -> None:
-        """`read`: image number -> uint8 [H,W,3], from any thread."""
-        self._read, self._digest = read, functools.cache(digest)
+        """`read`: image number -> uint8 [H,W,3], from any thread. `still`, after the last of them,
+        raises DataError where they are not those that were there before the first.
+        """
+        self._read, self._digest, self._still = read, functools.cache(digest), still
         self.num, self.labels, self.classes = num, labels, classes
 
     def digest(self) -> str:
@@ -96,14 +99,18 @@ class Stills:
                     yield [torch.stack(images)]
                 else:
                     yield [image[None] for image in images]
+        self._still()
 
 
 def open_folder(folder: Path) -> Stills:
     """The images below a folder in the order of their names; class folders are classes.
 
-    Of a folder of `fastrepa sample` its numbered images alone. Raises DataError where none are.
+    Of a folder of `fastrepa sample` its numbered images alone, which it must not replace while they
+    are read. Raises DataError where none are.
     """
-    files, record = image_files(folder), folder / RECORD
+    record = folder / RECORD
+    made_by = settings_of(record)
+    files = image_files(folder)
     labels, classes = None, []
     if record.is_file():
         files = [path for path in files if path.parent == folder and PNG_NAME.fullmatch(path.name)]
@@ -124,7 +131,21 @@ def open_folder(folder: Path) -> Stills:
                 sha.update(f"{path.relative_to(folder)} {contents}\n".encode())
         return sha.hexdigest()
 
-    return Stills(lambda number: read_rgb(files[number]), len(files), labels, classes, digest)
+    def still() -> None:
+        if settings_of(record) != made_by:
+            raise DataError(f"{folder}: its images were replaced while they were read")
+
+    count = len(files)
+    return Stills(lambda number: read_rgb(files[number]), count, labels, classes, digest, still)
+
+
+def missing_images(folder: Path, num: int) -> list[str]:
+    """Say in a line that `fastrepa sample` was to make more images there than the `num`."""
+    stored = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    wanted = stored.get("num") if isinstance(stored, dict) else None
+    if not isinstance(wanted, int) or wanted <= num:
+        return []
+    return [f"{folder}: {num:,} of the {wanted:,} images that {RECORD} speaks of are there"]
 
 
 def _classes_of(record: Path) -> list[str]:

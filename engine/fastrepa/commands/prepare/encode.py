@@ -98,8 +98,9 @@ def encode_columns(
         batch_size: images per forward.
         replace: make a column anew where the set holds one of that name with other settings;
             without it that is an error. The old files stay until the new ones are complete. Files
-            of the same settings are hashed, to make those again whose contents were altered; what
-            is missing or of another size is made again without it, too.
+            of the same settings are hashed, as they are with `reference`, to make those again
+            whose contents were altered; what is missing or of another size is made again without
+            it, too.
         device: where the networks run; by default this rank's GPU, or the CPU.
 
     Raises ConfigError for settings, WeightsError for weights, DataError for the set and the disk.
@@ -117,10 +118,12 @@ def encode_columns(
         if old is not None and identity(old) != identity(column) and not replace:
             raise ConfigError(
                 f"{folder}: holds {column.name} already, made with {difference(old, column)}; "
-                f"--replace makes it anew"
+                f"`fastrepa data encode --replace` makes it anew"
             )
     try:
-        altered = _altered(data, wanted, world, progress) if replace else set()
+        # Of REPA's layout, whose columns only `prepare` can make, and copies quickly, at all times.
+        look = replace or reference is not None
+        altered = _altered(data, wanted, world, progress) if look else set()
         todo = {
             shard: missing
             for shard in range(world.rank, len(data.shard_sizes), world.size)

@@ -50,6 +50,7 @@ from fastrepa.data.format.shards import (
     FileRecord,
     ImageFormat,
     Manifest,
+    ShardSet,
     SkippedRecord,
     load_manifest,
     write_manifest,
@@ -367,7 +368,9 @@ def _place(source: Path, out: Path) -> Path:
 
 
 def _is_finished(out: Path, settings: Settings) -> bool:
-    """Tell whether there is a set already; DataError where it is one of other settings."""
+    """Tell whether there is a set already; DataError where it is one of other settings,
+    or its images are not all there.
+    """
     if not os.path.isfile(out / MANIFEST):
         return False
     there = load_manifest(out)
@@ -386,4 +389,5 @@ def _is_finished(out: Path, settings: Settings) -> bool:
             f"{out}: is a finished set of other settings ({'; '.join(differing)}); nothing was "
             "changed, name another folder"
         )
+    ShardSet.open(out, verify="sizes", columns=False)  # what has lost images is not finished
     return True

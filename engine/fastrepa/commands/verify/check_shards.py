@@ -81,7 +81,8 @@ def repairs(folder: Path, problems: Sequence[FileProblem]) -> list[str]:
     if not problems:
         return []
     try:
-        columns = load_manifest(folder).columns
+        manifest = load_manifest(folder)
+        columns = manifest.columns
     except DataError:
         columns = ()
     said, left = [], list(problems)
@@ -92,7 +93,7 @@ def repairs(folder: Path, problems: Sequence[FileProblem]) -> list[str]:
         rest = [p for p in left if p.file not in files and not p.problem.startswith(too_few)]
         if len(rest) < len(left):
             said.append(f"{column.name} is made again, where it is damaged, by:")
-            said.append(f"  {_encode(folder, column)}")
+            said.append(f"  {_encode(folder, manifest, column)}")
         left = rest
     if others := sorted({problem.file for problem in left}):
         named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
@@ -103,10 +104,16 @@ def repairs(folder: Path, problems: Sequence[FileProblem]) -> list[str]:
     return said
 
 
-def _encode(folder: Path, column: MomentsColumn | FeaturesColumn) -> str:
+def _encode(folder: Path, manifest: Manifest, column: MomentsColumn | FeaturesColumn) -> str:
     """The command that makes a column as it was made; `--replace` also looks at its contents."""
     if column.digest is None:
-        return f"fastrepa prepare SOURCE {typed(folder)}, of the source that it came from"
+        quality = f" --quality {manifest.quality}" if manifest.quality is not None else ""
+        return (
+            f"fastrepa prepare SOURCE {typed(folder)} --resolution {manifest.resolution} "
+            f"--shard-size {max(shard.samples for shard in manifest.shards)} "
+            f"--format {manifest.image_format}{quality} --seed {manifest.seed}, "
+            "with the source that it came from"
+        )
     command = f"fastrepa data encode {typed(folder)}"
     if isinstance(column, MomentsColumn):
         command += f" --codec sd-vae --codec-weights {typed(column.weights)}"
