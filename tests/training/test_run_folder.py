@@ -80,6 +80,22 @@ def test_a_run_that_has_saved_nothing_yet(runs, left):
     assert means("b/config.yaml")[0] == "b"
 
 
+def test_a_project_with_a_folder_called_checkpoints_is_no_run(runs):
+    """Training there would replace its config.yaml, comments and all."""
+    for name in (
+        "others/checkpoints/dino.pt",
+        "more/checkpoints/step_1000.pt",
+        "files/checkpoints",
+    ):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).touch()
+        file = Path(name.split("/")[0], "config.yaml")
+        shutil.copy("runs/a/config.yaml", file)
+        assert means(file) == ("runs/a", "")
+    Path("others/checkpoints/step_0000004").mkdir()  # a user's file beside a run's
+    assert means("others/config.yaml")[0] == "others"
+
+
 def test_files_that_are_no_runs_own_and_folders_that_are_typed(runs):
     folder, said = means("runs/a/config.yaml", "run=runs/c")
     assert folder == "runs/c" and "runs/a/config.yaml is of the run in runs/a" in said

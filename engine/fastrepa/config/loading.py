@@ -32,7 +32,7 @@ PATCHES = (2, 4, 8)
 
 
 SAVED = "config.yaml"  # a run's own configuration, by its name
-_LEFT = ("checkpoints", "metrics.jsonl", "rank_0.log")  # one of which is beside it
+_LEFT = ("metrics.jsonl", "rank_0.log")  # one of which is beside it, or checkpoints/
 MOST_TOLD = 440  # characters of what is wrong with a file, the file's own name apart
 
 
@@ -97,10 +97,22 @@ def run_of(file: Path) -> Path | None:
     any other file.
     """
     for path in (file, Path(os.path.realpath(file))):
-        left = (os.path.exists(path.parent / name) for name in _LEFT)
-        if path.name == SAVED and any(left):
+        left = any(os.path.exists(path.parent / name) for name in _LEFT)
+        if path.name == SAVED and (left or _has_checkpoints(path.parent)):
             return path.parent if path.parent.name else path.parent.absolute()
     return None
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Tell whether checkpoints/ in it may be a run's: projects keep others' in one of that name."""
+    saved = folder / "checkpoints"
+    try:
+        names = os.listdir(saved)
+    except (NotADirectoryError, FileNotFoundError):
+        return False
+    except OSError:  # not readable: the run that it may be says so
+        return True
+    return not names or any(os.path.isdir(saved / n) for n in names if n.startswith("step_"))
 
 
 def told_of_folder(file: Path, run: str) -> str:
