@@ -1,4 +1,4 @@
-"""Who reaches the board's port without its secret can neither speak on it nor end a run."""
+"""A stranger at the board's port, without its secret, neither speaks on it nor ends a run."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Which signals ask a run to stop, which end it at once, and which are a launcher's repeats."""
+"""Signals that ask a run to stop, those that end it at once, and a launcher's repeats."""
 
 import os
 import signal
