@@ -36,9 +36,12 @@ def one(world, group, run, overrides):
     trainer.codec.latents = poisoned
     assert trainer.train_step(RandomBatches(trainer, world.device, trainer.micro))["skipped"] == 1
     run.mkdir(exist_ok=True)
+    step = trainer.step
     error = diagnosis(
-        trainer, lambda forward: [f"{forward}-{i}" for i in range(trainer.micro)],
-        run=run, in_row=3, good=run / "checkpoints/step_0000007", group=group,
+        trainer.engine.module, trainer.repeats(),
+        lambda forward: [f"{forward}-{i}" for i in range(trainer.micro)],
+        run=run, step=step, in_row=3, good=run / "checkpoints/step_0000007", world=world,
+        group=group,
     )  # fmt: skip
     trainer.engine.destroy()
     return str(error)

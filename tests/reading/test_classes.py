@@ -307,8 +307,7 @@ def test_by_default_a_run_draws_the_classes_that_it_was_trained_on(run, tmp_path
 
 def test_two_classes_of_one_name_do_not_share_a_folder_of_samples(run, tmp_path, monkeypatch):
     folder, _ = run
-    state = read_state(checkpoint_path(folder, 4))
-    load = checkpoint.load_ema_model
+    state, load = read_state(checkpoint_path(folder, 4)), checkpoint.load_ema_model
 
     def renamed(*args):
         model, config, _ = load(*args)

@@ -67,61 +67,57 @@ class Small(nn.Module):
         return (out, out.mean()) if self.pair else out
 
 
-def of(trainer, run, **how):
-    how = {"run": run, "in_row": 3, "good": None, "group": trainer.group, **how}
-    return str(diagnosis(trainer, lambda forward: [f"s{i}" for i in range(5)], **how))
+def of(last, run, *, names=lambda forward: [f"s{i}" for i in range(5)], good=None):
+    return str(diagnosis(
+        last.model, [last.repeat], names, run=run, step=7, in_row=3, good=good, world=last.world,
+        group=last.group,
+    ))  # fmt: skip
 
 
 @pytest.fixture
-def trainer(world):
-    """All that a diagnosis asks of a trainer: five samples of three channels, one target of two."""
-    model = Small(pair=True)
+def last(world):
+    """All that is known of a last step: five samples of three channels, two targets for each."""
+    model, target = Small(pair=True), torch.ones(5, 4)
 
-    def losses(batch, numbers):
-        targets = [torch.ones(5, 2, 2), batch]
-        out = model(torch.ones(5, 3, 2, 2), torch.ones(5), torch.ones(5), targets, None)
-        return {"loss": out[0].sum() / 0 if batch is None else out[0].sum()}
+    def repeat():
+        targets = [torch.ones(5, 2, 2), target]
+        loss = model(torch.ones(5, 3, 2, 2), torch.ones(5), torch.ones(5), targets, None)[0].sum()
+        loss.backward()
+        return {"loss": loss}
 
-    return SimpleNamespace(
-        step=7, world=world, engine=SimpleNamespace(module=model, backward=lambda x: x.backward()),
-        last_batches=[torch.ones(5, 4)], sample_numbers=lambda forward: torch.arange(5),
-        forward_losses=losses, group=dist.new_group(backend="gloo"),
-    )  # fmt: skip
+    group = dist.new_group(backend="gloo")
+    return SimpleNamespace(model=model, target=target, repeat=repeat, world=world, group=group)
 
 
-def test_a_target_of_the_second_encoder_is_blamed(trainer, tmp_path):
-    trainer.last_batches[0][3, 1] = torch.inf
-    said = of(trainer, tmp_path)
+def test_a_target_of_the_second_encoder_is_blamed(last, tmp_path):
+    last.target[3, 1] = torch.inf
+    said = of(last, tmp_path)
     assert "s3 (its targets)" in said and "loss is inf" in said
-    assert trainer.step == 6 and "there is no good checkpoint yet" in said
+    assert "there is no good checkpoint yet" in said
     kept = json.loads((tmp_path / "bad_step_0000007.json").read_text(), parse_constant=pytest.fail)
     assert kept["ranks"][0]["losses"] == [{"loss": "inf"}]
 
 
-def test_a_full_disk_leaves_the_line(trainer, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_line(last, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(diagnosing, "write_whole", full)
-    trainer.last_batches[0][:] = torch.nan
-    said = of(trainer, tmp_path, good=tmp_path / "step_0000004")
+    last.target[:] = torch.nan
+    said = of(last, tmp_path, good=tmp_path / "step_0000004")
     assert "stopped at step 7: 3 steps in a row" in said and "rank 0: loss is nan" in said
     assert "the last good checkpoint is" in said and "step_0000004; " in said
     assert said.endswith("bad_step_0000007.json: cannot be written (No space left on device)")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["forward_losses", "names"])
-def test_a_repetition_that_fails_leaves_the_line(trainer, tmp_path, where):
+@pytest.mark.parametrize("where", ["repeat", "names"])
+def test_a_repetition_that_fails_leaves_the_line(last, tmp_path, where):
     def failing(*_):
         raise RuntimeError("out of memory:\n lots")
 
-    if where == "names":
-        said = str(diagnosis(trainer, failing, run=tmp_path, in_row=3, good=None,
-                             group=trainer.group))  # fmt: skip
-    else:
-        trainer.forward_losses = failing
-        said = of(trainer, tmp_path)
+    setattr(last, where, failing)
+    said = of(last, tmp_path, names=failing) if where == "names" else of(last, tmp_path)
     words = "rank 0: its repetition failed (RuntimeError: out of memory: lots)"
     assert words in said and "\n" not in said
     assert re.search(r"all there is to know: \S+bad_step_0000007\.json$", said)

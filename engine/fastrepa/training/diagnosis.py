@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrepa.config import DataConfig
 from fastrepa.data.datasets import DataSet
@@ -19,29 +19,27 @@ from fastrepa.errors import TrainingError, worded
 from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.world import World, of_rank_0
 
-if TYPE_CHECKING:
-    from fastrepa.training.trainer import Trainer
-
 NAMED = 5  # parameters and samples that a message names; the file has them all
 
 
 def diagnosis(
-    trainer: Trainer,
+    model: nn.Module,
+    repeats: Sequence[Callable[[], dict[str, Tensor]]],
     names: Callable[[int], Sequence[str]],
     *,
     run: Path,
+    step: int,
     in_row: int,
     good: Path | None,
+    world: World,
     group: Any,
 ) -> TrainingError:
-    """Repeat the last step, which was skipped, and say what in it is not finite (collective).
+    """Repeat step number `step`, which was skipped, and say what in it is not finite (collective).
 
-    names: of the samples of this rank's n-th micro-batch of that step. good: on the first rank, the
-    last good checkpoint. group: a gloo group of all ranks. Everything found is written to
-    RUN/bad_step_*.json. The trainer cannot go on afterwards.
+    repeats: this rank's passes of that step (`Trainer.repeats`). names: of the samples of the n-th
+    of them. good: on the first rank, the last good checkpoint. group: a gloo group of all ranks.
+    Everything found is written to RUN/bad_step_*.json. The engine cannot go on afterwards.
     """
-    step, world, model = trainer.step, trainer.world, trainer.engine.module
-    trainer.step -= 1  # the draws are keyed by the step that is under way
     gradients: dict[str, None] = {}  # in the order of the backward pass
     mine: dict[str, Any] = {"losses": [], "gradients": [], "samples": []}
     seen: dict[str, Tensor] = {}  # of a forward: bool [B] by what may not be finite
@@ -65,10 +63,8 @@ def diagnosis(
 
             hooks.append(p.register_hook(note))
     try:
-        for forward, batch in enumerate(trainer.last_batches):
-            losses = trainer.forward_losses(batch, trainer.sample_numbers(forward))
-            trainer.engine.backward(losses["loss"])
-            mine["losses"].append({k: float(v.detach()) for k, v in losses.items()})
+        for repeat in repeats:
+            mine["losses"].append({k: float(v.detach()) for k, v in repeat().items()})
             flagged.append({what: flags.tolist() for what, flags in seen.items()})
         for forward, found in enumerate(flagged):
             for i, name in enumerate(names(forward)):

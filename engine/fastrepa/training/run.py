@@ -362,11 +362,14 @@ class Run:
             cached_latents=self.trainer.cached_latents,
         )
         return diagnosis(
-            self.trainer,
+            self.trainer.engine.module,
+            self.trainer.repeats(),
             lambda forward: names.of(step, forward),
             run=self.folder,
+            step=step,
             in_row=in_row,
             good=self._open_writer().good,
+            world=self.world,
             group=self.host_group,
         )
 

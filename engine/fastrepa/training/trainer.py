@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,6 +147,20 @@ class Trainer:
         self.step += 1
         skipped = self.bad_steps.taken(grad_norm(self.engine))
         return {**totals, "skipped": skipped}
+
+    def repeats(self) -> list[Callable[[], dict[str, Tensor]]]:
+        """This rank's passes of the last step, each to be gone through again, forward and backward,
+        with the same weights, batch and noise; it returns its losses [] by name. No step can be
+        taken afterwards.
+        """
+        self.step -= 1  # the draws are keyed by the step that is under way
+
+        def again(forward: int, batch: Batch) -> dict[str, Tensor]:
+            losses = self.forward_losses(batch, self.sample_numbers(forward))
+            self.engine.backward(losses["loss"])
+            return losses
+
+        return [partial(again, number, batch) for number, batch in enumerate(self.last_batches)]
 
     def forward_losses(
         self, batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
