@@ -1,4 +1,4 @@
-"""What is deleted, and what is saved and read as good: nothing of others, nothing not finite."""
+"""Pruning, saving and reading checkpoints: nothing of others goes, nothing not finite is good."""
 
 import json
 import math

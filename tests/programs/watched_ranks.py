@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 
 from fastrepa.errors import DataError, FastrepaError, print_error
@@ -71,9 +72,10 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
         dist.barrier(group=watch.group)
         (folder / f"listens{rank}").write_text(" ".join(listeners()))
         (folder / f"ready{rank}").touch()
-        began, step = time.monotonic(), 0
-        while not (folder / "enough").exists():
-            dist.barrier(group=watch.group)
+        began, step, enough = time.monotonic(), 0, torch.zeros(())
+        while not enough:  # all take the same steps
+            enough.fill_((folder / "enough").exists())
+            dist.all_reduce(enough, op=dist.ReduceOp.MAX, group=watch.group)
             step += 1
             watch.progress(step)
             time.sleep(0.02)
@@ -84,13 +86,11 @@ def rank_of(rank: int, size: int, port: int, fault: str, folder: Path) -> None:
                     raise DataError("planted")
                 if fault == "interrupt":
                     raise KeyboardInterrupt
-            (folder / f"step{rank}").write_text(str(step))
             if step == LAST and fault in ("end", "leave"):  # to the barrier in which the watch ends
                 if fault == "end":
                     time.sleep(0.5)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return
-        dist.barrier(group=watch.group)
 
 
 def forked(*args) -> int:

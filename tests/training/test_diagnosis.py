@@ -74,7 +74,7 @@ def of(trainer, run, **how):
 
 @pytest.fixture
 def trainer(world):
-    """What a diagnosis asks of a trainer: five samples of three channels, one target of two."""
+    """All that a diagnosis asks of a trainer: five samples of three channels, one target of two."""
     model = Small(pair=True)
 
     def losses(batch, numbers):

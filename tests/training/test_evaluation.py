@@ -1,6 +1,8 @@
 """Evaluation during training: what it measures, what it leaves alone, which checkpoint it keeps."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from fastrepa.commands.evaluate.during_training import RunEvaluator
 from fastrepa.commands.evaluate.evaluate import evaluate
 from fastrepa.config import EncoderConfig, config_from_dict, load_config
 from fastrepa.errors import ConfigError, FastrepaError
+from fastrepa.training import evaluation
 from fastrepa.training.run import Run
 from tests.programs.evaluated_runs import NUM, STEPS
 from tests.runs import ROOT, SMALL, metrics, said_by, tensors
@@ -102,3 +105,21 @@ def test_a_run_that_wants_scores_does_not_start_without_an_evaluator(tmp_path, w
     with pytest.raises(ConfigError, match=r"evaluation\.every: this run was given nothing"):
         run.train(None)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_not_measured(world, monkeypatch):
+    config = load_config(ROOT / "configs/quickstart.yaml", ["run=x", *SMALL, "evaluation.num=4"])
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(evaluation, "ema_model", lambda *_, **__: nullcontext(model))
+    measured = SimpleNamespace(
+        prepare=lambda **_: None, scores=lambda model, *, alive: {"fid": 3.0}
+    )
+    evaluations, said = evaluation.Evaluations(config, world, None, measured), []
+
+    def measure(step):
+        return evaluations.measure(step, None, {}, alive=lambda: None, warn=said.append)
+
+    assert measure(1) == evaluations.at(1) == {"fid": 3.0} and not said
+    model.bias.data[1] = torch.inf
+    assert measure(2) == evaluations.at(2) == {}
+    assert said == ["step 2: the average of bias is not finite: nothing is measured"]

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ class RankLog:
             raise _not_writable(run, e) from None
         finally:
             remove(probe)
-        self._before = sys.stdout, sys.stderr, warnings.showwarning, logging.raiseExceptions
+        self._before = sys.stdout, sys.stderr, logging.raiseExceptions
+        self._hooks = warnings.showwarning, threading.excepthook
         self._streams = [_Lasting(stream, self._lost) for stream in self._before[:2]]
         sys.stdout, sys.stderr = self._streams
         logging.raiseExceptions = False  # libraries' logs go there as well
@@ -71,14 +73,21 @@ class RankLog:
         log.addHandler(self._handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-        print_as_before = self._before[2]
 
         def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
             log.warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
             if world.is_rank_0:
-                print_as_before(message, category, filename, lineno, *rest)
+                self._hooks[0](message, category, filename, lineno, *rest)
+
+        def thread_ended(of: threading.ExceptHookArgs) -> None:
+            """Say in a line what a library's thread died of, such as TensorBoard's."""
+            log.error("a thread ended", exc_info=of.exc_value)
+            if world.is_rank_0 and of.exc_value is not None:
+                name = of.thread.name if of.thread else "a thread"
+                print_warning(f"{name}: {of.exc_type.__name__}: {worded(of.exc_value)}")
 
         warnings.showwarning = show  # type: ignore[assignment]
+        threading.excepthook = thread_ended
         log.info("joined, %d ranks, process %d", world.size, os.getpid())
 
     def stacks(self, why: str) -> None:
@@ -94,7 +103,8 @@ class RankLog:
             self.file.close()
         for stream in self._streams:
             stream.close()
-        sys.stdout, sys.stderr, warnings.showwarning, logging.raiseExceptions = self._before
+        sys.stdout, sys.stderr, logging.raiseExceptions = self._before
+        warnings.showwarning, threading.excepthook = self._hooks
 
     def _lost(self, stream: _Lasting, error: Exception) -> None:
         name = "stdout" if stream is self._streams[0] else "stderr"

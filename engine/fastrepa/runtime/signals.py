@@ -33,7 +33,7 @@ class StopSignals:
     asked: the number of the first signal that came, 0 before. Until `saves` is set, as there is
     nothing to save, a signal stops at once: with KeyboardInterrupt or `Stopped`. From then on only
     a second Ctrl-C does: systemd, cgroups, SLURM and launchers repeat theirs, and send SIGKILL when
-    they have waited long enough. A signal that was ignored stays so (nohup).
+    they have waited long enough. SIGHUP that is ignored stays so (nohup).
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,10 @@ class StopSignals:
         self._launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
 
     def __enter__(self) -> StopSignals:
-        heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {n: signal.signal(n, self._handle) for n in heeded}
+        # Batch scripts have their tasks ignore the signals that they pass on.
+        hung_up = signal.SIGHUP if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else None
+        heeded = [number for number in STOP_SIGNALS if number != hung_up]
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:

@@ -44,15 +44,16 @@ def diagnosis(
     trainer.step -= 1  # the draws are keyed by the step that is under way
     gradients: dict[str, None] = {}  # in the order of the backward pass
     mine: dict[str, Any] = {"losses": [], "gradients": [], "samples": []}
-    seen: list[dict[str, Tensor]] = []  # of each forward: bool [B] by what may not be finite
+    seen: dict[str, Tensor] = {}  # of a forward: bool [B] by what may not be finite
+    flagged: list[dict[str, list[bool]]] = []  # of every forward
 
     def look(_: Any, args: tuple[Any, ...], out: Tensor | tuple[Tensor, Tensor]) -> None:
         targets = [_bad_samples(t) for t in args[3] or ()]
         velocity = out if isinstance(out, Tensor) else out[0]  # a pair where there are targets
-        flags = {"its latent": _bad_samples(args[0])}
+        seen["its latent"] = _bad_samples(args[0])
         if targets:
-            flags["its targets"] = torch.stack(targets).any(0)
-        seen.append(flags | {"its prediction": _bad_samples(velocity)})
+            seen["its targets"] = torch.stack(targets).any(0)
+        seen["its prediction"] = _bad_samples(velocity)
 
     hooks: list[Any] = [model.register_forward_hook(look)]
     for name, p in model.named_parameters():
@@ -68,9 +69,10 @@ def diagnosis(
             losses = trainer.forward_losses(batch, trainer.sample_numbers(forward))
             trainer.engine.backward(losses["loss"])
             mine["losses"].append({k: float(v.detach()) for k, v in losses.items()})
-        for forward, found in enumerate(seen):
+            flagged.append({what: flags.tolist() for what, flags in seen.items()})
+        for forward, found in enumerate(flagged):
             for i, name in enumerate(names(forward)):
-                if blame := [what for what, flags in found.items() if bool(flags[i])]:
+                if blame := [what for what, flags in found.items() if flags[i]]:
                     mine["samples"].append(f"{name} ({blame[0]})")
     except Exception as e:  # what could not be found out must not hide what is known
         mine["failed"] = f"{type(e).__name__}: {worded(e)}"

@@ -13,11 +13,12 @@ from typing import Protocol
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import ema_model
+from fastrepa.checkpoint.host_tensors import is_finite
 from fastrepa.checkpoint.kinds import Whole
 from fastrepa.config import Config
 from fastrepa.generation.generate import rank_batches
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.world import World
+from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.vision.codec import Codec
 
 
@@ -77,13 +78,23 @@ class Evaluations:
         """Scores of the averaged weights, by name, on all ranks (collective).
 
         fixed: what is not trained, by name, each [...] as the model has it. `alive` is called after
-        every batch. Raises DataError for features that are not finite.
+        every batch. Weights that are not finite (they draw black images) are a warning and no
+        scores. Raises DataError for features that are not finite.
         """
         evaluator, settings, world = self.evaluator, self.settings, self.world
         assert evaluator is not None
         evaluator.prepare(alive=alive, warn=warn)
         mine = rank_batches(settings.num, settings.batch_size, world.rank, world.size)
         with ema_model(self.config, whole, fixed, self.codec, world, needed=bool(mine)) as model:
-            scores = evaluator.scores(model, alive=alive)
+            bad = of_rank_0(world, lambda: _not_finite(model))  # the first has images, if any has
+            if bad:
+                warn(f"step {step}: the average of {bad} is not finite: nothing is measured")
+            scores = {} if bad else evaluator.scores(model, alive=alive)
         self._latest = (step, scores)
         return scores
+
+
+def _not_finite(model: SiT | None) -> str | None:
+    """Name a weight that holds a NaN or an infinity."""
+    weights = {} if model is None else model.state_dict()
+    return next((name for name, value in weights.items() if not is_finite(value)), None)

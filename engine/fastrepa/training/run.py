@@ -299,7 +299,8 @@ class Run:
             telemetry.say(f"step {self.step}: the evaluation is given up for the signal")
             return True
         figures = " · ".join(f"{name} {value:.5g}" for name, value in scores.items())
-        telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
+        if figures:
+            telemetry.say(f"step {self.step}, {self.config.evaluation.num:,} images: {figures}")
         return False
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
