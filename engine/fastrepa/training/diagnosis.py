@@ -36,9 +36,10 @@ def diagnosis(
 ) -> TrainingError:
     """Repeat step number `step`, which was skipped, and say what in it is not finite (collective).
 
-    repeats: this rank's passes of that step (`Trainer.repeats`), which give losses []. names: of the samples of the n-th
-    of them. good: on the first rank, the last good checkpoint. group: a gloo group of all ranks.
-    Everything found is written to RUN/bad_step_*.json. The engine cannot go on afterwards.
+    repeats: this rank's passes of that step (`Trainer.repeats`), which return losses []. names: of
+    the samples of the n-th of them. good: on the first rank, the last good checkpoint. group: a
+    gloo group of all ranks. Everything found is written to RUN/bad_step_*.json. The engine cannot go
+    on afterwards.
     """
     gradients: dict[str, None] = {}  # in the order of the backward pass
     mine: dict[str, Any] = {"losses": [], "gradients": [], "samples": []}
