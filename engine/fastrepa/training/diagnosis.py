@@ -38,8 +38,8 @@ def diagnosis(
 
     repeats: this rank's passes of that step (`Trainer.repeats`), which return losses []. names: of
     the samples of the n-th of them. good: on the first rank, the last good checkpoint. group: a
-    gloo group of all ranks. Everything found is written to RUN/bad_step_*.json. The engine cannot go
-    on afterwards.
+    gloo group of all ranks. Everything found is written to RUN/bad_step_*.json. The engine cannot
+    go on afterwards.
     """
     gradients: dict[str, None] = {}  # in the order of the backward pass
     mine: dict[str, Any] = {"losses": [], "gradients": [], "samples": []}
