@@ -27,9 +27,13 @@ import os, sys, time
 from pathlib import Path
 from fastrepa.runtime.ownership import owned
 with owned(Path(sys.argv[1]), "holder"):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        time.sleep(60)
-        os._exit(0)
+    if sys.argv[2] == "fork":
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.write(write, b".")
+            time.sleep(60)
+            os._exit(0)
+        os.read(read, 1)  # it has begun, and let go
     print("held", flush=True)
     time.sleep(60)
 """

@@ -1,6 +1,8 @@
 """Recomputation, h kept and offload across ZeRO stages; what `auto` becomes in a config.yaml."""
 
 import json
+import os
+import re
 
 import pytest
 from torch.nn import functional
@@ -130,7 +132,8 @@ def test_offload_in_deepspeeds_words():
     nvme = resolve_zero(config_of(stage=3, offload="nvme", nvme_path="/n"), 10**6, 8)
     there = in_deepspeeds_words(nvme)["zero_optimization"]["offload_optimizer"]
     assert there["device"] == "nvme"
-    assert there["nvme_path"] == "/n/some_run"  # two runs on one disk do not meet
+    # Two runs on one disk do not meet, nor two processes of one.
+    assert re.fullmatch(rf"/n/run\.[0-9a-f]{{8}}\.{os.getpid()}@.+\.swap", there["nvme_path"])
     assert there["buffer_count"] == 5  # weight, gradient, two moments, one average
 
 
