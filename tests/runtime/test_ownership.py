@@ -256,3 +256,12 @@ def test_what_fails_half_way_leaves_what_was_there(tmp_path):
     failing.__enter__().write_text("half")
     assert not failing.__exit__(OSError, OSError("full"), None)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_signature_that_a_kill_cut_short_is_in_nobodys_way(tmp_path):
+    whole = b"fastrepa train on node7, process 4711, since 2026-01-01T00:00:00+00:00"
+    for left in (*(whole[:length] for length in range(len(whole))), bytes(70)):
+        (tmp_path / ".lock").write_bytes(left)
+        with owned(tmp_path, "fastrepa train"):
+            assert (tmp_path / ".lock").read_bytes().startswith(b"fastrepa train on ")
+        assert not os.listdir(tmp_path)

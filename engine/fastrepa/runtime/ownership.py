@@ -25,6 +25,7 @@ from fastrepa.runtime.world import World, of_rank_0
 
 LOCK = ".lock"
 _SIGNED = re.compile(r".{1,80} on (?P<host>[\w.-]+), process (?P<pid>[0-9]{1,9}), since [\w:+-]+")
+_BEGUN = b"fastrepa "  # every command's
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: set[int] = set()
 
@@ -175,8 +176,9 @@ def _is_foreign(lock: int) -> bool:
     """Tell whether a lock's file holds anything that no owner wrote there."""
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         return True
-    said = os.pread(lock, 500, 0)
-    return bool(said) and not _SIGNED.fullmatch(said.decode(errors="replace"))
+    said = os.pread(lock, 500, 0).rstrip(b"\0")  # which a power cut leaves
+    begun = said[: len(_BEGUN)] == _BEGUN[: len(said)]  # and a kill, in the middle of it
+    return not (begun or _SIGNED.fullmatch(said.decode(errors="replace")))
 
 
 def _sign(lock: int, command: str) -> None:
