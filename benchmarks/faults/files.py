@@ -57,7 +57,7 @@ def disk_full_and_flipped_byte(folder: Path, arguments: list[str]) -> dict[str, 
             resumed, said_again = resumed_from(ranks), ranks.said()
     warnings = r"^warning: .*(?:cannot be written|is damaged).*$"
     return {
-        "code": code, "warned_seconds": warned, "kept": kept, "last": last, "logged": logged,
+        "exit_code": code, "warned_seconds": warned, "kept": kept, "last": last, "logged": logged,
         "warnings": re.findall(warnings, said, re.M), "code_again": code_again, "before": before,
         "resumed": resumed, "warnings_again": re.findall(warnings, said_again, re.M),
     }  # fmt: skip
@@ -103,7 +103,7 @@ def disk_full_at(folder: Path, when: str) -> dict[str, Any]:
     saw += f"; checkpoint {kept} {'whole' if whole else 'or config.yaml DAMAGED'}"
     saw += f"; then continued from {resumed}, exit code {code_again}"
     return {
-        "when": when, "code": code, "errors": errors, "whole": whole,
+        "when": when, "exit_code": code, "errors": errors, "whole": whole,
         "step": reached, "saved": kept,
         "resumed": resumed, "code_again": code_again, "steps_once": steps == list(range(1, 10)),
         "right": right and steps == list(range(1, 10)), "saw": saw.replace(f"{place}/", ""),

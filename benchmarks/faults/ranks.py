@@ -54,7 +54,7 @@ def planted(folder: Path, fault: str, arguments: list[str]) -> dict[str, Any]:
         codes = ranks.wait(120)
         resumed = resumed_from(ranks)
     return {
-        "fault": fault, "code": code, "seconds": seconds, "step": logged[0], "saved": saved,
+        "fault": fault, "exit_code": code, "seconds": seconds, "step": logged[0], "saved": saved,
         "errors": [
             line.replace(f"{ROOT}/", "").replace(f"{folder}/", "")
             for line in re.findall(r"^fastrepa: error.*$", said, re.M)
@@ -196,7 +196,7 @@ def signalled(folder: Path, what: str) -> dict[str, Any]:
     last, saved = max(steps_of(run), default=0), newest(run)
     right = 0 < at <= saved == last and (code in codes if codes else code not in (None, 0))
     return {
-        "signals": what, "step": last, "at": at, "saved": saved, "code": code, "right": right,
+        "signals": what, "step": last, "at": at, "saved": saved, "exit_code": code, "right": right,
         "saw": f"signalled after step {at}, saved {saved}, exit code {code}",
     }  # fmt: skip
 

@@ -128,7 +128,7 @@ def _hosts(r: Record) -> Cells:
 def _planted(r: Record) -> Cells:
     after = f" after {r['seconds']:.1f} s" if r["seconds"] is not None else ""
     said = r["errors"][0].split(": ", 2)[2].split(";")[0] if r["errors"] else "saved"
-    happened = f"the others ended{after} with exit code {r['code']}: {said.rstrip('.')}"
+    happened = f"the others ended{after} with exit code {r['exit_code']}: {said.rstrip('.')}"
     if any(r["codes_again"]):
         happened += "; DID NOT RESUME"
     return str(r["count"]), happened, f"{r['step'] - r['resumed']} steps"

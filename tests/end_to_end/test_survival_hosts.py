@@ -36,7 +36,7 @@ def test_a_full_disk_and_a_flipped_byte_cost_steps_and_nothing_else(tmp_path):
     full, flipped = done["warnings"], done["warnings_again"]
     assert any(f"checkpoints/step_{done['kept'] + 3:07d}: cannot be written" in w for w in full)
     assert any(f"step_{done['kept']:07d} still counts" in w for w in full)
-    assert done["code"] == 75 and done["last"] > done["kept"] + 3
+    assert done["exit_code"] == 75 and done["last"] > done["kept"] + 3
     # Lines of metrics that found no room were written later.
     assert any("metrics.jsonl: cannot be written" in w for w in full)
     assert done["logged"] == list(range(1, done["last"] + 1))
