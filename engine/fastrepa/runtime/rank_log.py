@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrepa.errors import CheckpointError, print_warning, printable, worded
-from fastrepa.runtime.files import remove, temporary
+from fastrepa.runtime.files import remove, sweep, temporary
 from fastrepa.runtime.ownership import InUse, take
 from fastrepa.runtime.world import World
 
@@ -33,6 +33,8 @@ def hold(run: Path, held: ExitStack) -> None:
     """
     try:
         held.callback(take(run, "fastrepa train"))
+        for folder in (run / "checkpoints", run / "samples"):  # as `take` does with the run's own
+            sweep(folder)
     except InUse as e:
         raise CheckpointError(str(e)) from None
     except OSError as e:
