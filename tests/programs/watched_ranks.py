@@ -25,7 +25,7 @@ from fastrepa.runtime.world import init_world
 TIMEOUT = 4.0
 FOR = 1.0  # seconds before the fault
 LAST = 30  # the step after which ranks leave where one is killed at the end
-AT_ONCE = 4  # trials
+AT_ONCE = 5  # trials
 # world size, what happens to which ranks: killed, stopped, an error of the user's or of the code's
 TRIALS = {
     "kill 0 of 3": (3, {0: "kill"}),
@@ -142,6 +142,10 @@ class Trial:
     def ready(self) -> bool:
         return all((self.folder / f"ready{r}").exists() for r in range(self.size))
 
+    def ended(self) -> bool:
+        """Tell whether all ranks have, but for those that are stopped for good."""
+        return all(end or self.faults.get(r) == "stop" for r, end in enumerate(self.ends))
+
     def look(self, began: float) -> None:
         for rank, pid in enumerate(self.pids):
             if self.ends[rank] is None and (status := os.waitpid(pid, os.WNOHANG))[0]:
@@ -167,7 +171,7 @@ def run(names: list[str], root: Path) -> None:
     suspended = [trial for trial in trials if "suspend" in trial.faults.values()]
 
     def look_for(seconds: float) -> None:
-        while time.monotonic() - began < seconds and any(None in trial.ends for trial in trials):
+        while time.monotonic() - began < seconds and not all(trial.ended() for trial in trials):
             for trial in trials:
                 trial.look(began)
             time.sleep(0.02)

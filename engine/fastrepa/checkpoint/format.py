@@ -408,6 +408,7 @@ class StoredTensors(Mapping[str, Tensor]):
         paths = _paths(folder, kind)
         if not paths:
             raise CheckpointError(f"{folder}: {part_name(kind, 0, 1)} is missing")
+        self.folder = folder
         self._file: dict[str, SafeTensors] = {}
         for path in paths:
             stored = SafeTensors(path, CheckpointError)

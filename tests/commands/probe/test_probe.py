@@ -10,13 +10,21 @@ from PIL import Image
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from fastrepa.checkpoint.format import RunState, checkpoint_path, part_name, read_state, seal
+from fastrepa.checkpoint.format import (
+    RunState,
+    StoredTensors,
+    checkpoint_path,
+    checkpoints,
+    part_name,
+    read_state,
+    seal,
+)
 from fastrepa.checkpoint.host_tensors import write_durably
-from fastrepa.checkpoint.kinds import KINDS
+from fastrepa.checkpoint.kinds import EMA, KINDS
 from fastrepa.cli import app
 from fastrepa.commands.probe.data import PIXELS, RANDOM, Measured, pixel_tokens, probe_data, verdict
 from fastrepa.commands.probe.probe import kind_of, probe
-from fastrepa.commands.probe.run import _images, _weights, block_features, probe_run
+from fastrepa.commands.probe.run import _images, _saved, _weights, block_features, probe_run
 from fastrepa.config import EncoderConfig, config_from_dict, load_config, save_config
 from fastrepa.data.gallery import Gallery
 from fastrepa.errors import ConfigError, DataError, FastrepaError, WeightsError
@@ -99,13 +107,33 @@ def test_blocks_are_read_after_their_last_branch(run):
 def test_step_0_is_what_the_trainer_starts_from(run):
     folder, config, models = run
     made = read_state(checkpoint_path(folder, 200))
-    weights = _weights(config, models[200], made, [checkpoint_path(folder, 100)])
+    weights = _weights(
+        config, models[200], made, [StoredTensors(checkpoint_path(folder, 100), EMA)]
+    )
     torch.manual_seed(config.seed)
     expected = SiT.from_config(config, side=32, channels=3, encoder_widths=[112]).state_dict()
     found = next(weights).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     found = next(weights).state_dict()
     assert all(torch.equal(found[name], value) for name, value in models[100].state_dict().items())
+
+
+def test_checkpoints_may_be_pruned_meanwhile(tmp_path, monkeypatch):
+    config, models = write_run(tmp_path)
+    shutil.copytree(checkpoint_path(tmp_path, 200), broken := checkpoint_path(tmp_path, 300))
+    (broken / "ema.safetensors").unlink()
+    listed = [checkpoint_path(tmp_path, 50), *checkpoints(tmp_path)]  # the first has just gone
+    monkeypatch.setattr("fastrepa.commands.probe.run.checkpoints", lambda run: listed)
+    said, made = [], read_state(checkpoint_path(tmp_path, 200))
+    saved = dict(_saved(tmp_path, said))
+    assert list(saved) == [100, 200]
+    assert len(said) == 1 and said[0].startswith("warning: step_0000300 is damaged (")
+    shutil.rmtree(tmp_path / "checkpoints")
+    weights = _weights(config, model_of(config, 0), made, saved.values())
+    next(weights)
+    for found, expected in zip(weights, models.values(), strict=True):
+        kept = found.state_dict()
+        assert all(torch.equal(kept[name], v) for name, v in expected.state_dict().items())
 
 
 def test_a_run_is_measured_on_held_out_images_at_every_checkpoint(run, monkeypatch):

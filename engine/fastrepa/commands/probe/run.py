@@ -11,7 +11,7 @@ k = 10, noised inputs. Shapes: N images, D generator width, Z encoder width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from fastrepa.data.classes import first_difference
 from fastrepa.data.column_check import check_column
 from fastrepa.data.datasets import is_data
 from fastrepa.data.gallery import Gallery, choose
-from fastrepa.errors import ConfigError, DataError
+from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
@@ -124,22 +124,11 @@ def probe_run(
         config.data.codec, config.objective, data, time, seed, batch_size, device, progress
     )
 
-    paths, states = [], []
-    for path in checkpoints(run):
-        if problem := damage(path, contents=False):
-            said.append(f"warning: {path.name} is damaged ({problem}) and left out")
-            continue
-        try:
-            check_finite(path, EMA, StoredTensors(path, EMA))
-        except NotFinite as e:
-            said.append(f"warning: {e}: left out")
-            continue
-        paths.append(path)
-        states.append(read_state(path))
-    steps = [0, *(state.step for state in states)]
+    saved = dict(_saved(run, said))
+    steps = [0, *saved]
 
     def blocks() -> Iterator[list[np.ndarray]]:
-        for column, weights in enumerate(_weights(config, model, made, paths)):
+        for column, weights in enumerate(_weights(config, model, made, saved.values())):
             progress(f"step {steps[column]:,}", column / len(steps))
             yield block_features(weights, inputs, time, batch_size)
 
@@ -167,6 +156,28 @@ def probe_run(
         fitted=int(np.count_nonzero(~data.rest)),
         held_out=int(np.count_nonzero(data.rest)),
     )  # fmt: skip
+
+
+def _saved(run: Path, said: list[str]) -> Iterator[tuple[int, StoredTensors]]:
+    """Steps and averages of a run's checkpoints; `said` gets what is left out.
+
+    They are opened here: the run may prune them before they are measured.
+    """
+    for path in checkpoints(run):
+        try:
+            if problem := damage(path, contents=False):
+                problem = f"{path.name} is damaged ({problem}) and"
+            else:
+                average = StoredTensors(path, EMA)
+                check_finite(path, EMA, average)
+                yield read_state(path).step, average
+        except NotFinite as e:
+            problem = f"{e}:"
+        except (CheckpointError, OSError):
+            if path.is_dir():
+                raise
+        if problem and path.is_dir():
+            said.append(f"warning: {problem} left out")
 
 
 def _compared(
@@ -226,7 +237,9 @@ def _leading(encoder: str, table: np.ndarray, steps: Sequence[int]) -> str:
     )
 
 
-def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) -> Iterator[SiT]:
+def _weights(
+    config: Config, model: SiT, made: RunState, averages: Iterable[StoredTensors]
+) -> Iterator[SiT]:
     """The initial weights, then each checkpoint's first average, one after the other in `model`.
 
     The initial ones as the trainer draws them: it seeds torch's generator and builds the model.
@@ -238,8 +251,8 @@ def _weights(config: Config, model: SiT, made: RunState, paths: Sequence[Path]) 
         )
     model.load_state_dict(initial.state_dict())
     yield model
-    for path in paths:
-        load_weights(model, StoredTensors(path, EMA), source=str(path))
+    for average in averages:
+        load_weights(model, average, source=str(average.folder))
         yield model
 
 
