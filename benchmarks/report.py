@@ -256,7 +256,8 @@ def faults(records: list[Record]) -> str:
                 f"{_middle([s['save'] for s in seconds]):.1f} s. The step waits for "
                 f"{_middle([s['copy'] for s in seconds]):.2f} s of it ({r['share_copied']:.1%}); "
                 f"with what it slows the steps beside it ({r['step_seconds']:.1f} s each), "
-                f"{_middle(r['cost_seconds']):.2f} s ({r['share']:.1%})."
+                f"{_middle(r['cost_seconds']):.2f} s ({r['share']:.1%}; "
+                f"{min(r['cost_seconds']):.1f} to {max(r['cost_seconds']):.1f} s)."
             )
     return "\n".join([*parts, ""])
 

@@ -182,7 +182,7 @@ def _nan(options: Namespace, folder: Path) -> Records:
 def _saves(options: Namespace, folder: Path) -> Records:
     overrides = [
         "model.width=768", "model.depth=12", "model.heads=12",
-        "training.global_batch=2", "training.steps=31",
+        "training.global_batch=2", "training.steps=71",
         "training.checkpoint_every=10", "training.log_every=1", "training.sample_every=0",
         "training.tensorboard=false", "sample.num=1", "sample.steps=1",
         "training.precision=fp32", "zero.stage=1", RUN[1],
