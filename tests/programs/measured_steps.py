@@ -4,6 +4,7 @@ Arguments are JSON objects, one per case; the first rank prints one JSON object 
 torch's allocator held at the highest moment of a step, and what DeepSpeed's comms logger counted.
 """
 
+import gc
 import json
 import sys
 import time
@@ -103,6 +104,7 @@ def with_settings(plain, settings, *given):
 def main():
     world = init_world()
     plain = zero.deepspeed_config
+    gc.freeze()  # libraries' objects, which need not be looked through for tensors
     for text in sys.argv[1:]:
         case = json.loads(text)
         zero.deepspeed_config = partial(with_settings, plain, case.get("zero", {}))
