@@ -29,7 +29,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import choose_ema, named_emas, resumed_emas, stored_emas
-from fastrepa.checkpoint.host_tensors import is_finite, write_durably
+from fastrepa.checkpoint.host_tensors import first_not_finite, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT, Whole
 from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
 from fastrepa.errors import CheckpointError, shown
@@ -149,9 +149,8 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def check_finite(source: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises NotFinite, naming the first tensor [...] that holds a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise NotFinite(f"{source}: {kind}: {name[:120]} is not finite")
+    if (name := first_not_finite(tensors)) is not None:
+        raise NotFinite(f"{source}: {kind}: {name[:120]} is not finite")
 
 
 def fingerprint(run: Path, step: int) -> str:

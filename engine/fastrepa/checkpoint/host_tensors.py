@@ -35,6 +35,11 @@ def is_finite(values: Tensor) -> bool:
     return True
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first of real tensors, [...] each, that holds a NaN or an infinity."""
+    return next((name for name, values in tensors.items() if not is_finite(values)), None)
+
+
 class HostTensors:
     """Named float32 tensors side by side in one piece of host memory, pinned on a GPU's behalf.
 
@@ -54,9 +59,7 @@ class HostTensors:
 
     def not_finite(self) -> str | None:
         """Name a tensor that holds a NaN or an infinity."""
-        if is_finite(self.memory):
-            return None
-        return next(name for name, view in self.views.items() if not is_finite(view))
+        return None if is_finite(self.memory) else first_not_finite(self.views)
 
     def file_chunks(self) -> Iterator[memoryview | bytes]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -19,7 +19,7 @@ from fastrepa.cli.app import app, data_app
 from fastrepa.errors import ConfigError, FastrepaError, print_error, printable, worded
 from fastrepa.runtime.exit_codes import for_launcher
 from fastrepa.runtime.terminal import say
-from fastrepa.runtime.world import launched_world
+from fastrepa.runtime.world import stated_rank
 
 __all__ = ["app", "data", "data_app", "insight", "main", "runs"]
 
@@ -34,12 +34,12 @@ def main() -> None:
         _refuse_empty(sys.argv[1:])
         code = app(standalone_mode=False) or 0
     except FastrepaError as e:
-        print_error(e, _rank())
+        print_error(e, stated_rank())
         code = 1
     except (KeyboardInterrupt, typer.Abort) as e:
         if isinstance(e.__cause__, EOFError):  # typer's way with a file that ends too early
             raise e.__cause__ from None
-        if _rank() == 0:  # Ctrl-C comes to all
+        if stated_rank() == 0:  # Ctrl-C comes to all
             say("fastrepa: interrupted", file=sys.stderr)
         code = 130
     except SystemExit as e:
@@ -76,12 +76,12 @@ def _of_the_machine(error: Exception) -> int | None:
             print_error(f"{said} (see {command} --help)", 0)
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, MemoryError):
-        print_error(worded(error), _rank())
+        print_error(worded(error), stated_rank())
     elif isinstance(error, OSError) and (
         error.filename or error.errno in _NO_ROOM or "temporary directory" in str(error)
     ):  # the last is Python's, where no place for temporary files has room
         where = f"{error.filename}: " if error.filename else ""
-        print_error(f"{where}{worded(error)}", _rank())
+        print_error(f"{where}{worded(error)}", stated_rank())
     else:
         return None
     return 1
@@ -104,10 +104,3 @@ def _refuse_empty(words: list[str]) -> None:
         if not value and (equals or not option):
             where = option or f"after {before!r}"
             raise ConfigError(f"{where}: an empty argument, perhaps of a shell variable not set")
-
-
-def _rank() -> int:
-    try:
-        return launched_world().rank
-    except ConfigError:  # which may be the very error
-        return 0

@@ -44,7 +44,7 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
     resolved = load_config(config, overrides)
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import is_of_peers, watched
-    from fastrepa.runtime.world import destroy_world, init_world, launched_world
+    from fastrepa.runtime.world import destroy_world, init_world, stated_rank
 
     make_deterministic(resolved.deterministic)
     watch = None
@@ -76,7 +76,7 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
         if watch is not None or not is_of_peers(e):
             raise
         words = "another rank was lost before the run began; the same command continues"
-        print_error(words, launched_world().rank)
+        print_error(words, stated_rank())
         return LOST
     finally:
         destroy_world()

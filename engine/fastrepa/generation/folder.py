@@ -91,9 +91,8 @@ def settings_of(record: Path) -> dict[str, Any]:
         found = parse_json(record.read_bytes(), str(record))
     except (OSError, DataError):
         return {}
-    return (
-        {k: v for k, v in found.items() if k not in _NO_MATTER} if isinstance(found, dict) else {}
-    )
+    known = found if isinstance(found, dict) else {}
+    return {k: v for k, v in known.items() if k not in _NO_MATTER}
 
 
 def _sized(record: Mapping[str, Any], num: int) -> dict[str, Any]:

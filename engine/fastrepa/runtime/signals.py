@@ -7,10 +7,9 @@ import signal
 import time
 from types import FrameType
 
-from fastrepa.errors import ConfigError
 from fastrepa.runtime.exit_codes import REQUEUE
 from fastrepa.runtime.terminal import say
-from fastrepa.runtime.world import launched_world
+from fastrepa.runtime.world import stated_rank
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ONE_KEY = 1.0  # seconds in which a launcher hands on the Ctrl-C that its ranks had themselves
@@ -52,7 +51,7 @@ class StopSignals:
     def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if isinstance(e, Stopped) and _is_rank_0():
+        if isinstance(e, Stopped) and stated_rank() == 0:
             say(f"{e} before there was anything to save; the same command starts again")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -65,10 +64,3 @@ class StopSignals:
         elif not self.saves:
             raise Stopped(number)
         self.asked = self.asked or number
-
-
-def _is_rank_0() -> bool:
-    try:
-        return launched_world().is_rank_0
-    except ConfigError:
-        return True

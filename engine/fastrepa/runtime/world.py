@@ -116,6 +116,14 @@ def launched_world() -> World:
     return world
 
 
+def stated_rank() -> int:
+    """This process's rank; 0 where its launcher's variables are wrong, as an error may say."""
+    try:
+        return launched_world().rank
+    except ConfigError:
+        return 0
+
+
 def _check_meeting(world: World) -> None:
     """Refuse a world of several ranks that do not know who they are or where they meet: joining
     it would wait for ever.
@@ -151,18 +159,28 @@ def init_world(timeout_seconds: float = 1800.0) -> World:
     if not dist.is_initialized():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env.update({key: value for key, value in alone.items() if not env.get(key)})
-        store = _meeting(world, timeout_seconds)
-        _listen_where_they_meet(world, store)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout_seconds),
-            # A world of one has no peer that a device would have to be bound for.
-            device_id=world.device if on_gpu and world.size > 1 else None,
-        )
+        # A world of one has no peer that a device would have to be bound for.
+        device = world.device if on_gpu and world.size > 1 else None
+        _join(world, "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_seconds), device)
     return world
+
+
+def _join(
+    world: World, backend: str, timeout: timedelta, device: torch.device | None = None
+) -> None:
+    """Begin the process group of all ranks where they meet (collective)."""
+    import torch.distributed as dist
+
+    store = _meeting(world, timeout.total_seconds())
+    _listen_where_they_meet(world, store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device,
+    )
 
 
 def _meeting(world: World, timeout_seconds: float) -> Any:
@@ -307,15 +325,7 @@ def patient_world() -> Iterator[World]:
 
     ours = not dist.is_initialized()
     if ours:
-        store = _meeting(world, _PATIENCE.total_seconds())
-        _listen_where_they_meet(world, store)
-        dist.init_process_group(
-            "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=_PATIENCE,
-        )
+        _join(world, "gloo", _PATIENCE)
     yield replace(world, group=dist.new_group(backend="gloo", timeout=_PATIENCE))
     # After an error the process ends, and the group with it.
     if ours:

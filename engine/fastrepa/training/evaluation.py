@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fastrepa.checkpoint.averages import ema_model
-from fastrepa.checkpoint.host_tensors import is_finite
+from fastrepa.checkpoint.host_tensors import first_not_finite
 from fastrepa.checkpoint.kinds import Whole
 from fastrepa.config import Config
 from fastrepa.generation.generate import rank_batches
@@ -86,15 +86,10 @@ class Evaluations:
         evaluator.prepare(alive=alive, warn=warn)
         mine = rank_batches(settings.num, settings.batch_size, world.rank, world.size)
         with ema_model(self.config, whole, fixed, self.codec, world, needed=bool(mine)) as model:
-            bad = of_rank_0(world, lambda: _not_finite(model))  # the first has images, if any has
+            weights = {} if model is None else model.state_dict()
+            bad = of_rank_0(world, lambda: first_not_finite(weights))  # it has images, if any has
             if bad:
                 warn(f"step {step}: the average of {bad} is not finite: nothing is measured")
             scores = {} if bad else evaluator.scores(model, alive=alive)
         self._latest = (step, scores)
         return scores
-
-
-def _not_finite(model: SiT | None) -> str | None:
-    """Name a weight that holds a NaN or an infinity."""
-    weights = {} if model is None else model.state_dict()
-    return next((name for name, value in weights.items() if not is_finite(value)), None)
