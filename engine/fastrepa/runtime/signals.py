@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -12,6 +14,7 @@ from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import stated_rank
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ONE_KEY = 1.0  # seconds in which a launcher hands on the Ctrl-C that its ranks had themselves
 
 
@@ -32,7 +35,9 @@ class StopSignals:
     asked: the number of the first signal that came, 0 before. Until `saves` is set, as there is
     nothing to save, a signal stops at once: with KeyboardInterrupt or `Stopped`. From then on only
     a second Ctrl-C does: systemd, cgroups, SLURM and launchers repeat theirs, and send SIGKILL when
-    they have waited long enough. SIGHUP that is ignored stays so (nohup).
+    they have waited long enough. SIGHUP that is ignored stays so (nohup). Under torchrun its death
+    is a SIGTERM, too (Linux): its ranks lead sessions of their own, and it dies of a second signal
+    while it passes the first one on.
     """
 
     def __init__(self) -> None:
@@ -46,9 +51,13 @@ class StopSignals:
         hung_up = signal.SIGHUP if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else None
         heeded = [number for number in STOP_SIGNALS if number != hung_up]
         self._before = {number: signal.signal(number, self._handle) for number in heeded}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _signal_at_parents_death(signal.SIGTERM)
         return self
 
     def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _signal_at_parents_death(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(e, Stopped) and stated_rank() == 0:
@@ -64,3 +73,8 @@ class StopSignals:
         elif not self.saves:
             raise Stopped(number)
         self.asked = self.asked or number
+
+
+def _signal_at_parents_death(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
