@@ -71,13 +71,13 @@ ROWS = (
     ),
     # Configuration.
     (
-        "another alignment weight", "engine/fastrepa/config/sections.py",
-        "weight: Annotated[float, Field(ge=0.0)] = 0.5",
-        "weight: Annotated[float, Field(ge=0.0)] = 1.0", "tests/test_config.py",
+        "another alignment weight", "engine/fastrepa/config/ingredients.py",
+        '0.5, description="of the alignment loss', '1.0, description="of the alignment loss',
+        "tests/test_config.py",
     ),
     (
-        "another label dropout", "engine/fastrepa/config/sections.py",
-        "label_dropout: Probability = 0.1", "label_dropout: Probability = 0.15",
+        "another label dropout", "engine/fastrepa/config/ingredients.py",
+        '0.1,\n        description="share of labels', '0.15,\n        description="share of labels',
         "tests/test_config.py",
     ),
     (

@@ -1,5 +1,14 @@
 """One typed, validated configuration. Every section is frozen and forbids unknown keys."""
 
+from fastrepa.config.ingredients import (
+    AlignmentConfig,
+    CodecConfig,
+    DataConfig,
+    EncoderConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    VisionConfig,
+)
 from fastrepa.config.loading import (
     PATCHES,
     SIT_MODELS,
@@ -11,23 +20,16 @@ from fastrepa.config.loading import (
 )
 from fastrepa.config.sections import (
     MAX_EMAS,
-    AlignmentConfig,
     AttentionConfig,
-    CodecConfig,
     Config,
-    DataConfig,
     EmaConfig,
-    EncoderConfig,
     EvaluationConfig,
     KeepBestConfig,
-    ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     SampleConfig,
     ScheduleConfig,
     SurvivalConfig,
     TrainingConfig,
-    VisionConfig,
     ZeroConfig,
 )
 

@@ -1,19 +1,24 @@
-"""The sections of a configuration: every key with its type, default and allowed values."""
+"""The sections of a configuration: every key with its type, default and allowed values.
+
+Those of what is learnt from what are in ingredients.py, how it is learnt stands here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_serializer, model_validator
 
+from fastrepa.config.ingredients import (
+    AlignmentConfig,
+    DataConfig,
+    EncoderConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Section,
+    VisionConfig,
+)
 from fastrepa.config.values import (
     BoolOrAuto,
     NonNegative,
@@ -33,148 +38,48 @@ if TYPE_CHECKING:
 MAX_EMAS = 4  # as many as the fused kernel updates in one pass
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class OptimizerConfig(Section):
+    """AdamW."""
 
-
-class CodecConfig(_Section):
-    """Makes of an image what the generator sees: pixels in [-1, 1] or autoencoder latents."""
-
-    name: Literal["pixel", "sd-vae"] = "sd-vae"
-    weights: PathText = Field(
-        "stabilityai/sd-vae-ft-mse", description="sd-vae: hub id or local folder"
+    lr: Annotated[float, Field(gt=0.0)] = Field(
+        1e-4, description="learning rate, after the warm-up"
     )
-    side: Positive | None = Field(None, description="pixel: side the image is averaged down to")
-
-    @property
-    def is_autoencoder(self) -> bool:
-        return self.name == "sd-vae"
-
-
-class DataConfig(_Section):
-    """A data set (made by `fastrepa prepare`, or in the reference's layout) and how it is read."""
-
-    path: PathText
-    resolution: Positive = 256
-    codec: CodecConfig = CodecConfig()
-    latents: Literal["auto", "online", "cached"] = Field(
-        "auto", description="sd-vae: from the set's moments, or encoded in training; auto: if there"
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.999),
+        strict=False,
+        description="decay per step of the averages of gradients and of their squares",
     )
-    decode: Literal["auto", "cpu", "mixed"] = "auto"
-    readers: Positive = Field(8, description="threads that read per rank")
-    read_ahead: Positive = Field(4, description="batches being read")
-    prefetch: Positive = Field(2, description="batches DALI keeps ready")
-    window: Positive = Field(8, description="shards whose samples are shuffled together")
-    flip: bool = Field(
-        False, description="mirror half of the samples, one draw per step and sample"
+    eps: Annotated[float, Field(gt=0.0)] = Field(
+        1e-8, description="added to the root of the mean square"
     )
-    remainder: Literal["include", "drop"] = Field(
-        "include",
-        description="what an epoch's samples beyond the last whole batch do: join the next epoch's "
-        "first, or are left out",
-    )
-
-    @property
-    def must_cache_latents(self) -> bool:
-        return self.latents == "cached"
-
-
-class EncoderConfig(_Section):
-    """One frozen encoder: a registry name or any timm model, and where its weights come from."""
-
-    name: Text
-    weights: PathText = Field(
-        "hub", description="hub | random | package:NAME | a local .safetensors/.pth file"
-    )
-    input: Positive | None = Field(None, description="side of the encoder's input in pixels")
-    grid: Literal["exact", "area", "bilinear"] = Field(
-        "exact", description="how features are brought to the generator's token grid"
-    )
-    spatial_norm: Probability = Field(
-        0.0,
-        description="share of an image's mean token that is taken off, before each channel is "
-        "divided by its deviation over the image (iREPA); 0: tokens as they are",
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="decoupled, of every weight: its share times lr per step"
     )
 
 
-class VisionConfig(_Section):
-    encoders: tuple[EncoderConfig, ...] = Field((), strict=False)
-    targets: Literal["online", "cached"] = Field(
-        "online", description="cached: from the data set's feature columns, no encoder in training"
+class ScheduleConfig(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: half a cosine from lr down to final at training.steps"
     )
-    look_ahead: BoolOrAuto = Field(
-        "auto",
-        description="make the next batch's targets on a stream of their own while this batch's "
-        "backward runs; auto: on a GPU, for targets that are online",
-    )
-    precision: Literal["run", "fp8"] = Field(
-        "run",
-        description="of the encoders: the run's, or products in e4m3 (from compute capability 8.9 "
-        "on), refused where features would be less than 0.999 alike",
-    )
-    compile: Literal["none", "graphs"] = Field(
-        "none", description="graphs: the encoders compiled, and replayed as CUDA graphs"
-    )
-
-    @property
-    def cached_targets(self) -> bool:
-        return self.targets == "cached"
-
-
-class ModelConfig(_Section):
-    """SiT by name ("SiT-XL/2") or by width, depth, heads and patch, which a name gives."""
-
-    name: Text | None = None
-    width: Positive
-    depth: Positive
-    heads: Positive
-    patch: Positive
-    num_classes: Positive = 1000
-    label_dropout: Probability = 0.1
-    qk_norm: bool = False
-
-
-class AlignmentConfig(_Section):
-    """REPA's alignment: of which block, through which projector, how strongly."""
-
-    weight: Annotated[float, Field(ge=0.0)] = 0.5
-    block: Positive = Field(description="1-based; if not given: 4 for S/B, 8 for L/XL")
-    projector_width: Positive = 2048
-
-
-class ObjectiveConfig(_Section):
-    path: Literal["linear", "cosine"] = "linear"
-    prediction: Literal["velocity", "data"] = Field(
-        "velocity",
-        description="what the last layer's output means; 'data' is easier to learn in pixel space",
-    )
-    time: Literal["uniform", "lognormal"] = "uniform"
-    time_mean: float = Field(0.0, description="lognormal: mean of log(noise / signal)")
-    time_std: Annotated[float, Field(gt=0.0)] = Field(1.0, description="lognormal: its deviation")
-
-
-class OptimizerConfig(_Section):
-    lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), strict=False)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-
-
-class ScheduleConfig(_Section):
-    name: Literal["constant", "cosine"] = "constant"
     warmup: NonNegative = Field(0, description="steps of linear warm-up, before either shape")
     final: Probability = Field(0.0, description="cosine: the last rate, as a share of lr")
 
 
-class EmaConfig(_Section):
+class EmaConfig(Section):
     """One moving average of the weights; in YAML a decay (`0.9999`) or `{sigma_rel: 0.05}`.
 
     sigma_rel is the relative standard deviation of EDM2's power-function average (Karras et al.
     2024, section 3.1): how far back it looks, as a share of the training so far.
     """
 
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    sigma_rel: Annotated[float, Field(gt=0.0, le=0.28)] | None = None
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="share of the average that a step keeps"
+    )
+    sigma_rel: Annotated[float, Field(gt=0.0, le=0.28)] | None = Field(
+        None, description="how far back a power-function average looks, as a share of the training"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -202,22 +107,26 @@ class EmaConfig(_Section):
         return str(self.decay) if self.sigma_rel is None else f"sigma_rel={self.sigma_rel}"
 
 
-class KeepBestConfig(_Section):
+class KeepBestConfig(Section):
     """The rule of the best checkpoint: a key of metrics.jsonl, as last logged before the save, or
     an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
     """
 
-    metric: Text
-    mode: Literal["min", "max"] = "min"
+    metric: Text = Field(description="as metrics.jsonl calls it")
+    mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
 
 
-class TrainingConfig(_Section):
-    steps: Positive = 400_000
-    global_batch: Positive = 256
+class TrainingConfig(Section):
+    """Length, portions and precision of the training, and what is written on the way."""
+
+    steps: Positive = Field(400_000, description="updates of the whole run")
+    global_batch: Positive = Field(256, description="images per step, over all ranks")
     micro_batch: Positive | None = Field(
-        None, description="images per rank per forward; None: no gradient accumulation"
+        None, description="images per rank per forward; null: no gradient accumulation"
     )
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights and activations in a step; the optimiser's are fp32"
+    )
     recompute: Recompute = Field(
         "none",
         description="activation checkpointing: none; N: every N-th block keeps its input alone and "
@@ -230,7 +139,7 @@ class TrainingConfig(_Section):
     )
     memory_budget_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         None,
-        description="what recompute and keep auto may fill per rank, in 1e9 bytes; None: the GPU's "
+        description="what recompute and keep auto may fill per rank, in 1e9 bytes; null: the GPU's "
         "memory; without a GPU nothing is recomputed, and h is not kept",
     )
     compile: Literal["none", "blocks", "graphs"] = Field(
@@ -246,14 +155,18 @@ class TrainingConfig(_Section):
         strict=False,
         description="one or a list; the first is sampled and evaluated, the others are stored",
     )
-    log_every: Positive = 100
-    sample_every: NonNegative = Field(10_000, description="0: never")
-    checkpoint_every: NonNegative = Field(50_000, description="0: at the end only")
-    keep_checkpoints: NonNegative = Field(3, description="newest kept; 0: all")
-    keep_every: NonNegative = Field(0, description="kept for ever where this divides the step")
+    log_every: Positive = Field(100, description="steps between lines of metrics.jsonl")
+    sample_every: NonNegative = Field(10_000, description="steps between grids; 0: never")
+    checkpoint_every: NonNegative = Field(
+        50_000, description="steps between checkpoints; 0: at the end only"
+    )
+    keep_checkpoints: NonNegative = Field(3, description="newest checkpoints kept; 0: all")
+    keep_every: NonNegative = Field(
+        0, description="checkpoints whose step this divides are kept for ever; 0: none"
+    )
     keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
-    tensorboard: bool = True
-    wandb: Text | None = Field(None, description="Weights & Biases project; None: off")
+    tensorboard: bool = Field(True, description="also log to tensorboard/ in the run's folder")
+    wandb: Text | None = Field(None, description="Weights & Biases project; null: off")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -290,15 +203,23 @@ class TrainingConfig(_Section):
         return value
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """The grids drawn during training, and the defaults of `fastrepa sample`."""
 
-    num: Positive = 64
-    sampler: Literal["ode", "heun", "sde"] = "ode"
-    steps: Positive = 50
-    cfg: Annotated[float, Field(ge=1.0)] = 1.0
-    guidance_low: Probability = 0.0
-    guidance_high: Probability = 1.0
+    num: Positive = Field(64, description="images")
+    sampler: Literal["ode", "heun", "sde"] = Field(
+        "ode",
+        description="ode: Euler's steps; heun: of second order, two evaluations a step; sde: "
+        "Euler-Maruyama, with fresh noise",
+    )
+    steps: Positive = Field(50, description="integration steps from noise to data")
+    cfg: Annotated[float, Field(ge=1.0)] = Field(
+        1.0, description="scale of classifier-free guidance; 1: none"
+    )
+    guidance_low: Probability = Field(
+        0.0, description="guide from this time on; times are 0 for data and 1 for noise"
+    )
+    guidance_high: Probability = Field(1.0, description="guide up to this time")
     precision: Literal["run", "fp32", "tf32", "bf16"] = Field(
         "run",
         description="of the network: run is training.precision; tf32 is fp32 with TF32 products on "
@@ -311,35 +232,39 @@ class SampleConfig(_Section):
     )
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Metrics of generated images during training, on the first average; `fastrepa evaluate` has
     them all. Sampler, steps and guidance are those of `sample`.
     """
 
     every: NonNegative = Field(0, description="steps between evaluations; 0: never")
     reference: PathText | None = Field(
-        None, description="what `fastrepa evaluate` takes, runs apart; None: the training data"
+        None, description="what `fastrepa evaluate` takes, runs apart; null: the training data"
     )
     num: Positive = Field(1000, description="images generated: the same seeds and labels each time")
     batch_size: Positive = Field(32, description="images per forward")
     metrics: tuple[Text, ...] | None = Field(
-        None, strict=False, description="None: the encoders', or Inception's without any"
+        None, strict=False, description="null: the encoders', or Inception's without any"
     )
     encoders: tuple[EncoderConfig, ...] = Field(
         (), strict=False, description="spaces to measure in, besides Inception's; grid is not used"
     )
     inception_weights: PathText | None = Field(
-        None, description="a local file; None: torch-fidelity's, downloaded once"
+        None, description="a local file; null: torch-fidelity's, downloaded once"
     )
 
 
-class ZeroConfig(_Section):
+class ZeroConfig(Section):
     """DeepSpeed's ZeRO, by DeepSpeed's names. What is auto becomes a number when the run starts
     (training/zero/settings.py says which and why), and that number is in the run's config.yaml.
     Sizes are in elements.
     """
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what ranks share out: 0: nothing; 1: the optimiser's states; 2: gradients "
+        "too; 3: weights too",
+    )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none", description="where masters, Adam's moments and EMA live, and the update runs on CPU"
     )
@@ -371,7 +296,7 @@ class ZeroConfig(_Section):
         return self.offload == "nvme"
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """The attention of training; fastrepa_kernels/attention/choice.py has the table."""
 
     backend: Literal[
@@ -383,7 +308,7 @@ class AttentionConfig(_Section):
     )
 
 
-class SurvivalConfig(_Section):
+class SurvivalConfig(Section):
     """The times after which a run that is in trouble says so, and stops."""
 
     timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
@@ -400,11 +325,13 @@ class SurvivalConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration of a run."""
 
-    run: PathText
-    seed: NonNegative = 0
+    run: PathText = Field(description="the run's folder, made when it begins")
+    seed: NonNegative = Field(
+        0, description="of first weights, order of the samples, noise, times and dropped labels"
+    )
     data: DataConfig
     vision: VisionConfig = VisionConfig()
     model: ModelConfig
@@ -415,7 +342,9 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     zero: ZeroConfig = ZeroConfig()
     survival: SurvivalConfig = SurvivalConfig()
-    kernels: Literal["fused", "eager"] = "fused"
+    kernels: Literal["fused", "eager"] = Field(
+        "fused", description="fused: those of fastrepa_kernels; eager: plain torch, the same maths"
+    )
     attention: AttentionConfig = AttentionConfig()
     deterministic: bool = Field(
         False, description="two runs on the same hardware and ranks end with the same bits"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError
 from fastrepa.reading.text import expanded, written
+
+# What `load_config` fills in from the model's name, where the file does not say it.
+FROM_NAME: dict[str, JsonValue] = {"from": "model.name"}
 
 LARGEST = 2**63 - 1  # of a whole number that torch takes
 

@@ -29,7 +29,6 @@ from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, worded
 from fastrepa.vision import weights as weights_of
 from fastrepa.vision.preprocess import Preprocess
-from fastrepa.vision.quantise import dequantise
 from fastrepa.vision.registry import STRIDE, Recipe, default_side, find_recipe
 from fastrepa.vision.weights import digest
 
@@ -212,6 +211,8 @@ class CachedFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, scale: Tensor, tokens: Tensor) -> Tensor:
+        from fastrepa.vision.quantise import dequantise  # of stored features alone
+
         x = dequantise(scale, tokens, self.dtype)
         if self.plan.own_grid == self.grid:
             return x
