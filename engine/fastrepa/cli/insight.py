@@ -187,7 +187,8 @@ def _progress(title: str, *, shown: bool) -> Iterator[Callable[[str, float], Non
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, up to eight.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="HTML file; default: NAME_report.html, here.")
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file; default: RUN/report.html; of several, here."),
     ] = None,
 ) -> None:
     """Runs side by side as one HTML page: curves, samples, configurations, times, environments.

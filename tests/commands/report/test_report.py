@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-from fastrepa.commands.report.curves import POINTS, curves, is_evaluation, panels
-from fastrepa.commands.report.report import ALL_PICTURES, MAX_RUNS, PICTURES, write_report
-from fastrepa.commands.report.run_record import flattened, read_runs
+from fastrepa.commands.report.report import MAX_RUNS, write_report
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError, DataError
+from fastrepa.pages.curves import POINTS, curves, is_evaluation, panels
+from fastrepa.pages.page import ALL_PICTURES, PICTURES
+from fastrepa.pages.run_record import flattened, read_runs
 from fastrepa.runtime.regions import NAMES
 from tests.command_line import run
 from tests.commands.report import browser

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastrepa.commands.report.run_record import RunRecord
 from fastrepa.generation.pictures import EVALUATION, running_mean
+from fastrepa.pages.run_record import RunRecord
 
 POINTS = 600
 """A curve has at most this many points: each is then the mean of as many log lines."""

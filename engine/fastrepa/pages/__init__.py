@@ -1,0 +1,1 @@
+"""Pages about runs, for a browser: what `report` writes and `watch` serves."""
