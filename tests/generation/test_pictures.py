@@ -159,3 +159,29 @@ def test_values_that_are_not_finite_are_marked(tmp_path):
 
     assert red(tmp_path / "good.png") == 0
     assert red(tmp_path / "bad.png") > 0
+
+
+def test_names_stand_over_the_rows_that_they_are_of(tmp_path):
+    images = plain_images(128).repeat(2, 1, 1, 1)  # five colours, twice
+    save_grid(images, tmp_path / "bare.png", columns=5)
+    save_grid(images, tmp_path / "turns.png", names=["a", "bb", "c", "d", "e"] * 2)
+    bare, turns = read(tmp_path / "bare.png"), read(tmp_path / "turns.png")
+    strip = turns.shape[0] - bare.shape[0]  # one, over the first row
+    gutter = 8
+    assert np.array_equal(turns[gutter + strip :], bare[gutter:])
+    assert turns.shape[1] == bare.shape[1]
+    for column in range(5):
+        left = gutter + column * (128 + gutter)
+        dark = np.flatnonzero((turns[gutter : gutter + strip, left : left + 128] < 128).any((0, 2)))
+        assert abs(dark.mean() - 64) < 3
+
+    # Ten names in rows of four: each row has its own.
+    save_grid(images, tmp_path / "own.png", names=[str(i) for i in range(10)])
+    save_grid(images, tmp_path / "square.png", columns=4)
+    own, square = read(tmp_path / "own.png"), read(tmp_path / "square.png")
+    assert own.shape[0] - square.shape[0] == 3 * strip
+    for row in range(3):
+        top = gutter + row * (128 + gutter)
+        assert np.array_equal(
+            own[top + (row + 1) * strip : top + (row + 1) * strip + 128], square[top : top + 128]
+        )

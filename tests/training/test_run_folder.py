@@ -1,5 +1,6 @@
 """A run is its folder: which one a file means, what others left in it, what cannot be written."""
 
+import io
 import json
 import logging
 import os
@@ -15,15 +16,20 @@ import pytest
 
 from fastrepa.config import config_from_dict, load_config, load_run_config, told_of_folder
 from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.generation.pictures import save_curves
 from fastrepa.reading.metrics import read_metrics
 from fastrepa.runtime import exit_codes
 from fastrepa.runtime.files import HOST
 from fastrepa.runtime.ownership import take
 from fastrepa.runtime.rank_log import RankLog, hold
+from fastrepa.runtime.terminal import Terminal
 from fastrepa.runtime.world import World
+from fastrepa.training import run as training_run
+from fastrepa.training import telemetry as training_telemetry
 from fastrepa.training.telemetry import Telemetry
 from fastrepa.training.zero import offload
-from tests.runs import ROOT
+from tests import command_line
+from tests.runs import ROOT, SMALL
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 TREE = load_config(QUICKSTART).model_dump(mode="json")
@@ -154,6 +160,45 @@ def test_foreign_lines_are_set_aside_and_undone_steps_go(tmp_path, capsys):
     with telemetry(tmp_path, 3):
         assert capsys.readouterr().out == ""
     assert path.stat().st_ino == before.st_ino  # what is whole is not written again
+
+
+def test_a_run_draws_while_it_trains_and_says_how_far_it_is(world, tmp_path, monkeypatch):
+    """The curves with every grid, and at the end; a picture that fails is a warning."""
+    drawn = []
+
+    def save(lines, path):
+        drawn.append(len(lines))
+        if len(drawn) == 2:
+            raise ValueError("no mood")
+        save_curves(lines, path)
+
+    monkeypatch.setattr(training_run, "save_curves", save)
+    monkeypatch.setattr(training_telemetry, "QUIET", 0.0)
+    said = command_line.run(
+        "train", ROOT / "configs/quickstart.yaml", f"run={tmp_path}", *SMALL, "training.steps=3",
+        "training.sample_every=1", "training.checkpoint_every=0",
+    )  # fmt: skip
+    assert drawn == [1, 2, 3]
+    assert f"warning: {tmp_path}/curves.png: left out (ValueError: no mood)" in said
+    for step in (1, 2, 3):
+        assert f"step {step}: drawing samples, 2 of 4 · ETA 0.0 min" in said
+    assert "4 of 4" not in said  # nothing is left to wait for
+
+
+def test_a_bar_counts_what_is_done_beside_the_steps(tmp_path):
+    with telemetry(tmp_path, 0) as run:
+        out = io.StringIO()
+        run.console = Terminal(file=out, force_terminal=True, width=200)
+        run.start(1)
+        with run.counting("drawing", 8) as advance:
+            advance(2.5)
+            run._bar._progress.refresh()
+            assert "drawing, 2 of 8" in out.getvalue()
+            advance(7)  # more ranks than images
+            run._bar._progress.refresh()
+            assert "drawing, 8 of 8" in out.getvalue()
+        run._bar._progress.refresh()
+        assert "training" in out.getvalue().rpartition("drawing, 8 of 8")[2]
 
 
 def test_metrics_that_cannot_be_read_or_written(tmp_path, capsys):

@@ -84,13 +84,18 @@ def profile(
     against: Annotated[
         str | None, typer.Option(help="eager: the eager kernels too, side by side.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_profile, here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder; default: NAME_profile, here; of a run's config.yaml, RUN/profile."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show where every millisecond of a step goes: by region, part and kernel, with idle gaps.
 
-    Takes real steps and writes a trace, two pictures and profile.json into a folder; the run's own
-    folder is not touched. Data and encoder weights that are not here are replaced by random ones.
+    Takes real steps and writes a trace, two pictures and profile.json into a folder; a run's own
+    files are not touched. Data and encoder weights that are not here are replaced by random ones.
     """
     from fastrepa.config import load_config
 
@@ -108,7 +113,7 @@ def profile(
                 world,
                 steps=steps,
                 warmup=warmup,
-                out=out or Path(f"{config.stem}_profile"),
+                out=out or _beside(config, "profile"),
                 against=against,
                 progress=progress,
             )
@@ -140,7 +145,10 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Turns of every contender.")] = 3,
     steps: Annotated[int, typer.Option(help="Timed steps of a turn.")] = 3,
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder; default: NAME_bench, here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; default: NAME_bench, here; of a run's config.yaml, RUN/bench."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """The training step against its rivals: same weights, same batch, turn by turn in one run.
@@ -154,7 +162,7 @@ def bench(
     from fastrepa.commands.bench.bench import bench as measure
     from fastrepa.commands.bench.report import print_bench
 
-    folder = out or Path(f"{config.stem}_bench")
+    folder = out or _beside(config, "bench")
     with _progress("bench", shown=True) as progress:
         results = measure(
             resolved,
@@ -172,6 +180,13 @@ def bench(
     print_bench(results, folder, as_json=json)
     if any(result.failed for result in results if result.case.contender == "ours"):
         raise typer.Exit(1)
+
+
+def _beside(config: Path, what: str) -> Path:
+    """The folder of what is measured with a configuration: in its run, or here."""
+    if config.name == "config.yaml" and (config.parent / "environment.json").is_file():
+        return config.parent / what
+    return Path(f"{config.stem}_{what}")
 
 
 @contextmanager

@@ -132,6 +132,18 @@ def _draw_caption(
         draw.text(at, text, fill=colour, font=_font(_TEXT_SIZE), anchor="ma")
 
 
+def name_strip(names: Sequence[str], width: int, gutter: int) -> Image.Image:
+    """A white line of names, each over the middle of a tile `width` pixels wide, with gutters."""
+    size = (len(names) * (width + gutter) + gutter, _line_height(_TEXT_SIZE))
+    strip = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(strip)
+    for column, name in enumerate(names):
+        at = (gutter + column * (width + gutter) + width // 2, 0)
+        text = _shortened(name, _TEXT_SIZE, width)
+        draw.text(at, text, fill=INK, font=_font(_TEXT_SIZE), anchor="ma")
+    return strip
+
+
 def false_colours(maps: np.ndarray) -> np.ndarray:
     """Colour maps [..., C], C up to 3: uint8, channels stretched over all maps, missing ones grey.
 

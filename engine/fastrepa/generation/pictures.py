@@ -17,7 +17,7 @@ from fastrepa.runtime.files import aside
 
 TILE = 128
 """Small images are enlarged to at most this many pixels a side."""
-
+MOST_COLUMNS = 16  # of classes, each of which has one
 # One panel each, in reading order, where the metrics have it: key, title, colour.
 PANELS = (
     ("loss", "loss", "#1f4e79"),
@@ -45,33 +45,63 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def save_grid(
-    images: Tensor, path: Path, columns: int | None = None, scale: int | None = None
+    images: Tensor,
+    path: Path,
+    columns: int | None = None,
+    scale: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Images uint8 [N,3,H,W], row by row in a PNG, on white with white gutters.
 
-    `columns` defaults to the nearest square. Images smaller than half of TILE are enlarged by the
-    whole factor `scale` with a Lanczos filter; by default as far as fits into TILE pixels.
-    Raises ValueError for no images.
+    `columns` defaults to one for each name, where few names take turns, or else to the nearest
+    square. Images smaller than half of TILE are enlarged by the whole factor `scale` with a Lanczos
+    filter; by default as far as fits into TILE pixels. `names`, one for each image, stand over the
+    first row and every other that has others. Raises ValueError for no images.
     """
     if len(images) == 0:
         raise ValueError("images: nothing to show")
     count, _, height, width = images.shape
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    columns = min(count, columns or _turns(names or ()) or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     scale = scale or max(1, TILE // max(height, width))
     width, height = width * scale, height * scale
     gutter = max(2, min(width, height) // 16)
-    sheet = Image.new(
-        "RGB", (columns * (width + gutter) + gutter, rows * (height + gutter) + gutter), "white"
-    )
+    strips = _strips(names or (), columns, width, gutter)
+    tops, y = [], gutter
+    for row in range(rows):
+        y += strips[row].height if row in strips else 0
+        tops.append(y)
+        y += height + gutter
+    sheet = Image.new("RGB", (columns * (width + gutter) + gutter, y), "white")
+    for row, strip in strips.items():
+        sheet.paste(strip, (0, tops[row] - strip.height))
     for i, image in enumerate(images):
         tile = to_image(image)
         if scale > 1:
             tile = tile.resize((width, height), Image.Resampling.LANCZOS)
         row, column = divmod(i, columns)
-        sheet.paste(tile, (gutter + column * (width + gutter), gutter + row * (height + gutter)))
+        sheet.paste(tile, (gutter + column * (width + gutter), tops[row]))
     with aside(path) as partial:
         sheet.save(partial, "PNG")
+
+
+def _turns(names: Sequence[str]) -> int:
+    """After how many images the names come again, where that makes columns; otherwise 0."""
+    turn = len(set(names))
+    whole = 1 < turn <= MOST_COLUMNS and len(names) >= 2 * turn
+    return turn if whole and all(n == names[i % turn] for i, n in enumerate(names)) else 0
+
+
+def _strips(names: Sequence[str], columns: int, width: int, gutter: int) -> dict[int, Image.Image]:
+    """A line of names for each row whose names are not those above it, by the row's number."""
+    from fastrepa.data.sheet import name_strip
+
+    lines = [list(names[i : i + columns]) for i in range(0, len(names), columns)]
+    return {
+        row: name_strip(line, width, gutter)
+        for row, line in enumerate(lines)
+        if row == 0 or line != lines[row - 1][: len(line)]
+    }
 
 
 def save_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -139,7 +139,7 @@ def sample_run(
             null_label=config.model.num_classes,
         )  # fmt: skip
         there = _draw_missing(draw, labels, claim, folder, world)
-        files = of_rank_0(world, lambda: _gather(folder, len(labels), len(chosen), npz))
+        files = of_rank_0(world, lambda: _gather(folder, _names(labels, info.classes), npz))
     seconds = time.perf_counter() - started
     if world.size > 1:
         destroy_world()
@@ -234,14 +234,19 @@ def _recorded_classes(
     return {"classes": drawn, **({"class_numbers": list(chosen)} if unclear else {})}
 
 
-def _gather(folder: Path, num: int, classes: int, npz: bool) -> tuple[Path | None, Path | None]:
+def _names(labels: Tensor, names: Sequence[str]) -> list[str]:
+    """What each image shows: its class's name, or number."""
+    return [names[c] if c < len(names) else str(c) for c in labels.tolist()]
+
+
+def _gather(folder: Path, names: Sequence[str], npz: bool) -> tuple[Path | None, Path | None]:
     """Draw the grid of a complete folder; with `npz` pack its images. Returns where both are."""
+    num = len(names)
     check_complete(folder, num)
     grid, packed = None, None
     with decoration(folder / GRID):
         shown = [read_png(image_path(folder, i)) for i in range(min(num, GRID_IMAGES))]
-        columns = classes if 1 < classes <= 16 and num >= 2 * classes else None
-        save_grid(torch.stack(shown), folder / GRID, columns)
+        save_grid(torch.stack(shown), folder / GRID, names=names[:GRID_IMAGES])
         grid = folder / GRID
     if npz:
         with writing(folder, FastrepaError):

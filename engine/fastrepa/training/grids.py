@@ -16,12 +16,16 @@ from fastrepa.training.trainer import Trainer
 
 
 def draw_grid(
-    trainer: Trainer, classes: Sequence[int], warn: Callable[[str], None]
+    trainer: Trainer,
+    classes: Sequence[int],
+    warn: Callable[[str], None],
+    progress: Callable[[float], None] | None = None,
 ) -> Tensor | None:
     """Sample `sample.num` images [N,3,R,R] uint8 from the averaged weights, in eval mode; None on
     other ranks than the first (collective). classes: their numbers, which take turns.
 
-    A rank that cannot draw its images leaves the grid out, which `warn` is told.
+    A rank that cannot draw its images leaves the grid out, which `warn` is told. `progress` is told
+    the images that all ranks made since its last call, by this one's own.
     """
     config, world = trainer.config, trainer.world
     num = config.sample.num
@@ -44,6 +48,7 @@ def draw_grid(
                     batch_size=SAMPLE_BATCH,
                     sample_config=config.sample,
                     path=config.objective.path,
+                    progress=progress and (lambda made: progress(made * world.size)),
                 )
     parts: list[Any] = [None] * world.size
     dist.gather_object((numbers, images, problems), parts if world.is_rank_0 else None, dst=0)

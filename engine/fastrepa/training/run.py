@@ -149,9 +149,7 @@ class Run:
                 if signals is not None:
                     self._signals, signals.saves = signals, True
                 self._loop(batches, telemetry, watch)
-            if world.is_rank_0 and telemetry.history():
-                with telemetry.dispensable("curves.png"):
-                    save_curves(telemetry.history(), self.folder / "curves.png")
+            self._draw_curves(telemetry)
             if self._stopped_by:
                 telemetry.say(f"stopped at step {self.step}, saved; the same command continues")
                 return 128 + signal.SIGINT if self._stopped_by == signal.SIGINT else REQUEUE
@@ -217,6 +215,8 @@ class Run:
             if (t.sample_every and self.step % t.sample_every == 0) or self.step == t.steps:
                 with meter.region(SAMPLING):
                     self._draw_samples(telemetry)
+                    if not last:  # then they are drawn when all is saved
+                        self._draw_curves(telemetry)
             if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
                 with meter.region("checkpoint"):
                     self.save(wait=last)
@@ -305,15 +305,25 @@ class Run:
 
     def _draw_samples(self, telemetry: Telemetry) -> None:
         """Write the grid of this step: samples/step_*.png (collective)."""
+        from fastrepa.generation.generate import default_labels
         from fastrepa.training.grids import draw_grid
 
-        grid = draw_grid(self.trainer, self.drawn, telemetry.warn)
+        what, num = f"step {self.step}: drawing samples", self.config.sample.num
+        with telemetry.counting(what, num) as progress:
+            grid = draw_grid(self.trainer, self.drawn, telemetry.warn, progress)
         if grid is not None:
+            classes = self.data.classes
+            names = [classes[c] for c in default_labels(num, len(classes), self.drawn).tolist()]
             path = self.folder / "samples" / f"step_{self.step:07d}.png"
             with telemetry.dispensable(f"samples/{path.name}"):
                 path.parent.mkdir(exist_ok=True)
-                save_grid(grid, path)
+                save_grid(grid, path, names=names)
                 telemetry.picture("samples", path, self.step)
+
+    def _draw_curves(self, telemetry: Telemetry) -> None:
+        if lines := telemetry.history():
+            with telemetry.dispensable("curves.png"):
+                save_curves(lines, self.folder / "curves.png")
 
     # Stopping ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ PACKAGES = (
     "torchvision", "safetensors", "numpy", "pydantic", "diffusers", "flash-attn", "flash-attn-4",
     "xformers",
 )  # fmt: skip
+
+TRAINING = "training"  # what the bar says
+QUIET = 15.0  # seconds without a line, where something slow is done and no bar shows it
 
 
 def versions() -> dict[str, str]:
@@ -166,13 +169,35 @@ class Telemetry:
         """Show the progress bar, where there is a terminal to show it on."""
         if self.active and self.console.is_terminal:
             self._bar = Bar(
-                "training", self.steps, "steps", done=step, stays=True,
+                TRAINING, self.steps, "steps", done=step, stays=True,
                 more=_Numbers(), console=self.console,
             ).__enter__()  # fmt: skip
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
             self._bar.move(step)
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
+        """Show how far something slow beside the steps is, which calls what this yields with how
+        much more is done: in the bar; without one in a line now and then.
+        """
+        done, said, began = 0.0, time.monotonic(), time.monotonic()
+
+        def advance(more: float) -> None:
+            nonlocal done, said
+            done, now = min(done + more, total), time.monotonic()
+            if self._bar is not None:
+                self._bar.move(self._bar.done, f"{what}, {done:.0f} of {total}")
+            elif done < total and now - said >= QUIET:
+                said, rest = now, (now - began) * (total / done - 1)
+                self.say(f"{what}, {done:.0f} of {total} · ETA {rest / 60:.1f} min")
+
+        try:
+            yield advance
+        finally:
+            if self._bar is not None:
+                self._bar.move(self._bar.done, TRAINING)
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to every other listener.
