@@ -235,7 +235,7 @@ def _recorded_classes(
 
 
 def _names(labels: Tensor, names: Sequence[str]) -> list[str]:
-    """What each image shows: its class's name, or number."""
+    """Name the class of each image; one without a name is a number."""
     return [names[c] if c < len(names) else str(c) for c in labels.tolist()]
 
 
