@@ -1,5 +1,7 @@
 """Fused operations for representation-aligned diffusion transformers: torch and triton only.
 
+Without triton (CPU wheels, macOS) everything but the Triton paths is here.
+
 The engine runs `adaln_linear`, `adaln_mlp`, `attention`, `projector_alignment`, `adamw_ema_` and
 `keyed_random`. The rest, `layernorm_modulate`, `gated_residual_layernorm_modulate`,
 `gated_residual` and `linear_gelu`, are only a library for other training scripts: they replace

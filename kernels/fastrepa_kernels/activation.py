@@ -16,14 +16,13 @@ are two-stage, in a fixed order.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.aot.sass import Traffic
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.language import tl, triton
 
 
 @triton.jit

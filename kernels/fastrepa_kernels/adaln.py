@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fastrepa_kernels import launch
@@ -37,6 +36,7 @@ from fastrepa_kernels.adaln_kernels import (
     norm_modulate_torch,
 )
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.language import triton
 from fastrepa_kernels.registration import differentiable, first_order
 
 EPS = 1e-6

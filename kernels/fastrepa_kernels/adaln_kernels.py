@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.aot.sass import Traffic
+from fastrepa_kernels.language import tl, triton
 
 
 @triton.jit

@@ -29,14 +29,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.aot.sass import Traffic
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.language import tl, triton
 
 # Elements. ATen's fused AdamW gives each thread whole cache lines; its lerp gives one thread all of
 # 32 Ki elements, or each of two a half of 64 Ki. So pieces of at most CPU_PIECE, whole in CPU_LINE,

@@ -26,13 +26,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.language import tl, triton
 
 _WORD = 0xFFFFFFFF
 # Philox4x32 multipliers less 2^32: with a 32-bit word the product then fits in a signed 64-bit.

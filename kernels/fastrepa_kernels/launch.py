@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrepa_kernels.language import INSTALLED
+
 GENERATIONS = (80, 90, 100)
 
 # Row kernels hold a whole row in registers; wider rows take the torch path.
@@ -46,7 +48,8 @@ def backend(name: str) -> Iterator[None]:
 def use_triton(x: Tensor, width: int = 1) -> bool:
     """Tell whether an operation on x [...], whose row kernels span `width`, runs Triton kernels.
 
-    Raises ValueError where x is on a CUDA device that is not the current one.
+    Raises ValueError where x is on a CUDA device that is not the current one, RuntimeError where
+    there is no Triton.
     """
     if _forced == "torch" or x.dtype == torch.float64 or width > WIDEST_ROW:
         return False
@@ -56,7 +59,14 @@ def use_triton(x: Tensor, width: int = 1) -> bool:
             f"fastrepa_kernels: tensors are on {x.device} but the current device is "
             f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
-    return x.is_cuda or _forced == "triton"
+    if not (x.is_cuda or _forced == "triton"):
+        return False
+    if not INSTALLED:
+        raise RuntimeError(
+            "fastrepa_kernels: Triton is not installed (pip install triton); without it, "
+            'fastrepa_kernels.launch.backend("torch") has the torch paths'
+        )
+    return True
 
 
 def generation(device: torch.device) -> int:

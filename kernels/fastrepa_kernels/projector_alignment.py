@@ -28,12 +28,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.activation import activate, activate_backward, partial_rows, sum_of_parts
 from fastrepa_kernels.cost import Cost
+from fastrepa_kernels.language import triton
 from fastrepa_kernels.projector_alignment_kernels import (
     _cosine_kernel,
     _cosine_sums_gemm_kernel,

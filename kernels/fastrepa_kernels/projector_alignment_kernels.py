@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from fastrepa_kernels import launch
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.aot.sass import Traffic
+from fastrepa_kernels.language import tl, triton
 
 
 @triton.jit

@@ -1,11 +1,14 @@
 """launch: the choice of path, and tables that have a row for every width they promise."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastrepa_kernels import launch
+from tests.runs import ROOT, environment
 
 
 def test_cpu_tensors_take_the_torch_path_unless_forced():
@@ -115,3 +118,13 @@ def test_autocast_dtype():
     assert launch.autocast_dtype(x) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert launch.autocast_dtype(x) == torch.bfloat16
+
+
+def test_without_triton_every_cpu_path_is_there_and_a_triton_path_is_one_clear_error():
+    program = [sys.executable, "-m", "tests.programs.without_triton"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "fastrepa_kernels: Triton is not installed (pip install triton); without it, "
+        'fastrepa_kernels.launch.backend("torch") has the torch paths\n'
+    )

@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastrepa_kernels import launch
 from fastrepa_kernels.activation import column_sums, sum_of_parts
 from fastrepa_kernels.aot import AotCase
 from fastrepa_kernels.aot.sass import Traffic
+from fastrepa_kernels.language import tl, triton
 from fastrepa_kernels.registration import differentiable, first_order
 
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")  # torch's own kernels
