@@ -26,7 +26,7 @@ ROWS = (
     ),
     (
         "cosine ignores the warm-up", SCHEDULE,
-        "(step - s.warmup) / max(1, training.steps - s.warmup)", "step / max(1, training.steps)",
+        "(step - s.warmup) / max(1, steps - s.warmup)", "step / max(1, steps)",
         TRAINER_TESTS,
     ),
     (

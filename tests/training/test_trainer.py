@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrepa.config import config_from_dict, load_config, save_config
+from fastrepa.errors import ConfigError
 from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.training.messages import warn_of_changes
 from fastrepa.training.schedule import learning_rate
@@ -68,6 +69,19 @@ def test_half_a_cosine_after_its_warm_up():
     assert rates(steps, name="cosine", warmup=10, final=0.2) == pytest.approx(expected, rel=1e-12)
     without = rates((0, 55, 109), name="cosine")
     assert without == pytest.approx([0.5, 0.25, 0.25 * (1 + math.cos(math.pi * 109 / 110))])
+
+
+def test_a_schedule_that_starts_at_a_step():
+    """What the end of a run proposes: another warm-up and cosine, of the steps that are added."""
+    steps = (3, 40, 48, 50, 80, 110)
+    expected = [0.05, 0.05, 0.45, 0.5, 0.3, 0.1]  # before it the first rate
+    shape = {"name": "cosine", "warmup": 10, "final": 0.2, "start": 40}
+    assert rates(steps, **shape) == pytest.approx(expected, rel=1e-12)
+    assert rates((0, 40, 49), name="constant", warmup=10, start=40)[1:] == [0.05, 0.5]
+    with pytest.raises(
+        ConfigError, match=r"schedule\.start: 110 is not before training\.steps 110"
+    ):
+        rates((0,), start=110)
 
 
 # What is drawn ----------------------------------------------------------------------------------
@@ -171,7 +185,7 @@ CURVE = {
     "training.global_batch", "training.precision", "training.optimizer.lr",
     "training.optimizer.betas", "training.optimizer.eps", "training.optimizer.weight_decay",
     "training.schedule.name", "training.schedule.warmup", "training.schedule.final",
-    "training.clip",
+    "training.schedule.start", "training.clip",
 }  # fmt: skip
 
 
@@ -189,7 +203,8 @@ def test_what_changes_the_curve_is_warned_of_and_nothing_else(tmp_path, capsys):
                 continue
             keys.add(key)
             tree[name] = "changed"
-            warn_of_changes(tmp_path, SimpleNamespace(model_dump=lambda: whole))
+            now = SimpleNamespace(model_dump=lambda: whole, training=config.training)
+            warn_of_changes(tmp_path, now, 5)
             tree[name] = value
             if said := capsys.readouterr().out:
                 assert said == (
@@ -205,7 +220,27 @@ def test_what_changes_the_curve_is_warned_of_and_nothing_else(tmp_path, capsys):
 
 def test_a_first_start_and_an_unchanged_one_warn_of_nothing(tmp_path, capsys):
     config = load_config(QUICKSTART, [f"run={tmp_path}"])
-    warn_of_changes(tmp_path, config)
+    warn_of_changes(tmp_path, config, 0)
     save_config(config, tmp_path / "config.yaml")
-    warn_of_changes(tmp_path, config)
+    warn_of_changes(tmp_path, config, 800)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "words"),
+    [
+        (1600, [], "the finished cosine is opened again, and the rate goes from 2.19e-09 to "
+         "0.00105 at once; for a new one say training.schedule.start=1600 and a lower"),
+        (1000, [], "the cosine is stretched, and the rate goes from 0.000691 to 0.00161 at once"),
+        (60, [], ""),  # in the warm-up it is the same
+        (1600, ["training.schedule.start=1600"], ""),
+        (1600, ["training.steps=1600"], ""),
+    ],
+)  # fmt: skip
+def test_a_cosine_that_more_steps_move_is_warned_of(tmp_path, capsys, step, overrides, words):
+    save_config(load_config(QUICKSTART, [f"run={tmp_path}"]), tmp_path / "config.yaml")
+    more = ["training.steps=3200", "training.schedule.warmup=100", *overrides]
+    warn_of_changes(tmp_path, load_config(QUICKSTART, [f"run={tmp_path}", *more]), step)
+    said = capsys.readouterr().out
+    assert said.count("training.steps was 1600 and is now 3200: ") == bool(words)
+    assert words in said

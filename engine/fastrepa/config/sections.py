@@ -65,6 +65,9 @@ class ScheduleConfig(Section):
     )
     warmup: NonNegative = Field(0, description="steps of linear warm-up, before either shape")
     final: Probability = Field(0.0, description="cosine: the last rate, as a share of lr")
+    start: NonNegative = Field(
+        0, description="the step where warm-up and shape begin: to train on after a finished cosine"
+    )
 
 
 class EmaConfig(Section):
@@ -357,6 +360,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         a, s, t = self.alignment, self.sample, self.training
+        if t.schedule.start >= t.steps:
+            raise ValueError(
+                f"training.schedule.start: {t.schedule.start} is not before "
+                f"training.steps {t.steps}"
+            )
         if s.guidance_low > s.guidance_high:
             raise ValueError(
                 f"sample.guidance_low: {s.guidance_low} is above "

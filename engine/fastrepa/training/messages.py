@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastrepa.checkpoint.format import RunState, checkpoint_path
 from fastrepa.checkpoint.identity import other_samples
-from fastrepa.config import Config, TrainingConfig, VisionConfig, load_config
+from fastrepa.config import Config, TrainingConfig, load_config
 from fastrepa.data.datasets import DataSet
 from fastrepa.errors import ConfigError
 from fastrepa.model.compilation import COMPILED
-from fastrepa.runtime.terminal import say, typed
+from fastrepa.runtime.terminal import quoted, say, typed
 from fastrepa.runtime.world import World
+from fastrepa.training.schedule import learning_rate
 from fastrepa.training.zero.settings import as_run
 from fastrepa_kernels import launch
 
@@ -80,8 +81,10 @@ def slow_precision(training: TrainingConfig, world: World) -> str:
     )
 
 
-def warn_of_changes(run: Path, config: Config) -> None:
-    """Name what differs from the configuration this run was started with, where it matters."""
+def warn_of_changes(run: Path, config: Config, step: int) -> None:
+    """Name what differs from the configuration this run was started with, where it matters to what
+    comes after `step`.
+    """
     try:
         before = load_config(run / "config.yaml")
     except ConfigError:
@@ -89,6 +92,29 @@ def warn_of_changes(run: Path, config: Config) -> None:
     for key, (old, new) in _differences(before.model_dump(), config.model_dump()):
         if not key.startswith(FREE_KEYS):
             say(f"warning: {key} was {old!r} and is now {new!r}: this run's curve changes")
+    if words := moved_rate(before.training, config.training, step):
+        say(f"warning: {words}")
+
+
+def moved_rate(before: TrainingConfig, now: TrainingConfig, step: int) -> str:
+    """Say where another number of steps moves the rate of a cosine, from which to which; a new one
+    that starts at its end moves nothing.
+    """
+    old, new = before.schedule, now.schedule
+    cosines = old.name == new.name == "cosine" and old.start == new.start
+    if not cosines or before.steps == now.steps or not 0 < step < now.steps:
+        return ""
+    finished = step >= before.steps
+    was, at = learning_rate(before, step - finished), learning_rate(now, step)
+    if was == at:
+        return ""
+    words = (
+        f"training.steps was {before.steps} and is now {now.steps}: the "
+        f"{'finished ' * finished}cosine is {'opened again' if finished else 'stretched'}, and "
+        f"the rate goes from {was:.3g} to {at:.3g} at once"
+    )
+    cure = f"training.schedule.start={before.steps} and a lower training.optimizer.lr"
+    return words + (f"; for a new one say {cure}" if finished else "")
 
 
 def warn_of_other_samples(before: RunState, data: DataSet) -> None:
@@ -118,25 +144,18 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, tuple[Any
         yield key, (a, b)
 
 
-def farewell(
-    run: Path, training: TrainingConfig, vision: VisionConfig, step: int, last: Mapping[str, float]
-) -> list[str]:
+def farewell(config: Config, step: int, last: Mapping[str, float]) -> list[str]:
     """Say what the finished run did, where to look, and what to try next: of what is there.
 
     last: the last line of its metrics.
     """
-    names = ", ".join(encoder.name for encoder in vision.encoders)
+    run, training = Path(config.run), config.training
+    names = ", ".join(encoder.name for encoder in config.vision.encoders)
     aligned = f", aligned to {names}" if names else ""
-    saved, boards = f"{checkpoint_path(run, step)}/", f"{run}/tensorboard/"
-    metrics = [f"{run}/metrics.jsonl", *([boards] if training.tensorboard else [])]
-    fastrepa, config = _program("fastrepa"), typed(run / "config.yaml")
-    commands = {
-        f"{fastrepa} sample {typed(run)} --num 64 --cfg 3 --seed 1": saved,
-        f"{fastrepa} train {config} training.steps={2 * step}": saved,
-    }
-    if training.tensorboard:
-        commands[f"{_program('tensorboard')} --logdir {typed(run)}"] = boards
-    next_ones = [f"  {command}" for command, needed in commands.items() if os.path.exists(needed)]
+    board = [f"{run}/tensorboard/"] if training.tensorboard else []
+    next_ones = [
+        f"  {command}" for command, needed in _next(config, step) if os.path.exists(needed)
+    ]
     of_last = (last.get(key, math.nan) for key in ("loss", "images_per_s", "seconds"))
     loss, images_per_s, seconds = of_last
     return [
@@ -145,10 +164,55 @@ def farewell(
         f"loss {loss:.4f}, {images_per_s:.0f} images/s, {seconds / 60:.1f} minutes",
         *_where("samples", f"{run}/samples/"),
         *_where("curves", f"{run}/curves.png"),
-        *_where("metrics", *metrics),
-        *_where("checkpoint", saved),
+        *_where("metrics", f"{run}/metrics.jsonl", *board),
+        *_where("checkpoint", f"{checkpoint_path(run, step)}/"),
         *(["next:", *next_ones] if next_ones else []),
     ]
+
+
+def _next(config: Config, step: int) -> Iterator[tuple[str, Path]]:
+    """Yield commands that this run is ready for, each with the path that it cannot do without."""
+    run, fastrepa = Path(config.run), _program("fastrepa")
+    saved, metrics, board = checkpoint_path(run, step), run / "metrics.jsonl", run / "tensorboard"
+    guided = " --cfg 3" if config.model.label_dropout else ""
+    yield f"{fastrepa} sample {typed(run)} --num 64{guided} --seed 1", saved
+    yield f"{fastrepa} report {typed(run)}", metrics
+    yield f"{fastrepa} evaluate {typed(run)} {_measured(config)}", saved
+    if config.vision.encoders:
+        yield f"{fastrepa} probe {typed(run)}", saved
+    longer = _longer(config.training, step)
+    yield f"{fastrepa} train {typed(run / 'config.yaml')} {longer}", saved
+    if config.training.tensorboard:
+        yield f"{_program('tensorboard')} --logdir {typed(run)}", board
+
+
+def _measured(config: Config) -> str:
+    """What `evaluate` compares a run with, and how: as the run did itself, or by its encoders."""
+    e = config.evaluation
+    words = [typed(e.reference or config.data.path), "--num", str(e.num if e.every else 256)]
+    if encoders := e.encoders if e.every else config.vision.encoders:
+        each = (
+            x.name
+            + (f"={x.weights}" if x.weights != "hub" else "")
+            + (f"@{x.input}" * bool(x.input))
+            for x in encoders
+        )
+        words += ["--encoders", quoted(",".join(each))]
+    if e.every and e.metrics:
+        words += ["--metrics", quoted(",".join(e.metrics))]
+    return " ".join(words)
+
+
+def _longer(training: TrainingConfig, step: int) -> str:
+    """Overrides that train a finished run for as long again: after a cosine, a new one at half the
+    rate, with a warm-up, for the old one would be taken back to its height at once.
+    """
+    s, words = training.schedule, [f"training.steps={2 * step}"]
+    if s.name == "cosine":
+        words.append(f"training.schedule.start={step}")
+        words += [] if s.warmup else [f"training.schedule.warmup={max(1, step // 20)}"]
+        words.append(f"training.optimizer.lr={training.optimizer.lr / 2:g}")
+    return " ".join(words)
 
 
 def _where(what: str, *paths: str) -> list[str]:

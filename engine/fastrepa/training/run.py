@@ -107,7 +107,7 @@ class Run:
         if config.evaluation.every and self.evaluations.evaluator is None:
             raise ConfigError("evaluation.every: this run was given nothing to evaluate with")
         if world.is_rank_0:
-            warn_of_changes(self.folder, config)
+            warn_of_changes(self.folder, config, self.step)
             if self.before is not None:
                 warn_of_other_samples(self.before, self.data)
             save_config(config, self.folder / "config.yaml")
@@ -175,8 +175,7 @@ class Run:
 
     def _take_leave(self, telemetry: Telemetry) -> None:
         if lines := telemetry.history():
-            c = self.config
-            telemetry.say(*farewell(self.folder, c.training, c.vision, self.step, lines[-1]))
+            telemetry.say(*farewell(self.config, self.step, lines[-1]))
 
     def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
