@@ -6,22 +6,65 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any, Self, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from fastrepa.errors import printable
 from fastrepa.runtime.terminal import Terminal
 
 T = TypeVar("T")
 BYTES = "bytes"
+
+
+class Figures(ProgressColumn):
+    """What else is known, each figure by its name, in one line: as many as there is room for."""
+
+    def render(self, task: Task) -> RenderableType:
+        return _Fitting([f"{k} {v}" for k, v in task.fields.items() if v is not None])
+
+
+class _Fitting:
+    def __init__(self, figures: list[str]) -> None:
+        self.figures = figures
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        shown = next(
+            text
+            for number in range(len(self.figures), -1, -1)
+            if len(text := " · ".join(self.figures[:number])) <= options.max_width
+        )
+        yield Text(shown, style="cyan")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, min(len(" · ".join(self.figures)), options.max_width))
+
+
+class _Progress(Progress):
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+class _Narrower:
+    """Leaves room for the ^C that a terminal echoes: where that begins a line of its own, the bar
+    before it is left behind.
+    """
+
+    def __init__(self, inner: RenderableType) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.inner, options.update_width(max(1, options.max_width - 3)))
 
 
 class Bar:
@@ -47,7 +90,7 @@ class Bar:
     ) -> None:
         console = console or Terminal(stderr=True)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
-        columns.append(BarColumn(bar_width=32))
+        columns.append(BarColumn(bar_width=max(6, min(32, console.width - 108)) if more else 32))
         if unit == BYTES:
             columns.append(DownloadColumn())
         elif unit:
@@ -56,7 +99,7 @@ class Bar:
             columns.append(TextColumn("{task.fields[rate]}/s"))
         columns += [*([more] if more else []), TimeRemainingColumn()]
         hidden = not shown or not (stays or console.is_terminal)
-        self._progress = Progress(*columns, console=console, transient=not stays, disable=hidden)
+        self._progress = _Progress(*columns, console=console, transient=not stays, disable=hidden)
         self._unit, self._rated, self._before = unit, rate, done
         self.done: float = done
         self._began = time.monotonic()

@@ -108,13 +108,15 @@ def moved_rate(before: TrainingConfig, now: TrainingConfig, step: int) -> str:
     was, at = learning_rate(before, step - finished), learning_rate(now, step)
     if was == at:
         return ""
-    words = (
-        f"training.steps was {before.steps} and is now {now.steps}: the "
-        f"{'finished ' * finished}cosine is {'opened again' if finished else 'stretched'}, and "
-        f"the rate goes from {was:.3g} to {at:.3g} at once"
+    what = "the finished cosine is opened again" if finished else "the cosine is stretched"
+    cure = (
+        f"; for a new one say training.schedule.start={before.steps} and a lower "
+        f"training.optimizer.lr"
     )
-    cure = f"training.schedule.start={before.steps} and a lower training.optimizer.lr"
-    return words + (f"; for a new one say {cure}" if finished else "")
+    return (
+        f"training.steps was {before.steps} and is now {now.steps}: {what}, and the rate goes from "
+        f"{was:.3g} to {at:.3g} at once{cure if finished else ''}"
+    )
 
 
 def warn_of_other_samples(before: RunState, data: DataSet) -> None:

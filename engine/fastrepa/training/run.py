@@ -149,6 +149,7 @@ class Run:
                 if signals is not None:
                     self._signals, signals.saves = signals, True
                 self._loop(batches, telemetry, watch)
+            telemetry.end_bar()
             self._draw_curves(telemetry)
             if self._stopped_by:
                 telemetry.say(f"stopped at step {self.step}, saved; the same command continues")

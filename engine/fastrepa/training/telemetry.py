@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import ProgressColumn, Task
-from rich.text import Text
 
 from fastrepa import __version__
 from fastrepa.config import Config
 from fastrepa.errors import DataError, FastrepaError, decoration, worded, writing
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.files import write_whole
-from fastrepa.runtime.progress import Bar
+from fastrepa.runtime.progress import Bar, Figures
 from fastrepa.runtime.regions import NAMES
 from fastrepa.runtime.terminal import Terminal
 from fastrepa.runtime.world import launched_world
@@ -83,14 +81,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-class _Numbers(ProgressColumn):
-    """The live figures of a step, as text."""
-
-    def render(self, task: Task) -> Text:
-        shown = {k: v for k, v in task.fields.items() if v is not None}
-        return Text(" · ".join(f"{k} {v}" for k, v in shown.items()), style="cyan")
-
-
 class Telemetry:
     """The first rank's voice; every other rank holds a silent one.
 
@@ -140,8 +130,7 @@ class Telemetry:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__()
+        self.end_bar()
         if self._tensorboard is not None:
             with decoration(self.run / "tensorboard", self._end_tensorboard):
                 self._tensorboard.close()
@@ -170,7 +159,7 @@ class Telemetry:
         if self.active and self.console.is_terminal:
             self._bar = Bar(
                 TRAINING, self.steps, "steps", done=step, stays=True,
-                more=_Numbers(), console=self.console,
+                more=Figures(), console=self.console,
             ).__enter__()  # fmt: skip
 
     def advance(self, step: int) -> None:
@@ -198,6 +187,12 @@ class Telemetry:
         finally:
             if self._bar is not None:
                 self._bar.move(self._bar.done, TRAINING)
+
+    def end_bar(self) -> None:
+        """Leave the bar as it is: what is said from now on follows it."""
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to every other listener.
