@@ -72,7 +72,7 @@ def test_half_a_cosine_after_its_warm_up():
 
 
 def test_a_schedule_that_starts_at_a_step():
-    """What the end of a run proposes: another warm-up and cosine, of the steps that are added."""
+    """Another warm-up and cosine, of the steps that are added: the end of a run proposes it."""
     steps = (3, 40, 48, 50, 80, 110)
     expected = [0.05, 0.05, 0.45, 0.5, 0.3, 0.1]  # before it the first rate
     shape = {"name": "cosine", "warmup": 10, "final": 0.2, "start": 40}

@@ -28,7 +28,7 @@ BYTES = "bytes"
 
 
 class Figures(ProgressColumn):
-    """What else is known, each figure by its name, in one line: as many as there is room for."""
+    """Further figures, each by its name, in one line: as many as there is room for."""
 
     def render(self, task: Task) -> RenderableType:
         return _Fitting([f"{k} {v}" for k, v in task.fields.items() if v is not None])
