@@ -189,7 +189,7 @@ def _next(config: Config, step: int) -> Iterator[tuple[str, Path]]:
 
 
 def _measured(config: Config) -> str:
-    """What `evaluate` compares a run with, and how: as the run did itself, or by its encoders."""
+    """Further words of `evaluate`: to measure as the run did itself, or by its encoders."""
     e = config.evaluation
     words = [typed(e.reference or config.data.path), "--num", str(e.num if e.every else 256)]
     if encoders := e.encoders if e.every else config.vision.encoders:
