@@ -15,6 +15,7 @@ from fastrepa.data.format.shards import FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore, Slots
 from fastrepa.data.images import UnreadableImageError, decode_rgb
 from fastrepa.errors import DataError
+from fastrepa.runtime.terminal import counted
 
 _STREAM = 3  # of the draw; the reader's orders and prepare's shuffle have others
 
@@ -80,16 +81,16 @@ class Gallery:
         if isinstance(self.data, ShardSet):
             manifest = self.data.manifest
             quality = f", quality {manifest.quality}" if manifest.quality is not None else ""
-            where, layout = "shards", f"{manifest.image_format}{quality}, in tar shards"
+            where, layout = "shard", f"{manifest.image_format}{quality}, in tar shards"
             size = [("bytes", _size(sum(shard.bytes for shard in manifest.shards), samples))]
             if manifest.skipped:
                 size.append(("left out", f"{len(manifest.skipped):,} sources"))
         else:
-            where, layout = "folders", "png, in the reference's layout"
+            where, layout = "folder", "png, in the reference's layout"
             size = [("bytes", _size(_bytes_below(self.path), samples))]
         rows = [
             ("set", str(self.path)),
-            ("images", f"{samples:,} in {shards:,} {where}"),
+            ("images", f"{samples:,} in {counted(shards, where)}"),
             (
                 "classes",
                 f"{len(counts):,}, of {counts.min():,} to {counts.max():,} images{without}",

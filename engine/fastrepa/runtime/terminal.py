@@ -50,6 +50,12 @@ def say(*lines: object, file: IO[str] | None = None) -> None:
     file.flush()
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 shard", "2,000 classes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def as_json(value: Any, indent: int | None = None) -> str:
     """Return JSON that is safe on a terminal, and readable there beyond ASCII."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import resource
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from fastrepa.commands.prepare.prepare import PrepareReport, prepare
+from fastrepa.commands.prepare.report import print_report
 from fastrepa.data.format.index import load_index
 from fastrepa.data.format.shards import ShardSet
 from fastrepa.data.images import load_square
@@ -150,6 +153,24 @@ def test_labels_that_leave_numbers_out(tmp_path: Path) -> None:
     assert ShardSet.open(tmp_path / "out", verify="full").classes == ["0", "1", "2", "3"]
 
 
+def test_a_flat_folder_is_one_class(tmp_path: Path) -> None:
+    flat = write_tree(tmp_path / "photos", {"birds": 3}) / "birds"
+    screen = Console(width=200, file=io.StringIO())
+    done = run(flat, tmp_path / "out")
+    print_report(done.report, screen, done.path, done.images, done.seconds)
+    assert ShardSet.open(tmp_path / "out").classes == ["birds"]
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "3 images of 1 class in 1 shard " in said and "all images are of one class, birds" in said
+    )
+    assert f"fastrepa data show {tmp_path}/out" in said and "model.num_classes=1" in said
+    (flat / "00_mask.png").write_bytes((flat / "00.png").read_bytes())
+    assert "00_mask.png lies beside 00.png as its mask" in refusal(flat, tmp_path / "other")
+    (flat / "00_mask.png").unlink()
+    (flat / "labels.csv").write_text("00.png,wren\n01.png,crow\n02.png,wren\n")
+    assert "labels.csv looks like labels" in refusal(flat, tmp_path / "other")
+
+
 def test_nothing_sensible_to_prepare(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert refusal(tmp_path / "absent", out).endswith("absent: no such file or folder")
@@ -157,7 +178,7 @@ def test_nothing_sensible_to_prepare(tree: Path, tmp_path: Path) -> None:
     assert "not a folder" in refusal(tmp_path / "file", out)
     (tmp_path / "empty").mkdir()
     assert "holds no class folders" in refusal(tmp_path / "empty", out)
-    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "stray.png")
+    (tmp_path / "empty" / "notes.txt").write_text("not an image")
     assert "holds no class folders" in refusal(tmp_path / "empty", out)
     half = write_tree(tmp_path / "half", {"full": 2})
     (half / "void").mkdir()

@@ -128,6 +128,7 @@ def test_several_damages_to_the_reference_layout(reference: Path) -> None:
 
 def test_a_sound_reference_layout(reference: Path) -> None:
     (reference / "images/notes.txt").write_text("mine")
+    (reference / "images/dataset.json").write_text("{}")  # as REPA's dataset_tools.py leaves it
     report = check(reference)
     assert report.ok
     assert report.layout == "reference"

@@ -24,6 +24,7 @@ from fastrepa.data.format.partial import REPORT
 from fastrepa.data.format.shards import Manifest, SkippedRecord
 from fastrepa.errors import DataError, printable
 from fastrepa.reading.text import read_json
+from fastrepa.runtime.terminal import counted, quoted, typed
 
 _SHOWN = 5  # examples of each reason and of duplicates on the screen
 
@@ -176,8 +177,8 @@ def print_report(
     table = Table(title=str(path), title_justify="left", show_header=False)
     form = report.image_format + (f", quality {report.quality}" if report.quality else "")
     rows: dict[str, str | int] = {
-        "holds": f"{report.images:,} images of {report.classes:,} classes"
-        f" in {report.shards:,} shards",
+        "holds": f"{counted(report.images, 'image')} of {counted(report.classes, 'class')}"
+        f" in {counted(report.shards, 'shard')}",
         "stored": f"{report.bytes / 1e6:,.1f} MB, {report.resolution} px, {form}",
         "images per class": _spread(report.samples_per_class),
         "bytes per image": _spread(report.bytes_per_image),
@@ -204,6 +205,19 @@ def print_report(
     _print_passed_over(report.passed_over, console)
     _print_rejected(report.rejected, console)
     _print_duplicates(report.duplicates, console)
+    if report.classes == 1:
+        (name,) = report.counts
+        console.print(
+            f"all images are of one class, {name}; folders of their own make several",
+            soft_wrap=True,
+        )
+    console.print("next:")
+    for command in (
+        f"fastrepa data show {typed(path)}",
+        f"fastrepa train RECIPE.yaml run=runs/NAME {quoted(f'data.path={path}')} "
+        f"model.num_classes={report.classes}",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def _print_passed_over(passed_over: Sequence[PassedOver], console: Console) -> None:

@@ -26,6 +26,7 @@ from fastrepa.reading.arrays import read_npy
 
 CHANNELS, DOWN = 8, 8  # of Stable Diffusion's moments; pixels a latent
 PAIRS_PER_CHECK = 128
+_LISTS = (f"{LATENTS}/{LABELS}", f"{IMAGES}/{LABELS}")  # REPA's dataset_tools.py writes both
 _LOOKED_AT = 9  # images whose size is looked at to know that of the set
 
 
@@ -119,7 +120,7 @@ def _sizes(folder: Path, part: str, findings: Findings) -> dict[Key, int]:
             findings.wrong(f"{part}/{name}/{other}", "its name is not of the reference's layout")
         beside += [f"{part}/{name}/{other}" for other in scan.hidden]
     for file in beside:
-        if file != f"{LATENTS}/{LABELS}":
+        if file not in _LISTS:
             findings.notes.append(f"{file}: unknown; not of the reference's layout")
     if not found:
         findings.wrong(f"{part}/", "holds no file of the reference's layout")

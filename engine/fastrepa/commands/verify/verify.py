@@ -18,7 +18,7 @@ from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftov
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
-from fastrepa.runtime.terminal import as_json
+from fastrepa.runtime.terminal import as_json, counted
 
 SHOWN = 50
 """Problems that are printed; the JSON has them all."""
@@ -118,7 +118,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
     if (more := len(report.problems) - SHOWN) > 0:
         console.print(f"... and {more} more (--json lists them all)")
     if not report.ok:
-        console.print(f"{len(report.problems)} problems in {report.path}")
+        said = f"{counted(len(report.problems), 'problem')} in {report.path}"
+        console.print(said, soft_wrap=True)
         for repair in report.repairs:
             console.print(repair, soft_wrap=True)
         return

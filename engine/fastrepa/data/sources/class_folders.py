@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,8 @@ def labels_of_folders(
 ) -> tuple[list[dict[int, int]], list[str]]:
     """Label of every image of each container, by its place there, and the classes.
 
-    In a folder of archives, one whose images lie in no folder is a class of the archive's name.
+    In a folder of archives, one whose images lie in no folder is a class of the archive's name; so
+    is a folder on the disk that holds images and no folder.
     Raises DataError where a class would be lost, or folders are no classes by their names.
     """
     pictures = [members.pictures() for members in found]
@@ -79,7 +81,7 @@ def labels_of_folders(
     ]
     if found[0].folders == []:
         refuse_tables(found, [], "")
-        raise DataError(f"{source}: holds no class folders (expected {source}/CLASS/IMAGE)")
+        return _one_class(source, found, inside)
     lead: list[str] = [] if inside.given else shared_folders(foldered)
     strip = len(lead)
     if not inside.as_it_is:
@@ -118,6 +120,19 @@ def labels_of_folders(
         for row in class_of
     ]
     return labels, classes
+
+
+def _one_class(
+    source: Path, found: list[Members], inside: Inside
+) -> tuple[list[dict[int, int]], list[str]]:
+    """All images of a folder without folders, as one class of the folder's name."""
+    pictures = [(members, members.pictures()) for members in found]
+    if not any(chosen for _, chosen in pictures):
+        raise DataError(f"{source}: holds no class folders (expected {source}/CLASS/IMAGE)")
+    if not inside.as_it_is:
+        _refuse_masks_beside(source, pictures, f"--inside {inside.below('.')} to take all")
+    name = os.path.basename(os.path.abspath(source)) or "all"
+    return [dict.fromkeys(chosen, 0) for _, chosen in pictures], distinct_classes(source, [name])
 
 
 def distinct_classes(source: Path, names: Iterable[str]) -> list[str]:
