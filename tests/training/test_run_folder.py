@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastrepa.config import config_from_dict, load_config, load_run_config, told_of_folder
-from fastrepa.errors import CheckpointError, ConfigError, DataError
+from fastrepa.errors import CheckpointError, ConfigError, DataError, FastrepaError
 from fastrepa.generation.pictures import save_curves
 from fastrepa.reading.metrics import read_metrics
 from fastrepa.runtime import exit_codes
@@ -33,6 +34,9 @@ from tests.runs import ROOT, SMALL
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 TREE = load_config(QUICKSTART).model_dump(mode="json")
+METRICS = dict.fromkeys(
+    ("images_per_s", "peak_memory_bytes", "skipped_steps", "data_wait", "step_seconds"), 1.0
+)
 
 
 @pytest.fixture
@@ -238,6 +242,35 @@ def test_wandb_knows_a_run_by_its_folder(tmp_path, monkeypatch):
     for name in ("offline-run-20250101_000000-old", "run-20260101_000000-my-run"):
         (tmp_path / "renamed/wandb" / name).mkdir(parents=True)
     assert key("renamed") == key("renamed") == "my-run"
+
+
+def test_trackio_has_numbers_and_grids_of_every_part_of_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # before its first import
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    run = tmp_path / "base"
+    run.mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "grid.png")
+    for step in (1, 2):
+        with telemetry(run, step - 1, trackio="a project") as voice:
+            voice.log(METRICS | {"step": step, "loss": 1.0 / step})
+            voice.picture("samples", tmp_path / "grid.png", step)
+    said = capfd.readouterr().out
+    assert said.count("trackio") == 4 and "trackio: trackio show --project 'a project'" in said
+    key = json.loads((run / "trackio.json").read_text())["id"]
+    assert SQLiteStorage.get_runs("a project") == [key] and key.startswith("base-")
+    logs = [line for line in SQLiteStorage.get_logs("a project", key) if "loss" in line]
+    assert [(line["step"], line["loss"]) for line in logs] == [(1, 1.0), (2, 0.5)]
+    assert len(list((tmp_path / "kept/media").rglob("*.png"))) == 2
+    monkeypatch.setattr(trackio, "init", lambda **how: 1 / 0)
+    with telemetry(run, 2, trackio="a project") as voice:
+        voice.log(METRICS | {"step": 3, "loss": 0.25})
+    said = capfd.readouterr().out
+    assert said.count("warning: trackio: left out (ZeroDivisionError") == 1
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(FastrepaError, match=r"pip install 'fastrepa\[trackio\]'"):
+        telemetry(run, 3, trackio="a project")
 
 
 # What cannot be written ---------------------------------------------------------------------------

@@ -170,6 +170,9 @@ class TrainingConfig(Section):
     keep_best: KeepBestConfig | None = Field(None, description="the best by a metric is kept too")
     tensorboard: bool = Field(True, description="also log to tensorboard/ in the run's folder")
     wandb: Text | None = Field(None, description="Weights & Biases project; null: off")
+    trackio: Text | None = Field(
+        None, description="trackio project, on this machine or where TRACKIO_SPACE_ID says"
+    )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 # What may change between a run and its continuation without changing what is learned.
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep", "training.tensorboard",
-             "training.wandb", "training.micro_batch", "training.compile", "training.ema",
-             "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
+             "training.wandb", "training.trackio", "training.micro_batch", "training.compile",
+             "training.ema", "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
              "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
-             "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
+             "data.cache_dir", "data.cache_gb", "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
              "deterministic")  # fmt: skip
 
 

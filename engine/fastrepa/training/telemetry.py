@@ -1,4 +1,4 @@
-"""A run's reports: progress bar, metrics.jsonl, TensorBoard, wandb, environment.json."""
+"""A run's reports: progress bar, metrics.jsonl, TensorBoard, trackers, environment.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import logging
 import math
 import os
 import platform
-import re
-import secrets
 import subprocess
 import sys
 import time
@@ -22,8 +20,7 @@ import torch
 
 from fastrepa import __version__
 from fastrepa.config import Config
-from fastrepa.errors import DataError, FastrepaError, decoration, worded, writing
-from fastrepa.reading.text import read_json
+from fastrepa.errors import DataError, decoration, worded, writing
 from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.progress import Bar, Figures
 from fastrepa.runtime.regions import NAMES
@@ -104,7 +101,7 @@ class Telemetry:
         self.run, self.active, self.steps = run, active, config.training.steps
         self.console = Terminal(quiet=not active)
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers: dict[str, Any] = {}
         self._bar: Bar | None = None
         if not active:
             return
@@ -123,8 +120,10 @@ class Telemetry:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
-        if config.training.wandb:
-            self._wandb = _start_wandb(run, config)
+        if config.training.wandb or config.training.trackio:
+            from fastrepa.training.trackers import start_trackers
+
+            self._trackers = start_trackers(run, config, warn=self.warn, say=self.say)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -134,17 +133,19 @@ class Telemetry:
         if self._tensorboard is not None:
             with decoration(self.run / "tensorboard", self._end_tensorboard):
                 self._tensorboard.close()
-        if self._wandb is not None:
-            with decoration("wandb", self._end_wandb):
-                self._wandb.finish()
+        self._track(lambda tracker: tracker.finish())
 
     def _end_tensorboard(self, problem: str) -> None:
         self._tensorboard = None  # its thread has ended and takes no more
         self.warn(problem)
 
-    def _end_wandb(self, problem: str) -> None:
-        self._wandb = None
-        self.warn(problem)
+    def _track(self, do: Callable[[Any], None]) -> None:
+        """Do something with wandb and trackio; one that fails is not asked again."""
+        for name, tracker in list(self._trackers.items()):
+            del self._trackers[name]
+            with decoration(name, self.warn):
+                do(tracker)
+                self._trackers[name] = tracker
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -212,9 +213,7 @@ class Telemetry:
                 for key, value in numbers.items():
                     group = "share of time/" if key in NAMES else ""
                     self._tensorboard.add_scalar(group + key, value, step)
-        if self._wandb is not None:
-            with decoration("wandb", self._end_wandb):
-                self._wandb.log(numbers, step=step)
+        self._track(lambda tracker: tracker.log(numbers, step))
         shown = {
             "loss": f"{metrics['loss']:.4f}",
             "align": f"{metrics['alignment_loss']:.3f}" if "alignment_loss" in metrics else None,
@@ -254,7 +253,8 @@ class Telemetry:
             yield
 
     def picture(self, tag: str, path: Path, step: int) -> None:
-        """Show a PNG in TensorBoard too."""
+        """Show a PNG in TensorBoard and the trackers too."""
+        self._track(lambda tracker: tracker.picture(tag, path, step))
         if self._tensorboard is not None:
             from fastrepa.data.images import read_rgb
 
@@ -287,38 +287,3 @@ class Telemetry:
             self.warn(f"{path}: {lines} that no run wrote, or twice, moved to {aside.name}")
         if path.exists() and path.read_bytes() != kept:
             write_whole(path, kept)
-
-
-def _start_wandb(run: Path, config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise FastrepaError(
-            "training.wandb is set, but wandb is not installed: pip install 'fastrepa[wandb]'"
-        ) from None
-    with writing(run):
-        key = _wandb_id(run)
-    return wandb.init(
-        project=config.training.wandb,
-        name=run.resolve().name,
-        dir=str(run),
-        id=key,
-        resume="allow",
-        config=config.model_dump(mode="json"),
-    )
-
-
-def _wandb_id(run: Path) -> str:
-    """The id by which wandb knows a run: kept in its folder, a copy of which is another run."""
-    note, folder = run / "wandb.json", run.stat().st_ino
-    with contextlib.suppress(DataError, KeyError, TypeError):
-        kept = read_json(note)
-        if kept["folder"] == folder:
-            return str(kept["id"])
-    # Before there was a note the id was the run's name, with which wandb's own folders end.
-    dated = [p.name.partition("run-")[2] for p in (run / "wandb").glob("*run-*-*")]
-    begun = "" if note.exists() or not dated else max(dated).partition("-")[2]
-    name = re.sub(r"[^\w.-]", "-", run.resolve().name)[:64]
-    key = begun or f"{name}-{secrets.token_hex(4)}"
-    write_whole(note, json.dumps({"id": key, "folder": folder}).encode())
-    return key

@@ -35,6 +35,7 @@ VERSIONS = (
     ("xformers", "xformers"),
     ("torch-fidelity", "eval"),
     ("wandb", "wandb"),
+    ("trackio", "trackio"),
 )
 
 
