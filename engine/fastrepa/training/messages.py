@@ -34,7 +34,7 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
              "training.wandb", "training.trackio", "training.micro_batch", "training.compile",
              "training.ema", "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
              "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
-             "data.cache_dir", "data.cache_gb", "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
+             "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
              "deterministic")  # fmt: skip
 
 

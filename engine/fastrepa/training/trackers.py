@@ -41,19 +41,21 @@ def start_trackers(
         with writing(run):
             key = _known_as(run, name)
         with decoration(name, warn):
-            found[name] = Tracker(library, project, key, run, config)
+            found[name] = Tracker(name, library, project, key, run, config)
             if name == "trackio":
                 say(f"trackio: trackio show --project {quoted(project)}")
     return found
 
 
 class Tracker:
-    """What wandb and trackio have in common; both go on with a run that they know by its key."""
+    """One of the two; both go on with a run that they know by its key."""
 
-    def __init__(self, library: Any, project: str, key: str, run: Path, config: Config) -> None:
-        self._library = library
+    def __init__(
+        self, name: str, library: Any, project: str, key: str, run: Path, config: Config
+    ) -> None:
+        self._name, self._library = name, library
         tree = config.model_dump(mode="json")
-        if library.__name__ == "wandb":
+        if name == "wandb":
             self._run = library.init(
                 project=project, name=run.resolve().name, dir=str(run), id=key, resume="allow",
                 config=tree,
@@ -74,7 +76,7 @@ class Tracker:
 
     def finish(self) -> None:
         """Wait until all of it has arrived."""
-        if self._library.__name__ == "wandb":
+        if self._name == "wandb":
             self._run.finish()
             return
         with _silent():  # the module's, or it finishes once more at the end of the process
