@@ -50,7 +50,8 @@ from torch import Tensor
 
 from benchmarks.common import command_line, logged, steps_of
 from benchmarks.run import RECORDS, append, environment
-from fastrepa.checkpoint.format import StoredTensors, checkpoints, load_ema_model, read_state
+from fastrepa.checkpoint.choice import load_ema_model
+from fastrepa.checkpoint.format import StoredTensors, checkpoints, read_state
 from fastrepa.checkpoint.kinds import EMA
 from fastrepa.commands.probe.images import read_images
 from fastrepa.config import Config, load_config

@@ -31,11 +31,11 @@ DEAD = 2**22 + 1  # more than Linux has processes
 
 @pytest.fixture
 def loaded(monkeypatch):
-    from fastrepa.checkpoint import format as checkpoint
+    from fastrepa.checkpoint import choice
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(checkpoint, "load_ema_model", fake_run)
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: f"of {step}")
+    monkeypatch.setattr(choice, "load_ema_model", fake_run)
+    monkeypatch.setattr(choice, "fingerprint", lambda run, step: f"of {step}")
 
 
 def png_bytes(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_sample_run(loaded, tmp_path):
 
 
 def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
-    from fastrepa.checkpoint import format as checkpoint
+    from fastrepa.checkpoint import choice
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert sample_run("run", whole, num=10, batch_size=4).there == 0
@@ -112,7 +112,7 @@ def test_what_was_stopped_goes_on(loaded, tmp_path, monkeypatch):
     assert (fewer.there, fewer.more, fewer.removed, made) == (2, 8, 0, [])
     assert png_bytes(out) == png_bytes(whole)
     assert json.loads((out / "sampling.json").read_text())["num"] == 10
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: "trained again")
+    monkeypatch.setattr(choice, "fingerprint", lambda run, step: "trained again")
     for settings, words in (
         ({}, "checkpoint 'of 500', now 'trained again'"),
         ({"seed": 1, "steps": 3}, "seed 0, now 1; steps 4, now 3"),
@@ -155,7 +155,7 @@ def test_a_folder_in_use_is_refused_with_its_owner(loaded, tmp_path):
 
 def test_a_checkpoint_that_is_pruned_while_it_is_read(loaded, tmp_path, monkeypatch):
     """The newest is taken again, but not for ever."""
-    from fastrepa.checkpoint import format as checkpoint
+    from fastrepa.checkpoint import choice
 
     asked = []
 
@@ -165,12 +165,12 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read(loaded, tmp_path, monkeypa
             raise FileNotFoundError(2, "No such file or directory", "manifest.json")
         return "found"
 
-    monkeypatch.setattr(checkpoint, "fingerprint", pruned)
+    monkeypatch.setattr(choice, "fingerprint", pruned)
     out = sample_run("run", tmp_path / "out", num=1).folder
     assert (
         len(asked) == 3 and json.loads((out / "sampling.json").read_text())["checkpoint"] == "found"
     )
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda run, step: pruned(run, asked.clear()))
+    monkeypatch.setattr(choice, "fingerprint", lambda run, step: pruned(run, asked.clear()))
     with pytest.raises(CheckpointError, match="replaced before they can be read"):
         sample_run("run", tmp_path / "other", num=1)
 

@@ -40,7 +40,7 @@ def tiny_model() -> SiT:
     return model.eval()
 
 
-def fake_run(run: Any, device: torch.device, ema: str | None = None) -> tuple[SiT, Config, Any]:
+def fake_run(run: Any, device: torch.device, wanted: Any = None) -> tuple[SiT, Config, Any]:
     info = RunState(
         step=500, optimizer_step=500, samples_seen=5000, side=SIDE, channels=3, encoder_widths=[],
         classes=CLASSES, world_size=1,

@@ -7,7 +7,7 @@ shared pipe mixes lines.
 import os
 import sys
 
-from fastrepa.checkpoint import format as checkpoint
+from fastrepa.checkpoint import choice
 from fastrepa.errors import FastrepaError
 from fastrepa.generation import sample as room
 from tests.generation.tiny import fake_run
@@ -30,8 +30,8 @@ def answer(out):
 
 if __name__ == "__main__":
     report, *folders = sys.argv[1:]
-    checkpoint.load_ema_model = fake_run
-    checkpoint.fingerprint = lambda run, step: f"{run} {step}"
+    choice.load_ema_model = fake_run
+    choice.fingerprint = lambda run, step: f"{run} {step}"
     room.generate = counting
     with open(report + os.environ["RANK"], "w") as file:
         print(*map(answer, folders), sep="\n", file=file)

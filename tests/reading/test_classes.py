@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastrepa.checkpoint import format as checkpoint
+from fastrepa.checkpoint import choice
 from fastrepa.checkpoint.format import RunState, checkpoint_path, read_state
 from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.during_training import RunEvaluator
@@ -301,19 +301,19 @@ def test_by_default_a_run_draws_the_classes_that_it_was_trained_on(run, tmp_path
         sample_run(folder, tmp_path / "other", num=1, classes=["7"])
     assert not (tmp_path / "other").exists()
     world = SimpleNamespace(device=torch.device("cpu"), is_rank_0=True, size=1)
-    source = _run_source(folder, tmp_path, world, {}, [], 4, seed=0, ema=None, num=10)
+    source = _run_source(folder, tmp_path, world, {}, [], 4, seed=0, wanted=choice.NEWEST, num=10)
     assert source.labels.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
 
 
 def test_two_classes_of_one_name_do_not_share_a_folder_of_samples(run, tmp_path, monkeypatch):
     folder, _ = run
-    state, load = read_state(checkpoint_path(folder, 4)), checkpoint.load_ema_model
+    state, load = read_state(checkpoint_path(folder, 4)), choice.load_ema_model
 
     def renamed(*args):
         model, config, _ = load(*args)
         return model, config, replace(state, classes=BIRDS)
 
-    monkeypatch.setattr(checkpoint, "load_ema_model", renamed)
+    monkeypatch.setattr(choice, "load_ema_model", renamed)
     first = sample_run(folder, tmp_path, num=2, classes=["0"])
     before = (first.folder / "000000.png").read_bytes()
     with pytest.raises(FastrepaError, match=r"class_numbers \[0\], now \[2\]"):

@@ -28,10 +28,10 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fastrepa.checkpoint.averages import choose_ema, named_emas, resumed_emas, stored_emas
+from fastrepa.checkpoint.averages import named_emas, resumed_emas, stored_emas
 from fastrepa.checkpoint.host_tensors import first_not_finite, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT, Whole
-from fastrepa.config import Config, KeepBestConfig, TrainingConfig, load_run_config
+from fastrepa.config import KeepBestConfig, TrainingConfig
 from fastrepa.errors import CheckpointError, shown
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
@@ -229,29 +229,6 @@ def load_engine_state(path: Path, whole: Whole, state: RunState, world: World) -
     return said
 
 
-def load_ema_model(
-    run: str | Path, device: torch.device, ema: str | None = None
-) -> tuple[SiT, Config, RunState]:
-    """The averaged model of a run's newest checkpoint, in eval mode, float32; `ema` names another
-    average than the first. One that is not finite is passed over, as `with_newest` does.
-    """
-    run = Path(run)
-    config = load_run_config(run)
-
-    def read(path: Path) -> tuple[SiT, Config, RunState]:
-        state = read_state(path)
-        key = choose_ema(stored_emas(state.emas, config.training.ema[0]), ema, source=path)
-        stored = StoredTensors(path, key)
-        check_finite(path, key, stored)
-        model = SiT.from_config(
-            config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
-        )
-        load_weights(model, stored, source=str(path))
-        return model.to(device).eval(), config, state
-
-    return with_newest(run, read)
-
-
 def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
     """The checkpoints that the policy keeps no longer, now that `saved` is there.
 
@@ -322,6 +299,12 @@ def _best(found: Mapping[Path, RunState], rule: KeepBestConfig) -> Path | None:
     values = {p: state.metrics.get(rule.metric, math.nan) for p, state in found.items()}
     known = [p for p, value in values.items() if math.isfinite(value)]
     return max(known, key=lambda p: (sign * values[p], found[p].step), default=None)
+
+
+def best_checkpoint(run: Path, rule: KeepBestConfig) -> Path | None:
+    """A run's best checkpoint by `rule`; None where none that is whole has the metric."""
+    found = {p: state for p in checkpoints(run) if (state := _of_sound(p))}
+    return _best(found, rule)
 
 
 def rng_state(world: World) -> dict[str, Tensor]:

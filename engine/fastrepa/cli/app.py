@@ -63,6 +63,10 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
 ]
+RunOverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="path.to.key=value over the run's configuration, as often as you like."),
+]
 ClassesOption = Annotated[
     list[str] | None,
     typer.Option(

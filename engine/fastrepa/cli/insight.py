@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import ConfigArgument, OverridesArgument, app
+from fastrepa.cli.app import ConfigArgument, OverridesArgument, RunOverridesArgument, app
 from fastrepa.runtime.terminal import say
 
 
@@ -220,6 +220,7 @@ def probe(
     target: Annotated[
         Path, typer.Argument(help="A run folder, a prepared data set, or a folder of images.")
     ],
+    overrides: RunOverridesArgument = None,
     encoders: Annotated[
         str | None,
         typer.Option(help="NAME[=WEIGHTS][@INPUT], with commas; of a run by default its own."),
@@ -263,6 +264,7 @@ def probe(
             seed=seed,
             batch_size=batch_size,
             out=out,
+            overrides=overrides or (),
             progress=progress,
         )
     print_probe(probed, as_json=json)

@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrepa.cli.app import ClassesOption, ConfigArgument, OverridesArgument, app
+from fastrepa.cli.app import (
+    ClassesOption,
+    ConfigArgument,
+    OverridesArgument,
+    RunOverridesArgument,
+    app,
+)
 from fastrepa.errors import print_error
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.exit_codes import LOST
@@ -82,6 +88,14 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
         destroy_world()
 
 
+StepOption = Annotated[
+    str | None,
+    typer.Option(help="Of which step, or best (by training.keep_best); default: the newest."),
+]
+CodecWeightsOption = Annotated[
+    Path | None,
+    typer.Option(help="Where the autoencoder lies now: short for data.codec.weights=PATH."),
+]
 EmaOption = Annotated[
     str | None,
     typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
@@ -96,7 +110,10 @@ SampleCompileOption = Annotated[
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint folder of it, or an exported .safetensors.")
+    ],
+    overrides: RunOverridesArgument = None,
     num: Annotated[int | None, typer.Option("--num", "-n", help="How many images.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ode, heun or sde.")] = None,
     steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
@@ -110,7 +127,9 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
+    step: StepOption = None,
     ema: EmaOption = None,
+    codec_weights: CodecWeightsOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove what was drawn there with other settings.")
     ] = False,
@@ -119,9 +138,11 @@ def sample(
 
     What was stopped goes on by the same command; --num may differ, and no image goes.
     """
-    from fastrepa.config import load_run_config
+    from fastrepa.config import load_run_config, run_folder
 
-    load_run_config(run)  # what is no run is refused before torch is imported, which takes seconds
+    if run.suffix != ".safetensors":  # no run: refused before torch is imported, for seconds
+        load_run_config(run_folder(run), overrides or ())
+    from fastrepa.checkpoint.choice import options_of
     from fastrepa.generation.sample import sample_run
 
     done = sample_run(
@@ -132,7 +153,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         npz=npz,
-        ema=ema,
+        wanted=options_of(step, ema, overrides, codec_weights),
         overwrite=overwrite,
         num=num,
         sampler=sampler,
@@ -158,11 +179,12 @@ def evaluate(
     samples: Annotated[
         Path,
         typer.Argument(
-            help="A run (it generates), a folder of images, an npz of ADM's, a prepared data set, "
-            "or an npz of statistics."
+            help="A run, a checkpoint folder of it or an exported .safetensors (it generates), a "
+            "folder of images, an npz of ADM's, a prepared data set, or an npz of statistics."
         ),
     ],
     reference: Annotated[Path, typer.Argument(help="What they are compared with; any of these.")],
+    overrides: RunOverridesArgument = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -189,7 +211,9 @@ def evaluate(
     precision: SamplePrecisionOption = None,
     compile: SampleCompileOption = None,
     seed: Annotated[int, typer.Option(help="Of a run's images.")] = 0,
+    step: StepOption = None,
     ema: EmaOption = None,
+    codec_weights: CodecWeightsOption = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch", help="Images per forward.")
     ] = 32,
@@ -209,6 +233,7 @@ def evaluate(
     Settings of a run's images that are left out are the run's own. Only on Inception's features
     are distances called FID and KID.
     """
+    from fastrepa.checkpoint.choice import options_of
     from fastrepa.commands.evaluate.evaluate import evaluate as measure
     from fastrepa.commands.evaluate.report import print_evaluation
     from fastrepa.vision.registry import parse_encoders
@@ -223,7 +248,8 @@ def evaluate(
         encoders=parse_encoders(encoders, "--encoders") if encoders else (),
         inception_weights=None if inception_weights is None else str(inception_weights),
         clip=(model, expanded(weights) or None), batch_size=batch_size, cache=cache,
-        save_statistics=save_statistics, seed=seed, ema=ema, num=num, sampler=sampler,
+        save_statistics=save_statistics, seed=seed,
+        wanted=options_of(step, ema, overrides, codec_weights), num=num, sampler=sampler,
         steps=steps, cfg=cfg, guidance_low=guidance_low, guidance_high=guidance_high,
         precision=precision, compile=compile,
     )  # fmt: skip
@@ -237,6 +263,7 @@ def convert(
     file: Annotated[
         Path, typer.Argument(help="The file or folder to write, or with --from to read.")
     ],
+    overrides: RunOverridesArgument = None,
     to: Annotated[
         str | None,
         typer.Option("--to", help="reference (REPA's .pt), safetensors or zero (DeepSpeed's)."),
@@ -248,6 +275,7 @@ def convert(
         ),
     ] = None,
     weights: Annotated[str, typer.Option(help="Of safetensors: ema or raw.")] = "ema",
+    step: StepOption = None,
     ema: EmaOption = None,
     ema_sigma_rel: Annotated[
         float | None,
@@ -260,7 +288,7 @@ def convert(
         Path | None, typer.Option(help="With --from: the new run's YAML configuration.")
     ] = None,
 ) -> None:
-    """A run's newest checkpoint as other people's files, or theirs as a run to go on with.
+    """A run's newest checkpoint, or another, as other people's files, or theirs as a run to go on.
 
     zero is a universal checkpoint of DeepSpeed's: engines of stages 1 to 3 on any number of ranks
     load it with "checkpoint": {"load_universal": true} in their configuration. Read are these and
@@ -272,13 +300,19 @@ def convert(
         raise ConfigError(
             "convert: give one of --to reference|safetensors|zero and --from reference|zero"
         )
+    from fastrepa.checkpoint.choice import parse_step
     from fastrepa.commands.convert.exchange import export_run, import_reference
 
     if to is not None:
-        state = export_run(run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel)
+        state = export_run(
+            run, file, to, weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel,
+            step=parse_step(step), overrides=overrides or (),
+        )  # fmt: skip
         say(f"step {state.step} of {run} in {file}")
     else:
         assert source is not None
+        if given := [*(["--step"] if step else []), *(overrides or [])]:
+            raise ConfigError(f"{given[0]}: is for --to")
         state = import_reference(file, run, config, source=source)
         command = f"fastrepa train {typed(run / 'config.yaml')}"
         say(f"{run} starts at step {state.step}: {command}")

@@ -15,6 +15,8 @@ from fastrepa.config.loading import (
     config_from_dict,
     load_config,
     load_run_config,
+    overridden,
+    run_folder,
     save_config,
     told_of_folder,
 )
@@ -38,5 +40,5 @@ __all__ = [
     "Config", "DataConfig", "EmaConfig", "EncoderConfig", "EvaluationConfig", "KeepBestConfig",
     "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "SampleConfig", "ScheduleConfig",
     "SurvivalConfig", "TrainingConfig", "VisionConfig", "ZeroConfig", "config_from_dict",
-    "load_config", "load_run_config", "save_config", "told_of_folder",
+    "load_config", "load_run_config", "overridden", "run_folder", "save_config", "told_of_folder",
 ]  # fmt: skip

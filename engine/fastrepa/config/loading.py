@@ -6,6 +6,7 @@ block from its depth), so that the configuration saved with a run says everythin
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -58,11 +59,20 @@ def load_config(
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
     if own := run_of(path):
         tree["run"] = _as_path(own)
-    for override in overrides:
-        _set(tree, override)
+    tree = overridden(tree, overrides)
     if run is not None:
         tree["run"] = _as_path(run)
     return config_from_dict(tree, source=str(path))
+
+
+def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a plain mapping with `path.to.key=value` set in it; ConfigError for one that is not
+    written so. `tree` stays as it is.
+    """
+    out = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _set(out, override)
+    return out
 
 
 def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") -> Config:
@@ -73,14 +83,22 @@ def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") 
         raise ConfigError(f"{source}: {_told(e)}") from None
 
 
-def load_run_config(run: Path) -> Config:
+def load_run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     """Load the configuration that a run was last trained with; its `run` is the folder given.
 
     Raises ConfigError where the folder is no run's.
     """
     if not (run / SAVED).is_file():
         raise ConfigError(f"{run}: not a run folder (no {SAVED})")
-    return load_config(run / SAVED, run=run)
+    return load_config(run / SAVED, overrides, run=run)
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run that a path means: of a checkpoint the run that it lies in, otherwise
+    the path itself.
+    """
+    inside = re.fullmatch(r"step_\d{7,19}", path.name) and path.parent.name == "checkpoints"
+    return path.parent.parent if inside else path
 
 
 def save_config(config: Config, path: Path) -> None:

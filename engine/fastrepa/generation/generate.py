@@ -16,27 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastrepa.checkpoint import format as checkpoint
-from fastrepa.config import Config, SampleConfig, TrainingConfig, config_from_dict
-from fastrepa.errors import CheckpointError
+from fastrepa.config import SampleConfig
 from fastrepa.generation.sampler import Velocity, sample
-from fastrepa.model.compilation import check_compile, compile_generator
-from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
-from fastrepa.runtime.world import World
 from fastrepa.vision.codec import Codec
-
-Generator = TypeVar("Generator", bound=nn.Module)
 
 BATCH_SIZE = 32
 SAMPLE_BATCH = 16  # images per forward of a run's grids, the same for any number of ranks
-TRIES = 5  # to read a checkpoint that the run may prune meanwhile
 
 
 def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -74,7 +65,7 @@ def generate(
     with its last image. `input_shape` (C, h, w) defaults to the codec's and `null_label` to the
     model's number of classes. `progress` is told the images made since its last call, in
     fractions of an image as the sampler goes. `sample_config.num` is not used, and of its precision
-    only whether it is tf32: `ready_to_sample` is for the rest.
+    only whether it is tf32: `loading.ready_to_sample` is for the rest.
 
     Raises ValueError where labels and sample_ids differ in length.
     """
@@ -120,43 +111,6 @@ def generate(
     return torch.cat(images)
 
 
-def load_generator(
-    run: Path, world: World, device: torch.device, ema: str | None = None
-) -> tuple[SiT, Config, checkpoint.RunState, str]:
-    """The averaged model of a run's newest checkpoint, the same one on all ranks, with the SHA-256
-    of its manifest (collective).
-
-    While the run goes on a newer one may come, and prune it. Raises CheckpointError.
-    """
-    for _ in range(TRIES):
-        model, config, info = checkpoint.load_ema_model(run, device, ema)
-        try:
-            mine = checkpoint.fingerprint(run, info.step)
-        except OSError:  # just pruned
-            mine = ""
-        everyone = [mine] * world.size
-        if world.size > 1:
-            torch.distributed.all_gather_object(everyone, mine, group=world.group)
-        if mine and set(everyone) == {mine}:
-            return model, config, info, mine
-    raise CheckpointError(f"{run}: its checkpoints are replaced before they can be read")
-
-
-def ready_to_sample(
-    model: Generator, sample_config: SampleConfig, training: TrainingConfig, device: torch.device
-) -> Generator:
-    """The generator in the precision that `sample.precision` names, compiled as `sample.compile`
-    says; in place.
-
-    Raises ConfigError where `device` cannot do that.
-    """
-    check_compile("sample.compile", sample_config.compile, device)
-    precision = training.precision if sample_config.precision == "run" else sample_config.precision
-    model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    compile_generator(model, sample_config.compile, device)
-    return model
-
-
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
     """Take float32 products in TF32 where `precision` is that, and as they were afterwards."""
@@ -185,10 +139,3 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train()
-
-
-def with_settings(config: Config, settings: dict[str, Any]) -> Config:
-    """The run's configuration with its `sample` section overridden, validated as a whole."""
-    given = {k: v for k, v in settings.items() if v is not None}
-    tree = config.model_dump(mode="json")
-    return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrepa.checkpoint import averages
-from fastrepa.checkpoint import format as checkpoint
+from fastrepa.checkpoint.choice import NEWEST, Wanted, is_export
+from fastrepa.checkpoint.format import RunState
 from fastrepa.checkpoint.identity import classes_beside, trained_classes
-from fastrepa.config import Config
+from fastrepa.config import Config, run_folder
 from fastrepa.data.classes import choose_classes, named
 from fastrepa.errors import ConfigError, FastrepaError, decoration, print_warning, worded, writing
 from fastrepa.generation.folder import (
@@ -37,11 +37,9 @@ from fastrepa.generation.generate import (
     BATCH_SIZE,
     default_labels,
     generate,
-    load_generator,
     rank_batches,
-    ready_to_sample,
-    with_settings,
 )
+from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
 from fastrepa.generation.pictures import save_grid
 from fastrepa.generation.sampler import model_evaluations
 from fastrepa.randomness import KeyedRandom
@@ -85,24 +83,26 @@ def sample_run(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     npz: bool = False,
-    ema: str | None = None,
+    wanted: Wanted = NEWEST,
     overwrite: bool = False,
     device: torch.device | None = None,
     say: Callable[[str], None] = _nobody,
     **settings: Any,
 ) -> SampleFolder:
-    """Draw images from the averaged weights of a run's newest checkpoint into a folder.
+    """Draw images from averaged weights into a folder.
 
-    `ema` names another average than the run's first: 0.999, or sigma_rel=0.05.
+    `run` is a run, a checkpoint folder of it or an export (checkpoint/choice.py), and `wanted` says
+    which weights of it: by default the newest checkpoint's, of the run's first average.
     `settings` are keys of SampleConfig (num, sampler, steps, cfg, guidance_low, guidance_high,
     precision, compile); those that are None or missing come from the run's configuration. Image i
     gets class i of `classes` in turn: names or numbers (`choose_classes`), by default all that were
     trained. `say` is told, on the first rank, how they were understood. Writes `000000.png`, ...,
     `grid.png` (the first 64), with `npz` the ADM evaluation suite's `samples_NxHxWx3.npz`, and
     `sampling.json`, which says how they were made.
-    `out` defaults to RUN/generated. Under torchrun every process calls this and does a share; the
-    folder must be one that all of them see. Called again with the same settings (`num` may differ),
-    it goes on where it was stopped, and removes nothing; images of others go with `overwrite`.
+    `out` defaults to RUN/generated, of an export to NAME_generated beside it. Under torchrun every
+    process calls this and does a share; the folder must be one that all of them see. Called again
+    with the same settings (`num` may differ), it goes on where it was stopped, and removes nothing;
+    images of others go with `overwrite`.
 
     Raises FastrepaError for a folder that holds anything else, is in use by another process or
     cannot be written, ConfigError for a setting or class that is not allowed, CheckpointError for a
@@ -110,20 +110,19 @@ def sample_run(
     """
     started = time.perf_counter()
     run = Path(run)
-    folder = run / "generated" if out is None else Path(out)
+    folder = _beside(run) if out is None else Path(out)
     if batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     KeyedRandom(seed)  # an impossible seed is an error before anything is loaded
     world = init_or_alone(device)
     device = device or world.device
-    model, config, info, fingerprint = load_generator(run, world, device, ema)
-    config = with_settings(config, settings)
-    model = ready_to_sample(model, config.sample, config.training, device)
+    loaded = load_generator(run, world, device, wanted)
+    info, config = loaded.state, with_settings(loaded.config, settings)
+    model = ready_to_sample(loaded.model, config.sample, config.training, device)
     chosen = _chosen_classes(classes, info, config, say if world.is_rank_0 else _nobody)
     record = {
         "run": str(run), "checkpoint_step": info.step,
-        "checkpoint": fingerprint,
-        "ema": ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
+        "checkpoint": loaded.fingerprint, "ema": loaded.ema,
         "seed": seed, "batch_size": batch_size, **config.sample.model_dump(),
         **_recorded_classes(chosen, info.classes, not classes, config.model.num_classes),
         "model_evaluations": model_evaluations(config.sample.sampler, config.sample.steps),
@@ -148,6 +147,12 @@ def sample_run(
         folder, len(labels), there, claim.more, claim.removed, grid, packed, seconds,
         world.is_rank_0,
     )  # fmt: skip
+
+
+def _beside(path: Path) -> Path:
+    if is_export(path):
+        return path.with_name(f"{path.stem}_generated")
+    return run_folder(path) / "generated"
 
 
 def _claimed(held: ExitStack, folder: Path, record: dict[str, Any], overwrite: bool) -> Claim:
@@ -197,7 +202,7 @@ def _draw_missing(
 
 def _chosen_classes(
     requested: Sequence[str | int] | None,
-    info: checkpoint.RunState,
+    info: RunState,
     config: Config,
     say: Callable[[str], None],
 ) -> list[int]:

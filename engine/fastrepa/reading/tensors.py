@@ -68,6 +68,7 @@ def read_weights(
 class SafeTensors(Mapping[str, Tensor]):
     """A safetensors file whose tensors are read one at a time, by name, each checked as above.
 
+    metadata: what its header says beside them.
     Raises `kind`, naming the file, when it is opened or a tensor in it is not to be had.
     """
 
@@ -76,6 +77,7 @@ class SafeTensors(Mapping[str, Tensor]):
         try:
             self._file: Any = safe_open(path, framework="pt")
             self._names = dict.fromkeys(self._file.keys())  # in their order
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
         except Exception as e:
             raise kind(_unreadable(path, e)) from None
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrepa.checkpoint.averages import choose_ema, stored_emas
+from fastrepa.checkpoint.choice import Step, shape_of, with_chosen
 from fastrepa.checkpoint.format import (
     RunState,
     StoredTensors,
@@ -24,7 +24,6 @@ from fastrepa.checkpoint.format import (
     part_name,
     read_state,
     seal,
-    with_newest,
 )
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
@@ -36,13 +35,13 @@ from fastrepa.config import (
     OptimizerConfig,
     load_config,
     load_run_config,
+    run_folder,
     save_config,
 )
 from fastrepa.data.datasets import open_data
 from fastrepa.errors import CheckpointError, ConfigError, DataError, worded, writing
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
-from fastrepa.reading.tensors import sized
 from fastrepa.runtime.files import aside, fsync_folder, sweep
 from fastrepa.runtime.ownership import owned
 from fastrepa.training.telemetry import versions
@@ -59,8 +58,11 @@ def export_run(
     weights: str = "ema",
     ema: str | None = None,
     ema_sigma_rel: float | None = None,
+    step: Step = None,
+    overrides: Sequence[str] = (),
 ) -> RunState:
-    """The run's newest good checkpoint as one new file or, for zero, a new folder.
+    """A run's checkpoint, by default the newest good one, as one new file or, for zero, a new
+    folder.
 
     reference: {model, ema, opt, args, steps}, which REPA's own scripts load and continue.
     safetensors: the averaged weights (`weights` "raw": the trained ones), with the step and the
@@ -71,11 +73,14 @@ def export_run(
     """
     _check_asked(out, to, weights, ema, ema_sigma_rel)
     _check_new(out)
-    config = load_run_config(run)
+    config = load_run_config(run_folder(run), overrides)
     with owned(out.parent, "fastrepa convert", CheckpointError, file=out.name):
         _check_new(out)
-        path, state, kinds, chosen, name = with_newest(
-            run, lambda path: _opened(path, config, to, weights, ema, ema_sigma_rel)
+        path, state, kinds, chosen, name = with_chosen(
+            run,
+            step,
+            config,
+            lambda path: _opened(path, config, to, weights, ema, ema_sigma_rel),
         )
         try:
             if to == "zero":
@@ -85,7 +90,7 @@ def export_run(
             order = list(_empty_model(config, state).state_dict())
             raw, averaged = ({n: kinds[k][n] for n in order} for k in (WEIGHT, chosen))
             if ema_sigma_rel is not None:
-                averaged, missed = posthoc_ema(run, path, ema_sigma_rel)
+                averaged, missed = posthoc_ema(run_folder(run), path, ema_sigma_rel)
                 check_finite(path, "ema", averaged)
                 name = (
                     f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
@@ -108,6 +113,7 @@ def export_run(
                     "step": str(state.step),
                     "config": config.model_dump_json(),
                     "classes": json.dumps(state.classes),
+                    "trained": json.dumps(state.trained),
                     **state.versions,
                 },
             )
@@ -183,7 +189,7 @@ def import_reference(
         step=read.steps,
         optimizer_step=read.optimizer_step,
         samples_seen=read.steps * resolved.training.global_batch,
-        **_shape_of(read.model, resolved.model.patch, file),
+        **shape_of(read.model, resolved.model.patch, file),
         classes=_classes(resolved.data),
         trained=list(range(resolved.model.num_classes)),  # of a set that is not known
         world_size=1,
@@ -242,21 +248,6 @@ def _empty_model(config: Config, state: RunState) -> SiT:
         return SiT.from_config(
             config, side=state.side, channels=state.channels, encoder_widths=state.encoder_widths
         )
-
-
-def _shape_of(model: Mapping[str, Tensor], patch: int, file: Path) -> dict[str, Any]:
-    """Read side, channels and encoder_widths from the tensors themselves."""
-
-    def shape(name: str, form: str) -> torch.Size:
-        return sized(model, name, form, f"{file}: not a SiT of REPA's", CheckpointError).shape
-
-    tokens = shape("pos_embed", "[1, T, D]")[1]
-    count = len({n.split(".")[1] for n in model if n.startswith("projectors.")})
-    return {
-        "side": math.isqrt(tokens) * patch,
-        "channels": shape("x_embedder.proj.weight", "[D, C, patch, patch]")[1],
-        "encoder_widths": [shape(f"projectors.{i}.4.weight", "[Z, P]")[0] for i in range(count)],
-    }
 
 
 def _classes(config: DataConfig) -> list[str]:

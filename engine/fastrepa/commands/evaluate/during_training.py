@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrepa.checkpoint.choice import can_draw
 from fastrepa.commands.evaluate.evaluator import SetEvaluator, Side, choose_metrics
 from fastrepa.commands.evaluate.feature_sets import StatisticsCache
-from fastrepa.commands.evaluate.image_sources import Generated, is_run, open_stored
+from fastrepa.commands.evaluate.image_sources import Generated, open_stored
 from fastrepa.config import Config
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels
@@ -38,7 +39,7 @@ class RunEvaluator:
         self._reference: Side | None = None
         metrics, encoders = choose_metrics(self.settings.metrics, self.settings.encoders)
         self._path = Path(self.settings.reference or config.data.path)
-        if is_run(self._path):
+        if can_draw(self._path):
             raise ConfigError(
                 f"evaluation.reference: {self._path} is a run; allowed are a data set, a folder of "
                 f"images and an npz"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrepa.checkpoint import averages
+from fastrepa.checkpoint.choice import NEWEST, Wanted, can_draw
 from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
@@ -27,7 +27,6 @@ from fastrepa.commands.evaluate.image_sources import (
     Generated,
     Statistics,
     Stills,
-    is_run,
     missing_images,
     open_stored,
 )
@@ -35,12 +34,8 @@ from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.config import EncoderConfig
 from fastrepa.data.datasets import is_data, open_data
 from fastrepa.errors import ConfigError, DataError
-from fastrepa.generation.generate import (
-    default_labels,
-    load_generator,
-    ready_to_sample,
-    with_settings,
-)
+from fastrepa.generation.generate import default_labels
+from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
 from fastrepa.runtime.ownership import owned
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, destroy_world, init_or_alone, of_rank_0
@@ -76,14 +71,14 @@ def evaluate(
     cache: Path | None = None,
     save_statistics: Path | None = None,
     seed: int = 0,
-    ema: str | None = None,
+    wanted: Wanted = NEWEST,
     **settings: Any,
 ) -> Evaluation:
     """Compare two sets; under torchrun every process calls this and does a share.
 
     `cache`: folder for what is kept of the reference, by default one beside it. `save_statistics`:
-    an npz of the reference's to write. seed, ema and settings (keys of SampleConfig) are those of
-    the images that a run generates for this.
+    an npz of the reference's to write. seed, wanted and settings (keys of SampleConfig) are of the
+    images that a run, a checkpoint of it or an export generates for this.
     Raises FastrepaError.
     """
     started = time.perf_counter()
@@ -95,15 +90,15 @@ def evaluate(
     record: dict[str, Any] = {}
 
     def open_source(path: Path, other: Path) -> Any:
-        if not is_run(path):
+        if not can_draw(path):
             return _opened(path, notes)
         return _run_source(
-            path, other, world, record, notes, batch_size, seed=seed, ema=ema, **settings
+            path, other, world, record, notes, batch_size, seed=seed, wanted=wanted, **settings
         )
 
     sources = [open_source(samples, reference), open_source(reference, samples)]
-    if not record and (given := [k for k, v in settings.items() if v is not None]):
-        raise ConfigError(f"--{given[0].replace('_', '-')}: is for a run, and neither side is one")
+    if not record:
+        _refuse_given(wanted, settings)
     evaluator = SetEvaluator(chosen, needed, world, inception_weights=inception_weights, clip=clip)
     for source, is_reference in zip(sources, (False, True), strict=True):
         evaluator.check(source, reference=is_reference)
@@ -147,6 +142,14 @@ def evaluate(
     )  # fmt: skip
 
 
+def _refuse_given(wanted: Wanted, settings: dict[str, Any]) -> None:
+    """Raises ConfigError for what is said of a run's images where there are none."""
+    options = {"step": wanted.step, "ema": wanted.ema, **settings}
+    given = [f"--{k.replace('_', '-')}" for k, v in options.items() if v is not None]
+    if words := [*given, *wanted.overrides]:
+        raise ConfigError(f"{words[0]}: is for a run, and neither side is one")
+
+
 def _opened(path: Path, notes: list[str]) -> Stills | AdmImages | Statistics:
     """Open what is stored at `path`; `notes` are told of images that are missing there."""
     found = open_stored(path)
@@ -185,7 +188,7 @@ def _run_source(
     batch_size: int,
     *,
     seed: int,
-    ema: str | None,
+    wanted: Wanted,
     **settings: Any,
 ) -> Generated:
     """A run's images as `fastrepa sample` would draw them; `record` is told how.
@@ -193,16 +196,16 @@ def _run_source(
     Where `other`, which they are compared with, is the run's own set, it must have its classes, and
     `notes` are told if it holds other images than it did.
     """
-    model, config, info, _ = load_generator(run, world, world.device, ema)
-    config = with_settings(config, settings)
-    model = ready_to_sample(model, config.sample, config.training, world.device)
+    loaded = load_generator(run, world, world.device, wanted)
+    info, config = loaded.state, with_settings(loaded.config, settings)
+    model = ready_to_sample(loaded.model, config.sample, config.training, world.device)
     if is_data(other) and other.resolve() == Path(config.data.path).resolve():
         data = open_data(other, verify="sizes")
         check_classes(info, data)
         notes.extend(other_samples(info, data))
     record.update(
         checkpoint_step=info.step,
-        ema=ema or str(averages.stored_emas(info.emas, config.training.ema[0])["ema"]),
+        ema=loaded.ema,
         seed=seed,
         **config.sample.model_dump(),
     )

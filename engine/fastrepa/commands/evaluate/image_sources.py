@@ -263,10 +263,6 @@ class Generated:
         return None
 
 
-def is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
-
-
 def open_stored(path: Path) -> Stills | AdmImages | Statistics:
     """Open what lies at `path` and is no run; else a DataError that names what is allowed."""
     if path.is_file() and path.suffix == ".npz":
@@ -275,7 +271,7 @@ def open_stored(path: Path) -> Stills | AdmImages | Statistics:
         kind = "is no .npz file" if path.is_file() else "no such file or folder"
         raise DataError(
             f"{path}: {kind}; allowed are a folder of images, an npz of images or of statistics, "
-            f"a prepared data set and a run"
+            f"a prepared data set, and a run, a checkpoint of one or its export as .safetensors"
         )
     if (path / MANIFEST).is_file() or (path / LATENTS / LABELS).is_file():
         return open_set(path)

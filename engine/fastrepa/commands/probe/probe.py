@@ -7,7 +7,7 @@ manifest.json, or the reference's layout, or is a folder of pictures.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def probe(
     seed: int = 0,
     batch_size: int = 64,
     out: Path | None = None,
+    overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Probed:
     """Probe the target, and write the record and the picture into a folder.
@@ -74,6 +75,8 @@ def probe(
         if value is not None:
             kinds = ("a folder of images", "a run") if is_run else ("a run", "a data set")
             raise ConfigError(f"--{name}: is for {kinds[0]}, and {target} is {kinds[1]}")
+    if overrides and not is_run:
+        raise ConfigError(f"{overrides[0]}: is for a run, and {target} is a data set")
     if not is_run and not chosen:
         raise ConfigError("--encoders: say which to try, such as dinov2-vit-b,clip-vit-l")
     folder = out or (target / "probe" if is_run else Path(f"{target.resolve().name}_probe"))
@@ -86,6 +89,7 @@ def probe(
             held_out=held_out,
             num=num or RUN_IMAGES,
             time=TIME if time is None else time,
+            overrides=overrides,
             **shared,
         )
     else:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrepa.checkpoint.choice import Wanted, load_ema_model
 from fastrepa.checkpoint.format import (
     NotFinite,
     RunState,
@@ -27,7 +28,6 @@ from fastrepa.checkpoint.format import (
     check_finite,
     checkpoints,
     damage,
-    load_ema_model,
     read_state,
 )
 from fastrepa.checkpoint.identity import check_classes, other_samples
@@ -92,6 +92,7 @@ def probe_run(
     time: float = TIME,
     seed: int = 0,
     batch_size: int = 64,
+    overrides: Sequence[str] = (),
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> RunProbe:
@@ -104,6 +105,7 @@ def probe_run(
         num: images to measure on, and as many of the run's own set to fit the probe to.
         time: t of the noised inputs, 0 data .. 1 noise.
         seed: of the choice of images, and of the noise.
+        overrides: `path.to.key=value` over the run's configuration, such as where its data lie now.
 
     Raises ConfigError, DataError, CheckpointError and WeightsError for what is missing.
     """
@@ -111,7 +113,7 @@ def probe_run(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not 0 <= time <= 1:
         raise ConfigError(f"--time: {time} is not in 0..1 (0 data, 1 noise)")
-    model, config, made = load_ema_model(run, device)
+    model, config, made = load_ema_model(run, device, Wanted(overrides=tuple(overrides)))
     encoders = encoders or config.vision.encoders
     if not encoders:
         raise ConfigError(f"{run}: is aligned to no encoder; say with --encoders what to compare")
