@@ -18,6 +18,7 @@ from fastrepa.checkpoint.format import (
     checkpoint_path,
     checkpoints,
     damage,
+    improves,
     newest_checkpoint,
     part_name,
     read_state,
@@ -232,6 +233,23 @@ def test_the_policy_keeps_the_newest_the_regular_and_the_best(
     assert future.exists()
 
 
+def test_a_step_is_the_best_so_far_by_what_whole_checkpoints_have(tmp_path):
+    lowest, highest = (KeepBestConfig(metric="fid", mode=mode) for mode in ("min", "max"))
+
+    def better(value, rule=lowest, step=6, metric="fid"):
+        return improves(tmp_path, step, {metric: value}, rule)
+
+    assert better(7.0) and not better(7.0, metric="loss")  # there is none yet
+    for step, value in ((1, 5.0), (2, math.nan), (3, None), (4, 4.0), (5, 3.0), (9, 1.0)):
+        stored(tmp_path, step, value)
+    (checkpoint_path(tmp_path, 5) / "state.json").write_text("{}")  # cut short
+    assert better(3.9) and better(5.1, highest)  # step 9 is of an undone future
+    assert not better(4.0) and not better(4.1) and not better(4.9, highest)
+    assert not better(0.5, step=9, metric="loss") and not better(1.5, step=9)
+    for value in (math.nan, math.inf, -math.inf):
+        assert not better(value) and not better(value, highest)
+
+
 def test_keep_checkpoints_0_keeps_all(tmp_path):
     paths = [stored(tmp_path, step) for step in range(1, 6)]
     assert superseded(tmp_path, paths[-1], TrainingConfig(keep_checkpoints=0)) == []
@@ -241,9 +259,11 @@ def test_an_unknown_metric_is_named_with_those_there_are(engine, tmp_path, capsy
     world, group, whole, fixed = engine
     policy = TrainingConfig(keep_checkpoints=1, keep_best=KeepBestConfig(metric="lossz"))
     writer = CheckpointWriter(tmp_path, whole, fixed, world, group, policy)
-    writer.save(state(1, loss=1.0, lr=0.1))
-    writer.wait(required=True)
-    assert "no metric 'lossz' is logged (known: loss, lr)" in capsys.readouterr().out
+    for measured in (False, True):  # an evaluation may come later
+        writer.save(state(1, loss=1.0, lr=0.1), measured=measured)
+        writer.wait(required=True)
+        said = capsys.readouterr().out
+        assert ("no metric 'lossz' is logged (known: loss, lr)" in said) == measured
 
 
 # Files ----------------------------------------------------------------------------------------

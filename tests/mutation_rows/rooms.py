@@ -202,6 +202,13 @@ ROWS = (
         "test_the_policy_keeps_the_newest_the_regular_and_the_best",
     ),
     (
+        "the worst evaluation is saved", "engine/fastrepa/checkpoint/format.py",
+        'value > before if rule.mode == "max" else value < before',
+        'value < before if rule.mode == "max" else value > before',
+        "tests/checkpoint/test_checkpoint.py::"
+        "test_a_step_is_the_best_so_far_by_what_whole_checkpoints_have",
+    ),
+    (
         "only the first part of a checkpoint is read", "engine/fastrepa/checkpoint/format.py",
         "for path in paths:\n            stored", "for path in paths[:1]:\n            stored",
         "tests/checkpoint/test_checkpoint.py::test_tensors_are_found_in_however_many_files",

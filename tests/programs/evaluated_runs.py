@@ -26,6 +26,7 @@ EVALUATED = [
     "evaluation.encoders=[{name: resnet10t, weights: random, input: 32}]",
     "evaluation.metrics=[fd_resnet10t, kd_resnet10t]", "training.tensorboard=true",
     "training.keep_checkpoints=1", "training.keep_best={metric: fd_resnet10t, mode: max}",
+    "training.checkpoint_every=0",  # so what is kept beside the last was saved as the best
 ]  # fmt: skip
 
 

@@ -249,6 +249,20 @@ def superseded(run: Path, saved: Path, policy: TrainingConfig) -> list[Path]:
     return [p for p in past if p not in kept]
 
 
+def improves(run: Path, step: int, scores: Mapping[str, float], rule: KeepBestConfig) -> bool:
+    """Tell whether `scores`, measured at `step`, are better by `rule` than all that whole
+    checkpoints up to there have; what is not finite is never.
+    """
+    value = scores.get(rule.metric, math.nan)
+    past = checkpoints(run, until=checkpoint_path(run, step))
+    sound = {p: state for p in past if (state := _of_sound(p))}
+    best = _best(sound, rule)
+    if best is None or not math.isfinite(value):
+        return math.isfinite(value)
+    before = sound[best].metrics[rule.metric]
+    return value > before if rule.mode == "max" else value < before
+
+
 def _of_sound(path: Path) -> RunState | None:
     """Read the state of a checkpoint that this version can read and that has all its files."""
     try:

@@ -105,12 +105,17 @@ class CheckpointWriter:
         for path in (*left, *folder.glob(f".*.{process_name()}.tmp")):
             remove(path)
 
-    def save(self, state: RunState, bad_steps: Tensor | None = None) -> None:
+    def save(
+        self, state: RunState, bad_steps: Tensor | None = None, *, measured: bool = True
+    ) -> None:
         """Copy everything to host memory and start to write it; waits for the save before.
 
         bad_steps: how many steps in a row were bad, [] on the device; if any, nothing is pruned.
+        measured: the state's metrics are all that there will be, so that one which is not among
+        them is unknown.
         """
         self.wait()
+        self._measured = measured
         began = time.perf_counter()
         self._state, self._final = state, checkpoint_path(self.run, state.step)
         self._partial = temporary(self._final, self._by)
@@ -253,7 +258,7 @@ class CheckpointWriter:
         """Drop what the policy keeps no longer, once the new one has been read back."""
         try:
             rule, known = self.policy.keep_best, self._state.metrics
-            if rule and known and rule.metric not in known:
+            if rule and known and rule.metric not in known and self._measured:
                 self._warn(
                     f"training.keep_best.metric: no metric {rule.metric!r} is logged "
                     f"(known: {', '.join(sorted(known))}), so none is kept as the best"

@@ -112,7 +112,7 @@ class EmaConfig(Section):
 
 class KeepBestConfig(Section):
     """The rule of the best checkpoint: a key of metrics.jsonl, as last logged before the save, or
-    an evaluation's (`fd_dinov2_vitb14`) of the saved step itself.
+    an evaluation's (`fd_dinov2_vitb14`), whose step is saved where it is the best so far.
     """
 
     metric: Text = Field(description="as metrics.jsonl calls it")

@@ -15,6 +15,7 @@ from fastrepa.checkpoint.averages import recorded
 from fastrepa.checkpoint.format import (
     RunState,
     checkpoint_path,
+    improves,
     newest_checkpoint,
     read_state,
 )
@@ -217,11 +218,11 @@ class Run:
                     self._draw_samples(telemetry)
                     if not last:  # then they are drawn when all is saved
                         self._draw_curves(telemetry)
-            if (t.checkpoint_every and self.step % t.checkpoint_every == 0) or last:
-                with meter.region("checkpoint"):
+            due = last or (t.checkpoint_every and self.step % t.checkpoint_every == 0)
+            with meter.region("checkpoint"):
+                if due or self._is_best():
                     self.save(wait=last)
-            else:
-                with meter.region("checkpoint"):
+                else:
                     writer.poll()
             if last:
                 return
@@ -233,10 +234,21 @@ class Run:
         warning at a later step. While steps are bad it is written and replaces none.
         """
         writer = self._open_writer()
-        writer.save(self.state(), self.trainer.bad_steps.count)
+        measured = not self.config.evaluation.every or bool(self.evaluations.at(self.step))
+        writer.save(self.state(), self.trainer.bad_steps.count, measured=measured)
         if wait:
             writer.wait(required=True)
         return checkpoint_path(self.folder, self.step)
+
+    def _is_best(self) -> bool:
+        """Tell whether this step's evaluation is the best so far by training.keep_best, going by
+        what is saved, so that a run that was cut off decides as one that was not (collective).
+        """
+        rule, scores = self.config.training.keep_best, self.evaluations.at(self.step)
+        if rule is None or rule.metric not in scores:
+            return False
+        self._open_writer().wait()  # the one in flight may be better
+        return of_rank_0(self.world, lambda: improves(self.folder, self.step, scores, rule))
 
     def _open_writer(self) -> CheckpointWriter:
         if self.writer is None:
