@@ -12,9 +12,11 @@ import torch
 from fastrepa.checkpoint.choice import Wanted, load_ema_model, options_of, parse_step, read_export
 from fastrepa.checkpoint.format import checkpoint_path, read_state
 from fastrepa.commands.convert.exchange import export_run
+from fastrepa.commands.evaluate.record import keep_beside
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.generation.folder import read_png
 from fastrepa.generation.sample import sample_run
+from fastrepa.reading.evaluations import EVALUATIONS, Measured, read_evaluations
 from tests.command_line import invoke, run
 from tests.runs import train
 
@@ -78,6 +80,33 @@ def test_every_command_takes_the_step(home, tmp_path):
         step = ["--step", "4"] if source == home / "run" else []
         done = json.loads(run("evaluate", source, tmp_path / "out", *few, *step))
         assert done["generated"]["checkpoint_step"] == 4
+    kept, broken = read_evaluations(home / "run")
+    assert ([(one.step, one.num, one.scores) for one in kept], broken) == (
+        [(4, 4, done["metrics"])] * 2, 0
+    )  # fmt: skip
+    run("report", home / "run", "-o", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.count(f"<td>fd_efficientnet_lite0 {done['metrics']['fd_efficientnet_lite0']:.5g},")
+        == 2
+    )
+    assert "No evaluation has been logged." not in page
+
+
+def test_an_evaluation_that_was_cut_short_spoils_no_other(tmp_path):
+    made = {"checkpoint_step": 7, "ema": "0.9", "sampler": "ode"}
+    record = {
+        "utc": "2030-01-01T00:00:00+00:00", "generated": made, "num_samples": 9, "reference": "set",
+        "metrics": {"fid": 2.5},
+    }  # fmt: skip
+    assert read_evaluations(tmp_path) == ([], 0)
+    assert keep_beside(tmp_path, record) is None
+    file = tmp_path / EVALUATIONS
+    file.write_bytes(file.read_bytes() + file.read_bytes()[:40])
+    assert keep_beside(tmp_path, record) is None
+    one = Measured("2030-01-01T00:00:00+00:00", 7, "0.9", 9, "sampler ode", "set", {"fid": 2.5})
+    assert read_evaluations(tmp_path) == ([one, one], 1)
+    assert "cannot be written" in keep_beside(tmp_path / "none", record)
 
 
 @pytest.mark.parametrize(("words", "said"), [

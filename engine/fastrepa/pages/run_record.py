@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrepa.errors import DataError, nearest, printable
+from fastrepa.reading.evaluations import EVALUATIONS, Measured, read_evaluations
 from fastrepa.reading.metrics import read_metrics
 from fastrepa.reading.text import read_json, read_yaml
 
@@ -24,7 +25,7 @@ class RunRecord:
     """`lines` are those of metrics.jsonl in order of their steps, one for each step, null as NaN.
 
     `config` and `environment` are empty where the file is missing or damaged; `notes` says so.
-    `logged` is when metrics.jsonl was last written.
+    `logged` is when metrics.jsonl was last written; `evaluations` are those of `fastrepa evaluate`.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class RunRecord:
     samples: dict[int, Path]
     checkpoints: list[int]
     logged: datetime | None
+    evaluations: list[Measured]
     notes: list[str]
 
     @property
@@ -88,6 +90,9 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     if count := len(found.others):
         notes.append(f"{count} line{'s' * (count > 1)} of metrics.jsonl left out: broken")
     lines = found.by_step()
+    evaluations, broken = read_evaluations(folder)
+    if broken:
+        notes.append(f"{broken} line{'s' * (broken > 1)} of {EVALUATIONS} left out: broken")
     return RunRecord(
         folder=folder,
         name=name,
@@ -97,6 +102,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         samples=_by_step(folder / "samples"),
         checkpoints=list(_by_step(folder / "checkpoints")),
         logged=datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if lines else None,
+        evaluations=evaluations,
         notes=notes,
     )
 

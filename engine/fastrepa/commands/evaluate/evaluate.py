@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastrepa.checkpoint.choice import NEWEST, Wanted, can_draw
+from fastrepa.checkpoint.choice import NEWEST, Wanted, can_draw, is_export
 from fastrepa.checkpoint.identity import check_classes, other_samples, trained_classes
 from fastrepa.commands.evaluate.evaluator import (
     BATCH_SIZE,
@@ -31,7 +31,8 @@ from fastrepa.commands.evaluate.image_sources import (
     open_stored,
 )
 from fastrepa.commands.evaluate.metrics import frechet_bias
-from fastrepa.config import EncoderConfig
+from fastrepa.commands.evaluate.record import evaluation_record, keep_beside
+from fastrepa.config import EncoderConfig, run_folder
 from fastrepa.data.datasets import is_data, open_data
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.generation.generate import default_labels
@@ -78,7 +79,8 @@ def evaluate(
 
     `cache`: folder for what is kept of the reference, by default one beside it. `save_statistics`:
     an npz of the reference's to write. seed, wanted and settings (keys of SampleConfig) are of the
-    images that a run, a checkpoint of it or an export generates for this.
+    images that a run, a checkpoint of it or an export generates for this. What is found of a run's
+    images is also added to RUN/evaluations.jsonl.
     Raises FastrepaError.
     """
     started = time.perf_counter()
@@ -134,12 +136,16 @@ def evaluate(
         scores = of_rank_0(world, compare)
     if world.size > 1:
         destroy_world()
-    return Evaluation(
+    done = Evaluation(
         str(samples), str(reference), sides[0].num, sides[1].num,
         tuple(chosen), scores, tuple(notes),
         {name: extractor.identity for name, extractor in evaluator.extractors.items()},
         record, time.perf_counter() - started, world.is_rank_0,
     )  # fmt: skip
+    if world.is_rank_0 and can_draw(samples) and not is_export(samples):
+        problem = keep_beside(run_folder(samples), evaluation_record(done))
+        return replace(done, notes=(*notes, problem)) if problem else done
+    return done
 
 
 def _refuse_given(wanted: Wanted, settings: dict[str, Any]) -> None:

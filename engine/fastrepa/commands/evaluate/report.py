@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from fastrepa.commands.evaluate.evaluate import Evaluation
 from fastrepa.commands.evaluate.evaluator import Kind, Metric
+from fastrepa.commands.evaluate.record import evaluation_record
 from fastrepa.runtime.terminal import Terminal, say_json
 
 TITLES: dict[Kind, str] = {
@@ -52,26 +51,6 @@ def described(metric: Metric) -> str:
     if metric.kind == "clip_score":
         return f"{TITLES[metric.kind]}, class-named prompts"
     return NAMES.get(metric.name, TITLES[metric.kind])
-
-
-def evaluation_record(done: Evaluation) -> dict[str, Any]:
-    """All of it, for a file of records."""
-    from fastrepa.training.telemetry import git_state, versions
-
-    return {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "versions": versions(),
-        "samples": done.samples,
-        "reference": done.reference,
-        "num_samples": done.num_samples,
-        "num_reference": done.num_reference,
-        "generated": done.settings,
-        "metrics": done.scores,
-        "extractors": done.extractors,
-        "warnings": list(done.notes),
-        "seconds": round(done.seconds, 3),
-    }
 
 
 def _counted(num: int | None) -> str:
