@@ -171,6 +171,7 @@ RULES = [
     Rule("pip install", pip, "no network: the extras must exist"),
     Rule("fastrepa doctor", fastrepa, "as written"),
     Rule("fastrepa plan", fastrepa, "as written"),
+    Rule("fastrepa config", fastrepa, "as written"),
     Rule("fastrepa train configs/quickstart.yaml", fastrepa, "a smaller model, 2 steps",
          QUICKSTART),
     Rule("fastrepa train configs/imagenet256", fastrepa, "a small model, autoencoder and encoder",

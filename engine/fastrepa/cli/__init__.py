@@ -14,14 +14,14 @@ from typing import Any
 
 import typer
 
-from fastrepa.cli import runs, data, insight  # isort: skip  # the order of --help
+from fastrepa.cli import runs, data, insight, catalog  # isort: skip  # the order of --help
 from fastrepa.cli.app import app, data_app
 from fastrepa.errors import ConfigError, FastrepaError, print_error, printable, worded
 from fastrepa.runtime.exit_codes import for_launcher
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import stated_rank
 
-__all__ = ["app", "data", "data_app", "insight", "main", "runs"]
+__all__ = ["app", "catalog", "data", "data_app", "insight", "main", "runs"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -11,7 +11,7 @@ from fastrepa.errors import ConfigError
 from fastrepa.reading.text import expanded, written
 
 # What `load_config` fills in from the model's name, where the file does not say it.
-FROM_NAME: dict[str, JsonValue] = {"from": "model.name"}
+FROM_NAME: dict[str, JsonValue] = {"x-from": "model.name"}
 
 LARGEST = 2**63 - 1  # of a whole number that torch takes
 
@@ -25,18 +25,19 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number_or(least: int, *words: str) -> PlainValidator:
-    """Accepts a whole number from `least` on, or one of the words; one refusal says both."""
+def _number_or(least: int, words: Any) -> PlainValidator:
+    """Accepts a whole number from `least` on, or a word of that Literal; one refusal says both."""
 
     def check(value: Any) -> Any:
         if is_int(value) and least <= value <= LARGEST:
             return int(value)
-        if value in words:
+        if value in get_args(words):
             return value
-        allowed = f"expected {' or '.join(words)} or a number from {least}"
+        allowed = f"expected {' or '.join(get_args(words))} or a number from {least}"
         raise PydanticCustomError("number_or_word", "{allowed}", {"allowed": allowed})
 
-    return PlainValidator(check)
+    number = Annotated[int, Field(ge=least, le=LARGEST)]
+    return PlainValidator(check, json_schema_input_type=words | number)
 
 
 def _bool_or_auto(value: Any) -> Any:
@@ -45,10 +46,15 @@ def _bool_or_auto(value: Any) -> Any:
     raise PydanticCustomError("bool_or_auto", "expected true, false or auto")
 
 
-NumberOrAuto = Annotated[int | Literal["auto"], _number_or(0, "auto")]
-PositiveOrAuto = Annotated[int | Literal["auto"], _number_or(1, "auto")]
-BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(_bool_or_auto)]
-Recompute = Annotated[int | Literal["none", "auto"], _number_or(1, "none", "auto")]
+_Auto = Literal["auto"]
+_NoneOrAuto = Literal["none", "auto"]
+
+NumberOrAuto = Annotated[int | _Auto, _number_or(0, _Auto)]
+PositiveOrAuto = Annotated[int | _Auto, _number_or(1, _Auto)]
+BoolOrAuto = Annotated[
+    bool | _Auto, PlainValidator(_bool_or_auto, json_schema_input_type=bool | _Auto)
+]
+Recompute = Annotated[int | _NoneOrAuto, _number_or(1, _NoneOrAuto)]
 
 
 def _text(value: Any) -> Any:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 HOST = re.sub(r"[^\w.-]", "-", socket.gethostname())[:64]
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,9})@(?P<host>[\w.-]+)\.tmp")
@@ -105,6 +106,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write or replace a .npy as `write_whole` does."""
+    import numpy as np  # not for the sake of a configuration
+
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_whole(path, buffer.getvalue())

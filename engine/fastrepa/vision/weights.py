@@ -58,16 +58,20 @@ UNUSED = re.compile(
 StateDict = dict[str, Tensor]
 
 
+def hub_source(recipe: Recipe) -> str:
+    """Return the address from which timm fetches an encoder's weights; '' where it has none."""
+    source = timm.get_pretrained_cfg(recipe.timm_name) if recipe.hub else None
+    if source is not None and source.hf_hub_id:
+        return f"https://huggingface.co/{source.hf_hub_id}/resolve/main/model.safetensors"
+    return str(source.url or "") if source is not None else ""
+
+
 def from_hub(recipe: Recipe, timm_args: Mapping[str, Any], where: str) -> nn.Module:
     """The whole timm model with its published weights; WeightsError says what to fetch by hand."""
-    source = timm.get_pretrained_cfg(recipe.timm_name) if recipe.hub else None
-    fetch = recipe.download or "the weights"
-    if source is not None and source.hf_hub_id:
-        fetch = f"https://huggingface.co/{source.hf_hub_id}/resolve/main/model.safetensors"
-    elif source is not None and source.url:
-        fetch = str(source.url)
+    source = hub_source(recipe)
+    fetch = source or recipe.download or "the weights"
     by_hand = f"download {fetch} and set weights to the file's path"
-    if source is None or not (source.hf_hub_id or source.url):
+    if not source:
         raise WeightsError(f"{where}: no hub has these weights; {by_hand}")
     try:
         return timm.create_model(recipe.timm_name, pretrained=True, **timm_args)
