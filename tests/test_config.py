@@ -7,9 +7,11 @@ import pytest
 
 from fastrepa.config import EmaConfig, config_from_dict, load_config, save_config
 from fastrepa.errors import ConfigError
+from tests.runs import ROOT
 
 BASE = {"run": "r", "data": {"path": "shards"}, "model": {"name": "SiT-XL/2"}}
 RECIPES = sorted(Path("configs").glob("*.yaml"))
+EMOJI = ROOT / "configs/quickstart/emoji"
 
 
 def edited(**sections):
@@ -178,3 +180,48 @@ def test_every_recipe_in_configs_is_valid(path):
 
 def test_there_are_recipes():
     assert {"quickstart.yaml", "imagenet256_sit_xl2_dinov2b.yaml"} <= {p.name for p in RECIPES}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_goes_by_its_name_in_any_folder(elsewhere):
+    """A folder of that name is no configuration, a file of that name is the one that is meant."""
+    (elsewhere / "quickstart").mkdir()
+    shipped = EMOJI / "train"
+    by_name = load_config("quickstart", ["training.steps=5"])
+    assert (by_name.training.steps, Path(by_name.data.path)) == (5, shipped)
+    assert by_name.run == "runs/quickstart"
+    assert load_config("imagenet256_sit_xl2_dinov2b").data.path == "data/imagenet256"
+    reference = "evaluation.reference=configs/quickstart/emoji/validation"
+    assert load_config("quickstart", [reference]).evaluation.reference == str(EMOJI / "validation")
+    (elsewhere / "quickstart").rmdir()
+    save_config(config_from_dict(BASE), elsewhere / "quickstart")
+    assert load_config("quickstart").run == "r"
+
+
+@pytest.mark.parametrize("name", ["quikstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_a_recipe_that_is_not_there_is_told_with_those_that_are(elsewhere, name):
+    names = "imagenet256_sit_b2_dinov2b, imagenet256_sit_xl2_dinov2b, quickstart$"
+    with pytest.raises(ConfigError, match=rf"{name}: no such .*did you mean 'quickstart'.*{names}"):
+        load_config(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["configs/quickstart/emoji/train",
+     "/gone/lib/python3.11/site-packages/fastrepa/recipes/quickstart/emoji/train",
+     "/gone/fastrepa/configs/quickstart/emoji/train"],
+)  # fmt: skip
+def test_a_run_finds_the_shipped_images_wherever_the_install_is_now(elsewhere, path):
+    config = config_from_dict(edited(data={"path": path}))
+    assert config.data.path == str(EMOJI / "train")
+
+
+def test_paths_of_ones_own_stay_what_they_are(elsewhere):
+    (elsewhere / "configs/quickstart/emoji/train").mkdir(parents=True)
+    for path in ("configs/quickstart/emoji/train", "configs/quickstart/other", "quickstart/emoji"):
+        assert config_from_dict(edited(data={"path": path})).data.path == path

@@ -72,6 +72,21 @@ def worded(error: BaseException | str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()} ..."
 
 
+# What extras other than `train` bring.
+_EXTRAS = {"diffusers": "vae", "pyarrow": "parquet", "torch_fidelity": "eval", "open_clip": "clip"}
+
+
+def lacking(error: ModuleNotFoundError) -> str | None:
+    """Say what to install for a module that is not there; None where it is one of the house's."""
+    module = (error.name or "").partition(".")[0]
+    if not module or module.startswith("fastrepa"):
+        return None
+    if module == "torch":
+        return "fastrepa needs torch: pip install torch"
+    extra = _EXTRAS.get(module, "train")
+    return f"fastrepa's commands need more: pip install 'fastrepa[{extra}]' (no {module} here)"
+
+
 def print_error(text: object, rank: int) -> None:
     """Print an error on one line of stderr, naming every rank but the first."""
     where = f" (rank {rank})" if rank else ""

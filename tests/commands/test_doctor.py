@@ -10,12 +10,13 @@ import resource
 import subprocess
 import sys
 from collections import namedtuple
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
 from rich.console import Console
 
-from fastrepa.commands.doctor import examine, machine, probes
+from fastrepa.commands.doctor import examine, machine, probes, recipes
 from fastrepa.commands.doctor.examine import doctor, print_doctor, print_findings, to_json
 from fastrepa.commands.doctor.findings import SECTIONS, Finding
 from fastrepa.commands.doctor.probes import PROBES
@@ -252,7 +253,62 @@ def test_system_limits(monkeypatch):
     assert found["system: open files"].status == "ok"
     assert "unlimited" in found["system: open files"].detail
     assert found["system: /dev/shm"].status == "broken"
-    assert "the doctor stays off the network" in found["system: weights hub"].detail
+    assert found["system: disk"].status == "broken"
+
+
+def test_load_and_room(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1})
+    for load, free, status in ((0.4, 400e9, "ok"), (7.9, 3e9, "note")):
+        monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        assert machine.load().status == machine.disk().status == status
+    assert "7.9 on 2 cores" in machine.load().detail
+    assert "2.8 GiB free" in machine.disk().detail
+
+
+def test_the_hub_is_asked_once_and_loads_nothing(monkeypatch):
+    asked = []
+
+    def answer(request, timeout):
+        asked.append((request.get_method(), request.full_url))
+        if "nowhere" in request.full_url:
+            raise URLError(OSError("Name or service not known"))
+        raise HTTPError(request.full_url, 403, "Forbidden", None, None)
+
+    monkeypatch.setattr(machine, "urlopen", answer)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+    assert (machine.hub().status, asked) == ("ok", [("HEAD", "https://hub.example.org")])
+    monkeypatch.setenv("HF_ENDPOINT", "https://nowhere.example.org")
+    assert "nowhere.example.org is not reached: Name or service" in machine.hub().detail
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert (machine.hub().status, len(asked)) == ("off", 2)
+
+
+def test_what_runs_now(findings, monkeypatch):
+    """The recipes, each with what it lacks, and the extras."""
+    found = by_name(findings)
+    assert found["runs now: quickstart"].status == "ok"
+    large = found["runs now: imagenet256_sit_xl2_dinov2b"]
+    assert large.status == "off"
+    assert "data/imagenet256 (its file says how it is made)" in large.remedy
+    words = re.findall(r"[\w-]+", found["runs now: extras"].detail)
+    assert {"train", "quickstart", "vae"} <= set(words)
+    monkeypatch.setattr(recipes, "version_of", lambda name: None if name == "diffusers" else "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lacks = {f.name: f.remedy for f in recipes.what_runs()}
+    assert lacks["quickstart"] == ""
+    assert "fastrepa[vae] (pip install 'fastrepa[vae]')" in lacks["imagenet256_sit_b2_dinov2b"]
+    assert "sd-vae-ft-mse (HF_HUB_OFFLINE is set)" in lacks["imagenet256_sit_b2_dinov2b"]
+
+
+@pytest.mark.parametrize("dali", ["nvidia-dali-cuda120", "nvidia-dali-cuda130"])
+def test_either_of_dalis_wheels_is_enough(monkeypatch, dali):
+    monkeypatch.setattr(
+        recipes, "version_of", lambda name: "1" if name == dali or "dali" not in name else None
+    )
+    assert not recipes.lacks("train")
 
 
 def test_the_compiler_and_ninja(monkeypatch, tmp_path):
@@ -292,6 +348,7 @@ def test_table_for_people(width):
         Finding("fast paths", "DALI", "broken", "gone [/red] wrong", "pip install 'x[y]'"),
         Finding("fast paths", "SDPA flash", "ok", "head dim 64"),
         Finding("fast paths", "xformers", "off", "not installed", "pip install it"),
+        Finding("runs now", "quickstart", "ok", "here"),
     ]
     console = Console(file=io.StringIO(), width=width)
     print_findings(some, console)
@@ -299,5 +356,6 @@ def test_table_for_people(width):
     for part in ("✓  torch", "✗  DALI", "gone [/red] wrong", "→ pip install 'x[y]'", "–  xformers"):
         assert part in text
     assert "devices" not in text
-    assert "1 of 3 fast paths work here; broken: DALI" in text
+    assert "1 of 3 fast paths work here; broken: DALI;" in text
+    assert "fastrepa train quickstart runs now" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width

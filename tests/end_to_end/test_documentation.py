@@ -88,7 +88,7 @@ def pip(words: list[str]) -> str:
     assert words[:2] == ["pip", "install"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words[2:]:
-        match = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+        match = re.fullmatch(r"(?:\.|fastrepa)(?:\[([\w,-]+)\])?", word)
         assert match, word
         assert set((match[1] or "").split(",")) - {""} <= project["optional-dependencies"].keys()
     return ""
@@ -170,8 +170,10 @@ RULES = [
     Rule("make", make, "sets up an environment: shown only; what quickstart then runs is a rule"),
     Rule("pip install", pip, "no network: the extras must exist"),
     Rule("fastrepa doctor", fastrepa, "as written"),
+    Rule("fastrepa recipes", fastrepa, "as written"),
     Rule("fastrepa plan", fastrepa, "as written"),
     Rule("fastrepa config", fastrepa, "as written"),
+    Rule("fastrepa train quickstart", fastrepa, "a smaller model, 2 steps", QUICKSTART),
     Rule("fastrepa train configs/quickstart.yaml", fastrepa, "a smaller model, 2 steps",
          QUICKSTART),
     Rule("fastrepa train configs/imagenet256", fastrepa, "a small model, autoencoder and encoder",

@@ -16,7 +16,7 @@ import typer
 
 from fastrepa.cli import runs, data, insight, catalog  # isort: skip  # the order of --help
 from fastrepa.cli.app import app, data_app
-from fastrepa.errors import ConfigError, FastrepaError, print_error, printable, worded
+from fastrepa.errors import ConfigError, FastrepaError, lacking, print_error, printable, worded
 from fastrepa.runtime.exit_codes import for_launcher
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import stated_rank
@@ -66,8 +66,8 @@ def _open_closed_streams() -> None:
 
 
 def _of_the_machine(error: Exception) -> int | None:
-    """Print in a line what is no fault of the code, and return the exit code: what was typed, a
-    disk or a memory that is too small. None: anything else.
+    """Print in a line what is no fault of the code, and return the exit code: what was typed, what
+    is not installed, a disk or a memory that is too small. None: anything else.
     """
     # What was typed wrongly: click's errors, or those of typer's own copy of click.
     if hasattr(error, "format_message"):
@@ -75,8 +75,9 @@ def _of_the_machine(error: Exception) -> int | None:
         if said := error.format_message():  # none of a help page
             print_error(f"{said} (see {command} --help)", 0)
         return int(getattr(error, "exit_code", 2))
-    if isinstance(error, MemoryError):
-        print_error(worded(error), stated_rank())
+    missing = lacking(error) if isinstance(error, ModuleNotFoundError) else None
+    if missing or isinstance(error, MemoryError):
+        print_error(missing or worded(error), stated_rank())
     elif isinstance(error, OSError) and (
         error.filename or error.errno in _NO_ROOM or "temporary directory" in str(error)
     ):  # the last is Python's, where no place for temporary files has room

@@ -1,4 +1,4 @@
-"""Commands that list what there is to choose from: config, encoders, models."""
+"""Commands that list what there is to choose from: config, recipes, encoders, models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def config(
 ) -> None:
     """Keys of the configuration: defaults, allowed values, what they do; or a run's or file's own.
 
-    A word with a / or the ending .yaml is a run or a file, any other one without = a key. Values of
+    A word with a / or the ending .yaml is a run or a file, a recipe's name its file, any other one
+    without = a key. Values of
     a run or a file have a star where they differ from the default.
     """
     from fastrepa.commands.keys import markdown as page
@@ -78,10 +79,21 @@ def config(
 def _is_source(word: str) -> bool:
     """Tell a run or a file from a key: by what no key has, or because it is there."""
     from fastrepa.config import Config
+    from fastrepa.config.recipes import recipe_file
 
     if "/" in word or word.endswith((".yaml", ".yml")):
         return True
-    return word.partition(".")[0] not in Config.model_fields and Path(word).exists()
+    if word.partition(".")[0] in Config.model_fields:
+        return False
+    return Path(word).exists() or recipe_file(word) is not None
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with fastrepa: what each is and needs, and if it can run here."""
+    from fastrepa.commands.doctor.recipes import print_recipes
+
+    print_recipes(Terminal())
 
 
 @app.command()

@@ -42,18 +42,12 @@ def load_config(
 ) -> Config:
     """The validated, resolved configuration from a YAML file and `path.to.key=value` overrides.
 
+    path: a file, or the name of a recipe that comes with fastrepa, where no file is called so.
     run: the run's folder, whatever the file says. Otherwise a run's own file means the run that it
     lies in (`run_of`), unless an override names another.
     Raises ConfigError naming the file or the dotted key, the value, and what was allowed.
     """
-    path = Path(path)
-    if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder, not a YAML file")
-    if not os.path.exists(path):
-        there = os.path.isdir(path.parent)
-        known = sorted(p.name for p in path.parent.glob("*.yaml")) if there else []
-        close = nearest(path.name, known)
-        raise ConfigError(f"{str(path)[:255]}: no such configuration file{close}")
+    path = _found(Path(path))
     tree = read_yaml(path, ConfigError, as_written=True)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
@@ -73,6 +67,27 @@ def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     for override in overrides:
         _set(out, override)
     return out
+
+
+def _found(path: Path) -> Path:
+    """The file itself, or the recipe of that name."""
+    if os.path.isfile(path):
+        return path
+    from fastrepa.config.recipes import recipe_file, recipe_names
+
+    if recipe := recipe_file(str(path)):
+        return recipe
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: is a folder, not a YAML file")
+    if not os.path.exists(path):
+        there = os.path.isdir(path.parent)
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if there else []
+        close = nearest(path.name, [*known, *recipe_names()])
+        raise ConfigError(
+            f"{str(path)[:255]}: no such configuration file{close}; recipes that go by their name: "
+            + ", ".join(recipe_names())
+        )
+    return path
 
 
 def config_from_dict(tree: Mapping[str, Any], *, source: str = "configuration") -> Config:
@@ -189,6 +204,15 @@ def _position(values: list[Any], part: str, what: str) -> int:
 def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what follows from other keys; wrong types are left to pydantic."""
     tree = dict(tree)
+    for section, key in (("data", "path"), ("evaluation", "reference")):
+        values = tree.get(section)
+        if not isinstance(values, Mapping):
+            continue
+        where = values.get(key)
+        if isinstance(where, str) and not os.path.exists(where):
+            from fastrepa.config.recipes import of_the_install
+
+            tree[section] = {**values, key: of_the_install(where)}
     data = tree.get("data")
     if isinstance(data, Mapping) and tree.get("deterministic") is True:
         # The GPU's JPEG decoders give no promise.

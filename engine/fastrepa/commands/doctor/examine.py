@@ -2,7 +2,8 @@
 
 Every fast path is really tried, on a few hundred numbers. A probe runs in a process of its own,
 because what is broken may not raise but abort, hang, or need a variable set before it is imported;
-whatever happens there is a finding here. Nothing goes over the network.
+whatever happens there is a finding here. Over the network goes one question, whether the hub of
+weights is there.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from dataclasses import asdict
 from importlib.machinery import PathFinder
 
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
-from fastrepa.commands.doctor.findings import SECTIONS, Finding, Probe, fast_path, one_line
-from fastrepa.commands.doctor.machine import system, versions
+from fastrepa.commands.doctor.findings import (
+    SECTIONS,
+    Finding,
+    Probe,
+    fast_path,
+    one_line,
+    print_section,
+)
+from fastrepa.commands.doctor.machine import hub, system, versions
 from fastrepa.commands.doctor.probes import PROBES
-from fastrepa.errors import DataError, printable
+from fastrepa.commands.doctor.recipes import extras, what_runs
+from fastrepa.config.recipes import recipe_names
+from fastrepa.errors import DataError
 from fastrepa.reading.text import parse_json
 from fastrepa.runtime.terminal import Terminal, as_json, say
 from fastrepa.runtime.world import outside_the_world
-
-MARKS = {"ok": ("✓", "green"), "off": ("–", "dim"), "broken": ("✗", "red"), "note": ("!", "yellow")}
 
 TIMEOUT = 120.0
 """Seconds that a probe may take: some import a great deal from a cold disk."""
@@ -42,9 +48,11 @@ def doctor(*, probes: Iterable[str] | None = None, timeout: float = TIMEOUT) -> 
     """
     chosen = [p for key, p in PROBES.items() if probes is None or key in set(probes)]
     workers = max(1, min(4, len(os.sched_getaffinity(0)), len(chosen)))
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers + 1) as pool:
+        answer = pool.submit(hub)
         results = list(pool.map(lambda probe: _try(probe, timeout), chosen))
     found = [*versions(), *(finding for result in results for finding in result), *system()]
+    found += [answer.result(), *what_runs(), extras()]
     return sorted(found, key=lambda finding: SECTIONS.index(finding.section))
 
 
@@ -68,32 +76,15 @@ def to_json(findings: list[Finding]) -> str:
 def print_findings(findings: list[Finding], console: Console) -> None:
     """One table per section, and a last line that sums up."""
     for section in SECTIONS:
-        rows = [f for f in findings if f.section == section]
-        if not rows:
-            continue
-        table = Table(
-            Column(no_wrap=True),
-            Column(no_wrap=True),
-            Column(overflow="fold"),
-            title=Text(section, "bold"),
-            title_justify="left",
-            box=None,
-            show_header=False,
-            pad_edge=False,
-            padding=(0, 2, 0, 0),
-        )
-        for f in rows:
-            detail = Text(printable(f.detail), "dim" if f.status == "off" else "")
-            if f.remedy:
-                detail = Text("\n").join([detail, Text(f"→ {printable(f.remedy)}", "cyan")])
-            table.add_row(Text(*MARKS[f.status]), f.name, detail)
-        console.print(table)
-        console.print()
+        print_section([f for f in findings if f.section == section], console)
     paths = [f for f in findings if f.section == "fast paths"]
     works = sum(f.status in ("ok", "note") for f in paths)
     broken = [f.name for f in findings if f.status == "broken"]
     summary = f"{works} of {len(paths)} fast paths work here"
-    console.print(summary + (f"; broken: {', '.join(broken)}" if broken else "; nothing is broken"))
+    summary += f"; broken: {', '.join(broken)}" if broken else "; nothing is broken"
+    runs = [f.name for f in findings if f.section == "runs now" and f.status == "ok"]
+    runs = [name for name in runs if name in recipe_names()]
+    console.print(summary + (f"; fastrepa train {' | '.join(runs)} runs now" if runs else ""))
 
 
 # Probes: each in a process of its own ------------------------------------------------------------

@@ -1,14 +1,19 @@
-"""The doctor's findings: one line of its report, and how values are written there."""
+"""The doctor's findings: one line of its report, and how it and its values are written."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fastrepa.errors import worded
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
-SECTIONS = ("versions", "devices", "fast paths", "system")
+from fastrepa.errors import printable, worded
+
+SECTIONS = ("versions", "devices", "fast paths", "system", "runs now")
+MARKS = {"ok": ("✓", "green"), "off": ("–", "dim"), "broken": ("✗", "red"), "note": ("!", "yellow")}
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,26 @@ def one_line(error: BaseException | str) -> str:
         return worded(line) if line else "no message"
     kind = type(error).__name__
     return f"{kind}: {worded(line)}" if line else kind
+
+
+def print_section(findings: Iterable[Finding], console: Console) -> None:
+    """Print findings as a table under the name of their section."""
+    table = Table(
+        Column(no_wrap=True),
+        Column(no_wrap=True),
+        Column(overflow="fold"),
+        title_justify="left",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for f in findings:
+        table.title = Text(f.section, "bold")
+        detail = Text(printable(f.detail), "dim" if f.status == "off" else "")
+        if f.remedy:
+            detail = Text("\n").join([detail, Text(f"→ {printable(f.remedy)}", "cyan")])
+        table.add_row(Text(*MARKS[f.status]), f.name, detail)
+    if table.row_count:
+        console.print(table)
+        console.print()

@@ -1,4 +1,4 @@
-"""The doctor's findings that need no import: versions, limits, the C++ toolchain."""
+"""The doctor's findings that need no import: versions, limits, load, disk, hub, C++ toolchain."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from fastrepa.commands.doctor.findings import Finding, gib, one_line, version_of
 
 OPEN_FILES = 4096
 SHARED_MEMORY = 1 << 30
+CHECKPOINT = 11e9  # bytes of one of SiT-XL/2: weights, two moments and an average, in fp32
 
 # distribution, the extra of fastrepa that brings it ("" is the base install)
 VERSIONS = (
@@ -69,12 +72,46 @@ def system() -> list[Finding]:
     except OSError as e:
         remedy = "mount a tmpfs there: reader processes hand over batches through it"
         out.append(Finding("system", "/dev/shm", "broken", one_line(e), remedy))
-    out.append(compiler())
-    detail = "not tried: the doctor stays off the network"
+    return [*out, compiler(), load(), disk()]
+
+
+def load() -> Finding:
+    """Tell whether the cores are this process's alone."""
+    cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    detail = f"{busy:.1f} on {cores} cores, over the last minute"
+    if busy <= 0.5 * cores:
+        return Finding("system", "load", "ok", detail)
+    remedy = "others compute here: a run on the CPU is slower, and what is timed now is not true"
+    return Finding("system", "load", "note", detail, remedy)
+
+
+def disk() -> Finding:
+    """Tell how much room runs have in the current folder, where they lie by default."""
+    try:
+        free = shutil.disk_usage(".").free
+    except OSError as e:
+        return Finding("system", "disk", "broken", one_line(e), "another current folder")
+    remedy = f"a checkpoint of SiT-XL/2 takes {gib(CHECKPOINT)}, of the quickstart 0.03 GiB"
+    enough = free >= 2 * CHECKPOINT
+    detail = f"{gib(free)} free in the current folder"
+    return Finding("system", "disk", "ok" if enough else "note", detail, "" if enough else remedy)
+
+
+def hub(timeout: float = 4.0) -> Finding:
+    """Ask whether the hub of weights answers, within `timeout` seconds; nothing is loaded."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        detail += "; HF_HUB_OFFLINE is set, only weights in the cache can be loaded"
-    out.append(Finding("system", "weights hub", "off", detail))
-    return out
+        detail = "HF_HUB_OFFLINE is set, only weights in the cache can be loaded"
+        return Finding("system", "weights hub", "off", detail, "unset HF_HUB_OFFLINE")
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=timeout).close()
+    except HTTPError:
+        pass  # an answer, too
+    except (OSError, ValueError) as e:
+        why = one_line(str(getattr(e, "reason", e)))
+        remedy = "weights of its cache, of packages and of local files; HTTPS_PROXY, HF_ENDPOINT"
+        return Finding("system", "weights hub", "note", f"{address} is not reached: {why}", remedy)
+    return Finding("system", "weights hub", "ok", f"{address} answers")
 
 
 def compiler() -> Finding:
