@@ -30,7 +30,6 @@ interval over seeds (Student's t). None where one of them is there at its first 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -61,6 +60,7 @@ from fastrepa.generation.folder import image_path, write_png
 from fastrepa.model.conversion import load_weights
 from fastrepa.model.sit import SiT
 from fastrepa.randomness import KeyedRandom, Stream
+from fastrepa.runtime.hardware import usable_cores
 from fastrepa.runtime.world import outside_the_world
 from fastrepa.training.objective import Objective, lognormal_time
 from fastrepa.vision.codec import build_codec
@@ -123,7 +123,7 @@ def train_all(
     ]
     total = config.training.steps * len(runs)
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(usable_cores()) as pool,
         Progress(disable=not sys.stderr.isatty()) as bar,
     ):
         task = bar.add_task("training, steps", total=total)
@@ -173,7 +173,7 @@ def _aligned(folder: Path, arm: str) -> list[str]:
         partial.rename(data)
     spec = f"{encoder.name}={weights}@{encoder.input}"
     words = ("data", "encode", str(data), "--precision", "fp32", "--cache-features", spec)
-    _fastrepa(*words, threads=os.cpu_count() or 1)
+    _fastrepa(*words, threads=usable_cores())
     return [
         f"data.path={data}", "vision.targets=cached", f"vision.encoders.0.weights={weights}",
         f"vision.encoders.0.spatial_norm={share}",

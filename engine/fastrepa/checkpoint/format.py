@@ -71,6 +71,7 @@ class RunState:
     trained: list[Count] | None = None  # numbers of the classes that had images; None: not recorded
     num_samples: Count = 0  # of the data set; 0: not recorded
     data_digest: str = ""  # of its images and labels (DataSet.digest)
+    threads: Count = 0  # of a rank's CPU, which sums as they are; 0: not recorded, or on a GPU
     format: int = FORMAT
 
 

@@ -19,6 +19,7 @@ from fastrepa.cli.app import app, data_app
 from fastrepa.errors import ConfigError, FastrepaError, lacking, print_error, printable, worded
 from fastrepa.runtime.exit_codes import for_launcher
 from fastrepa.runtime.terminal import say
+from fastrepa.runtime.threads import before_torch
 from fastrepa.runtime.world import stated_rank
 
 __all__ = ["app", "catalog", "data", "data_app", "insight", "main", "runs"]
@@ -32,6 +33,7 @@ def main() -> None:
     warnings.formatwarning = _in_a_line
     try:
         _refuse_empty(sys.argv[1:])
+        before_torch()
         code = app(standalone_mode=False) or 0
     except FastrepaError as e:
         print_error(e, stated_rank())

@@ -48,6 +48,9 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
     from fastrepa.config import load_config, told_of_folder
 
     resolved = load_config(config, overrides)
+    from fastrepa.runtime.threads import before_torch, others
+
+    before_torch(others)
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.survival import is_of_peers, watched
     from fastrepa.runtime.world import destroy_world, init_world, stated_rank

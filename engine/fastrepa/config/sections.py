@@ -150,6 +150,11 @@ class TrainingConfig(Section):
         description="blocks: each of the generator's blocks under torch.compile (on a CPU the "
         "whole at once); graphs: the whole, replayed as CUDA graphs; neither with stage 3",
     )
+    threads: Positive | None = Field(
+        None,
+        description="CPU threads of each rank; null: OMP_NUM_THREADS, or what the run had before, "
+        "or as the machine's load and a trial of the first steps say",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="gradient norm; 0: no clipping")

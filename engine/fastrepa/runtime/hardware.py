@@ -1,4 +1,5 @@
-"""GPUs and the links between them by their datasheets, and the CPU's name: nothing is measured.
+"""GPUs and the links between them by their datasheets, and this machine's CPU by what its system
+says: nothing is measured.
 
 Bandwidths of links are per direction. `collective_seconds` is the alpha-beta model: a latency per
 call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
@@ -7,10 +8,13 @@ call and a bandwidth, with the volumes of ring algorithms (Thakur et al. 2005).
 from __future__ import annotations
 
 import math
+import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fastrepa.errors import ConfigError, nearest
 
@@ -89,6 +93,48 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use, by its affinity and by the CPU quotas of its cgroup and
+    of those around it; a part of a core is none, and one is the least.
+    """
+    affine = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affine(0)) if affine else os.cpu_count() or 1
+    return max(1, math.floor(min([cores, *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Cores' worth of time that each cgroup around this process may take, of both versions."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    for mount in mounts:
+        where, _, what = mount.partition(" - ")
+        top, point = where.split()[3:5]
+        kind, _, options = what.split(" ", 2)
+        if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
+            continue
+        for group in groups:
+            _, controllers, path = group.split(":", 2)
+            if ("cpu" in controllers.split(",")) if kind == "cgroup" else not controllers:
+                # In a container the mount may begin at the group, or the group lie outside of it.
+                inside = PurePosixPath(path)
+                known = inside.is_relative_to(top) and ".." not in inside.parts
+                below = inside.relative_to(top) if known else PurePosixPath()
+                folders = (below, *below.parents)
+                yield from (_quota(root / point.lstrip("/") / folder) for folder in folders)
+
+
+def _quota(group: Path) -> float:
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # "max" is no number
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if float(quota) > 0:
+                return float(quota) / float(period)
+    return math.inf
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,23 @@ if TYPE_CHECKING:
 FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_every",
              "training.checkpoint_every", "training.keep", "training.tensorboard",
              "training.wandb", "training.trackio", "training.micro_batch", "training.compile",
-             "training.ema", "training.recompute", "training.memory_budget_gb", "vision.look_ahead",
-             "vision.compile", "data.path", "data.decode", "data.readers", "data.read_ahead",
+             "training.ema", "training.recompute", "training.memory_budget_gb", "training.threads",
+             "vision.look_ahead", "vision.compile", "data.path", "data.decode", "data.readers",
+             "data.read_ahead",
              "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
              "deterministic")  # fmt: skip
 
 
-def first_line(trainer: Trainer) -> str:
-    """Say in one line what a run computes on and which paths are active."""
+def first_line(trainer: Trainer, threads: str = "") -> str:
+    """Say in one line what a run computes on and which paths are active.
+
+    threads: words for the CPU's threads, where somebody has chosen them.
+    """
     c, w, codec = trainer.config, trainer.world, trainer.codec
     where = (
         torch.cuda.get_device_name(w.device)
         if w.device.type == "cuda"
-        else f"cpu ({torch.get_num_threads()} threads)"
+        else f"cpu ({threads or f'{torch.get_num_threads()} threads'})"
     )
     model = c.model.name or f"SiT {c.model.width} wide, {c.model.depth} deep, patch {c.model.patch}"
     parameters = sum(math.prod(_shape(p)) for p in trainer.engine.module.parameters())

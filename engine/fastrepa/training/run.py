@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,7 @@ from fastrepa.training.zero.engine import grad_norm
 
 if TYPE_CHECKING:
     from fastrepa.runtime.signals import StopSignals
+    from fastrepa.runtime.threads import Threads
 
 
 class Run:
@@ -93,6 +95,7 @@ class Run:
         self.writer: CheckpointWriter | None = None  # made when training begins
         self._signals: StopSignals | None = None
         self._stopped_by = 0  # the number of a signal, of any rank
+        self.threads: Threads | None = None  # chosen when training begins
 
     @property
     def step(self) -> int:
@@ -116,7 +119,7 @@ class Run:
         with Telemetry(
             self.folder, config, start_step=self.step, active=world.is_rank_0, environment=ran
         ) as telemetry:
-            telemetry.say(first_line(self.trainer))
+            telemetry.say(first_line(self.trainer, self._choose_threads().why))
             slow = (
                 slow_attention(self.trainer.attention, world.device),
                 slow_precision(config.training, world),
@@ -158,6 +161,17 @@ class Run:
             self._take_leave(telemetry)
         return 0
 
+    def _choose_threads(self) -> Threads:
+        from fastrepa.runtime.threads import choose_threads
+
+        self.threads = choose_threads(
+            self.world,
+            self.config.training.threads,
+            self.before.threads if self.before else 0,
+            deterministic=self.config.deterministic,
+        )
+        return self.threads
+
     def open_pipeline(self) -> DataPipeline:
         """The run's batches on this rank, from its step on."""
         return DataPipeline(
@@ -181,6 +195,8 @@ class Run:
 
     def _loop(self, batches: Batches, telemetry: Telemetry, watch: Watch) -> None:
         t, writer = self.config.training, self._open_writer()
+        threads = self.threads or self._choose_threads()
+        switched: dict[str, float] = {}  # for the next line of metrics
         telemetry.start(self.step)
         meter = self.trainer.meter
         meter.reset()
@@ -190,10 +206,15 @@ class Run:
         while self.step < t.steps:
             watch.progress(self.step)
             stop = self._ask_to_stop()
+            began = time.perf_counter()
             metrics = self.trainer.train_step(batches)
+            threads.took(time.perf_counter() - began)
             meter.add(metrics)
             telemetry.advance(self.step)
             last = stop() or self.step == t.steps
+            if news := threads.take_news():
+                telemetry.warn(f"step {self.step}: {news}")
+                switched = {"threads": threads.wanted}
             if last:
                 self._give_up_if_bad()
             evaluated = self.evaluations.due(self.step) and not self._stopped_by
@@ -201,7 +222,8 @@ class Run:
                 rate = learning_rate(self.config.training, self.step - 1)
                 read = meter.read(self.step, rate, grad_norm(self.trainer.engine))
                 before, skipped = skipped, self.step - self.trainer.whole.optimizer_step
-                self.metrics = {**read, "skipped_steps": skipped}
+                self.metrics = {**read, "skipped_steps": skipped, **switched}
+                switched = {}
                 if evaluated:
                     with meter.region(SAMPLING):
                         last = self._evaluate(telemetry, watch) or last
@@ -280,6 +302,7 @@ class Run:
             trained=self.trained,
             num_samples=self.data.num_samples,
             data_digest=self.data_digest,
+            threads=self.threads.count if self.threads and self.threads.why else 0,
         )
 
     @property
@@ -342,7 +365,8 @@ class Run:
     def _ask_to_stop(self) -> Callable[[], bool]:
         """Ask all ranks, while the step runs, whether any was told to stop; call for the answer."""
         asked = self._signals.asked if self._signals else 0
-        flag = torch.tensor([asked, self.trainer.bad_steps.seen])
+        wanted = self.threads.wanted if self.threads and self.threads.free else 0
+        flag = torch.tensor([asked, self.trainer.bad_steps.seen, wanted])
         work: Any = dist.all_reduce(
             flag, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True
         )
@@ -350,7 +374,9 @@ class Run:
         def answer() -> bool:
             with self.trainer.meter.region("communication"):
                 work.wait()
-            self._stopped_by, bad = flag.tolist()
+            self._stopped_by, bad, wanted = flag.tolist()
+            if self.threads:
+                self.threads.follow(wanted)
             if self.world.device.type == "cpu":  # this step's own, alike on all ranks
                 bad = self.trainer.bad_steps.seen
             if bad >= self.config.survival.bad_steps:

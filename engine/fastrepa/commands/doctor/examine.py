@@ -34,6 +34,7 @@ from fastrepa.commands.doctor.recipes import extras, what_runs
 from fastrepa.config.recipes import recipe_names
 from fastrepa.errors import DataError
 from fastrepa.reading.text import parse_json
+from fastrepa.runtime.hardware import usable_cores
 from fastrepa.runtime.terminal import Terminal, as_json, say
 from fastrepa.runtime.world import outside_the_world
 
@@ -47,7 +48,7 @@ def doctor(*, probes: Iterable[str] | None = None, timeout: float = TIMEOUT) -> 
     `probes` chooses among PROBES by name (all by default).
     """
     chosen = [p for key, p in PROBES.items() if probes is None or key in set(probes)]
-    workers = max(1, min(4, len(os.sched_getaffinity(0)), len(chosen)))
+    workers = max(1, min(4, usable_cores(), len(chosen)))
     with ThreadPoolExecutor(workers + 1) as pool:
         answer = pool.submit(hub)
         results = list(pool.map(lambda probe: _try(probe, timeout), chosen))

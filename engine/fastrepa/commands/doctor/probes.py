@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from fastrepa.commands.doctor.findings import Finding, Probe, fast_path, gib, one_line, version_of
-from fastrepa.runtime.hardware import cpu_name
+from fastrepa.runtime.hardware import cpu_name, usable_cores
 
 _A_GPU = "an NVIDIA GPU with its driver"
 
@@ -34,7 +34,7 @@ def _probe_torch() -> list[Finding]:
 
 
 def _devices(torch: Any) -> list[Finding]:
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    cores, threads = usable_cores(), torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = f"{cpu_name()}, {cores} cores, torch on {threads}, {vectors}, {gib(memory)}"

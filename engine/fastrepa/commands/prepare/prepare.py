@@ -59,6 +59,7 @@ from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest, printable, shown, worded
 from fastrepa.runtime.files import aside, fsync, fsync_folder, write_whole
+from fastrepa.runtime.hardware import usable_cores
 from fastrepa.runtime.ownership import owned_by_rank_0
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, launched_world, of_rank_0, patient_world
@@ -290,7 +291,7 @@ def _kept(folder: Path, said: str = "") -> str:
 
 
 def _own_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // launched_world().local_size)
+    return max(1, usable_cores() // launched_world().local_size)
 
 
 def _unusable(root: Path, name: str, reason: str) -> str:

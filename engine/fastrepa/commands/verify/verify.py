@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftov
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
+from fastrepa.runtime.hardware import usable_cores
 from fastrepa.runtime.terminal import as_json, counted
 
 SHOWN = 50
@@ -92,7 +92,7 @@ def verify(
         checks = plan(folder, findings, quick=quick)
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     run_checks(checks, workers, progress, findings.problems.extend)
     return VerifyReport(
         path=folder,
