@@ -1,4 +1,4 @@
-"""How many CPU threads a training process computes with, and how they wait for one another.
+"""The CPU threads of a training process: how many compute, and how they wait for one another.
 
 OpenMP's threads meet at the end of every operation. By default each then spins for milliseconds,
 which is the fastest on an idle machine; where others want the cores too, it spins away what the
@@ -36,7 +36,7 @@ def before_torch(load: Callable[[], float | None] = lambda: None) -> None:
 
     load: `others`, or that nobody knows. Does nothing where torch is loaded, or there is a GPU.
     """
-    if "torch" in sys.modules or _gpu_here():
+    if _too_late():
         return
     if not any(map(_of_the_user, (SPIN, POLICY))):
         _put(SPIN, NONE if (load() or 0.0) > BUSY else SHORT)
@@ -206,7 +206,7 @@ def _put(name: str, value: str) -> None:
 
 
 def _of_the_user(name: str) -> bool:
-    """Whether the user has set it: not this process, and not torchrun, whose own environment,
+    """Say whether the user has set it: not this process, and not torchrun, whose own environment,
     before it began to change it, is what its ancestors in /proc have.
     """
     if name not in os.environ or _ours.get(name) == os.environ[name]:
@@ -239,5 +239,7 @@ def _ticks() -> tuple[int, int]:
     return total, idle
 
 
-def _gpu_here() -> bool:
-    return os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+def _too_late() -> bool:
+    """Say whether torch is loaded; or there is a GPU, which leaves little to the CPU."""
+    gpu = os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return gpu or "torch" in sys.modules

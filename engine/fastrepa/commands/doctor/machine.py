@@ -13,6 +13,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from fastrepa.commands.doctor.findings import Finding, gib, one_line, version_of
+from fastrepa.runtime.hardware import usable_cores
 
 OPEN_FILES = 4096
 SHARED_MEMORY = 1 << 30
@@ -77,7 +78,7 @@ def system() -> list[Finding]:
 
 def load() -> Finding:
     """Tell whether the cores are this process's alone."""
-    cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    cores, busy = usable_cores(), os.getloadavg()[0]
     detail = f"{busy:.1f} on {cores} cores, over the last minute"
     if busy <= 0.5 * cores:
         return Finding("system", "load", "ok", detail)
