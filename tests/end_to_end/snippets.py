@@ -1,5 +1,6 @@
-"""The fenced commands and Python snippets that README and docs tell people to type."""
+"""The fenced commands and Python snippets that README and docs tell people to type, and names."""
 
+import ast
 import re
 import shlex
 from dataclasses import dataclass
@@ -61,3 +62,25 @@ def commands() -> list[Command]:
                 command = Command(here, tuple(words[count:]), tuple(words[:count]))
                 found.setdefault(str(command), command)
     return list(found.values())
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and constants of a module, and methods as `Class.name`."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            methods = (inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
+            names |= {node.name, *(f"{node.name}.{method}" for method in methods)}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names

@@ -2,7 +2,8 @@
 
 RULES says for each beginning of a command what is changed and why. A command that no rule covers
 fails. Commands run in one folder in the order of the pages, as a reader would type them; there,
-`photos` and `ILSVRC2012_img_train.tar` hold emoji, and the weights are those that a package brings.
+`photos` and `ILSVRC2012_img_train.tar` hold emoji, the weights are those that a package brings, and
+`0400000.pt` is of a small model.
 """
 
 import ast
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.run import get_args_parser
@@ -38,8 +40,9 @@ from benchmarks.provenance import WHEELS
 from fastrepa.cli import app, data_app
 from fastrepa.config import Config, load_config
 from tests.command_line import run
+from tests.commands.convert.test_reference_args import ARGS, a_file
 from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
-from tests.end_to_end.snippets import PAGES, SHELL, commands, snippets
+from tests.end_to_end.snippets import PAGES, SHELL, anchors, commands, defined, snippets
 from tests.kernels import test_drop_in
 from tests.runs import ROOT, SMALL
 from tests.sets.autoencoder import small_vae
@@ -242,6 +245,7 @@ def workshop(tmp_path_factory):
     write_class_folders(images, folder / "photos")
     write_tar_of_tars(images, folder / "ILSVRC2012_img_train.tar")
     small_vae().save_pretrained(folder / "vae")
+    a_file(folder / "0400000.pt", {**ARGS, "model": "SiT, heads 3"})
     pixels = [np.asarray(Image.open(io.BytesIO(image)).resize((64, 64))) for _, image in images]
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", np.stack(pixels))  # arr_0
     return Workshop(folder)
@@ -318,8 +322,13 @@ def script_of_others() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("snippet", [s for s in snippets() if s.language == "python"], ids=str)
-def test_python(snippet):
+def test_python(snippet, workshop, monkeypatch, tmp_path):
     names = script_of_others() if "patch_reference" in snippet.text else {}
+    if snippet.page.stem == "sharing":  # of what the page's first command leaves
+        workshop.run_up_to(next(str(c) for c in commands() if "diffusers" in c.words))
+        monkeypatch.chdir(workshop.folder)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     exec(compile(snippet.text, str(snippet), "exec"), names)
     for name in ("loss", "denoising", "alignment", "x", "p"):
         if name in names:
@@ -327,12 +336,6 @@ def test_python(snippet):
 
 
 # What the text names ----------------------------------------------------------------------------
-
-
-def anchors(page: Path) -> set[str]:
-    """Return the anchors of its headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_links_lead_somewhere():
@@ -352,22 +355,6 @@ def test_readme_is_read_in_five_minutes():
 def found(path: str) -> Path | None:
     """A path that the text names, from the engine's folder or from the repository's."""
     return next((p for base in (ENGINE, ROOT) if (p := base / path).exists()), None)
-
-
-def defined(file: Path) -> set[str]:
-    """Functions, classes and constants of a module, and methods as `Class.name`."""
-    names = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.ClassDef):
-            methods = (inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
-            names |= {node.name, *(f"{node.name}.{method}" for method in methods)}
-        elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names.add(node.target.id)
-    return names
 
 
 def test_what_is_defined_is_found(tmp_path):

@@ -268,6 +268,15 @@ def test_the_published_files_older_attention_names(tmp_path, small):
     assert torch.equal(codec.encode(image), small.encode(image))
 
 
+def test_the_names_of_a_compiled_autoencoder(tmp_path, small):
+    state = {f"module._orig_mod.{k}": v.contiguous() for k, v in small_vae().state_dict().items()}
+    config = save_folder(small_vae(), tmp_path / "vae")
+    safetensors.torch.save_file(state, tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    image = random_images(1, 64)
+    codec = build_codec(config, resolution=64)
+    assert torch.equal(codec.encode(image), small.encode(image))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

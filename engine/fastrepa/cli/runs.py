@@ -264,12 +264,19 @@ def evaluate(
 def convert(
     run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
     file: Annotated[
-        Path, typer.Argument(help="The file or folder to write, or with --from to read.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="The file or folder to write, or with --from to read; --to hub needs none."
+        ),
+    ] = None,
     overrides: RunOverridesArgument = None,
     to: Annotated[
         str | None,
-        typer.Option("--to", help="reference (REPA's .pt), safetensors or zero (DeepSpeed's)."),
+        typer.Option(
+            "--to",
+            help="reference (REPA's .pt), safetensors, zero (DeepSpeed's), diffusers (a folder) or "
+            "hub (that folder, with a model card, on the Hugging Face hub).",
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -277,7 +284,7 @@ def convert(
             "--from", help="reference (a .pt of REPA's or bare weights) or zero (DeepSpeed's)."
         ),
     ] = None,
-    weights: Annotated[str, typer.Option(help="Of safetensors: ema or raw.")] = "ema",
+    weights: Annotated[str, typer.Option(help="Of safetensors and diffusers: ema or raw.")] = "ema",
     step: StepOption = None,
     ema: EmaOption = None,
     ema_sigma_rel: Annotated[
@@ -288,22 +295,70 @@ def convert(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="With --from: the new run's YAML configuration.")
+        Path | None,
+        typer.Option(
+            help="With --from: the new run's YAML configuration; default: what the file's own "
+            "args say."
+        ),
     ] = None,
+    repo: Annotated[str | None, typer.Option(help="Of hub: OWNER/NAME, or NAME of yours.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Of hub: a new repository that only you see.")
+    ] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Of hub: the weights' licence (cc-by-4.0); default: none is stated."),
+    ] = None,
+    datasets: Annotated[
+        str | None,
+        typer.Option(help="Of hub: hub ids of the data sets trained on, with commas."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of hub: write what would be pushed; push nothing.")
+    ] = False,
 ) -> None:
     """A run's newest checkpoint, or another, as other people's files, or theirs as a run to go on.
 
     zero is a universal checkpoint of DeepSpeed's: engines of stages 1 to 3 on any number of ranks
     load it with "checkpoint": {"load_universal": true} in their configuration. Read are these and
-    plain ZeRO checkpoints.
+    plain ZeRO checkpoints. A diffusers folder is loaded by DiffusionPipeline.from_pretrained(
+    FOLDER, trust_remote_code=True), and needs nothing of ours; hub pushes it with a card made of
+    the run's configuration, data, metrics and samples.
     """
     from fastrepa.errors import ConfigError
 
     if (to is None) == (source is None):
         raise ConfigError(
-            "convert: give one of --to reference|safetensors|zero and --from reference|zero"
+            "convert: give one of --to reference|safetensors|zero|diffusers|hub and --from "
+            "reference|zero"
         )
     from fastrepa.checkpoint.choice import parse_step
+
+    if to == "hub":
+        from fastrepa.commands.convert.card import CardWords
+        from fastrepa.commands.convert.hub import publish
+
+        if repo is None:
+            raise ConfigError("--to hub: give --repo OWNER/NAME")
+        named = [name.strip() for name in (datasets or "").split(",") if name.strip()]
+        done = publish(
+            run, CardWords(repo, license, named), folder=file, private=private, dry_run=dry_run,
+            weights=weights, ema=ema, ema_sigma_rel=ema_sigma_rel, step=parse_step(step),
+            overrides=overrides or (),
+        )  # fmt: skip
+        stated = "" if license else "; no licence is stated (--license)"
+        what = f"step {done.state.step} of {run}"
+        if done.url is None:
+            say(f"{what} in {file}: what would be pushed to {repo}; nothing was{stated}")
+        else:
+            say(f"{what} at {done.url}{stated}")
+        return
+    if repo or private or license or datasets or dry_run:
+        raise ConfigError(
+            "convert: --repo, --private, --license, --datasets and --dry-run go with --to hub"
+        )
+    if file is None:
+        raise ConfigError("convert: name the file or folder, after the run")
     from fastrepa.commands.convert.exchange import export_run, import_reference
 
     if to is not None:
@@ -314,8 +369,10 @@ def convert(
         say(f"step {state.step} of {run} in {file}")
     else:
         assert source is not None
-        if given := [*(["--step"] if step else []), *(overrides or [])]:
-            raise ConfigError(f"{given[0]}: is for --to")
-        state = import_reference(file, run, config, source=source)
+        if step:
+            raise ConfigError("--step: is for --to")
+        state = import_reference(file, run, config, source=source, overrides=overrides or ())
         command = f"fastrepa train {typed(run / 'config.yaml')}"
+        if not state.optimizer_step:  # weights alone, to draw from
+            command = f"fastrepa sample {typed(run)}; to train them on: {command}"
         say(f"{run} starts at step {state.step}: {command}")

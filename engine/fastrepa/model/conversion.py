@@ -26,7 +26,7 @@ class Reference:
 
     Of a bare state dict `model` and `ema` are the same, `steps` is 0 and the moments are empty.
     `emas` are further averages, `record` says which each is and `ema_since` when it began, where
-    the file is one of ours.
+    the file is one of ours. `args` is the command line of a training script, where it is there.
     """
 
     model: dict[str, Tensor]
@@ -38,6 +38,7 @@ class Reference:
     emas: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     ema_since: dict[str, int] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 def load_reference(path: str | Path) -> Reference:
@@ -82,11 +83,18 @@ def load_reference(path: str | Path) -> Reference:
                 CheckpointError,
             ),
             steps=steps,
+            args=_arguments(stored.get("args")),
         )
     except FastrepaError:
         raise
     except Exception as e:  # the values are of whatever kinds the file has
         raise CheckpointError(f"{path}: opt: not the state of an AdamW ({reason(e)})") from None
+
+
+def _arguments(stored: Any) -> dict[str, Any]:
+    """The command line that a file was written by: a Namespace or a dict, by name."""
+    held = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    return {str(k): v for k, v in held.items()} if isinstance(held, Mapping) else {}
 
 
 def _is_training_file(stored: Any) -> bool:

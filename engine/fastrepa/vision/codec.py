@@ -13,24 +13,35 @@ takes them from Stable Diffusion.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastrepa.config import CodecConfig, DataConfig
 from fastrepa.errors import ConfigError, WeightsError
-from fastrepa.reading.tensors import reason
+from fastrepa.reading.tensors import (
+    COMPILED,
+    WRAPPERS,
+    SafeTensors,
+    reason,
+    without_wrappers,
+)
 from fastrepa.vision.weights import digest
 
 SD_VAE_SCALE = 0.18215
 SD_VAE_DOWN = 8
 SD_VAE_CHANNELS = 4
 SD_VAE_PARAMETERS = 83_653_863
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers looks for
 RANDOM_SEED = 0
 
 
@@ -268,6 +279,8 @@ def random_sd_vae() -> nn.Module:
 
 def _pretrained_sd_vae(weights: str) -> nn.Module:
     """The autoencoder of a local folder or a hub id ("owner/name"); safetensors only."""
+    from fastrepa.runtime.hub import asking_the_hub
+
     autoencoder = _autoencoder_class()
     where = f"data.codec.weights ({weights})"
     by_hand = (
@@ -277,20 +290,27 @@ def _pretrained_sd_vae(weights: str) -> nn.Module:
     folder = Path(weights).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
         raise WeightsError(f"{where}: no such folder, and not a hub id; {by_hand}")
-    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for file in ("config.json", VAE_WEIGHTS):
         if folder.is_dir() and not (folder / file).is_file():
             raise WeightsError(f"{where}: this folder has no {file}; {by_hand}")
+    problem = ""
     try:
-        # Building draws initial values: the run's own randomness must not notice.
-        with torch.random.fork_rng(devices=[]):
+        with ExitStack() as held:
+            # Building draws initial values: the run's own randomness must not notice.
+            held.enter_context(torch.random.fork_rng(devices=[]))
+            if folder.is_dir():
+                source = str(held.enter_context(_without_wrappers(folder)))
+            else:
+                source, problem = weights, held.enter_context(asking_the_hub())
             vae, loading = autoencoder.from_pretrained(
-                str(folder) if folder.is_dir() else weights,
+                source,
                 use_safetensors=True,  # or diffusers takes a pickle where there is no other file
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
     except Exception as error:  # diffusers passes on whatever a damaged file makes of its readers
-        raise WeightsError(f"{where}: could not be loaded ({reason(error)}); {by_hand}") from error
+        why = problem or reason(error)
+        raise WeightsError(f"{where}: could not be loaded ({why}); {by_hand}") from error
     if missing := sorted(loading["missing_keys"]):
         raise WeightsError(f"{where}: {len(missing)} tensors are missing, the first {missing[0]!r}")
     shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
@@ -301,3 +321,19 @@ def _pretrained_sd_vae(weights: str) -> nn.Module:
             f"{SD_VAE_SCALE} are expected"
         )
     return vae
+
+
+@contextmanager
+def _without_wrappers(folder: Path) -> Iterator[Path]:
+    """Give the folder itself, or one whose tensors have their inner names, which diffusers wants,
+    without the prefixes of data parallel and torch.compile.
+    """
+    stored = SafeTensors(folder / VAE_WEIGHTS, WeightsError)
+    if not any(name.startswith(WRAPPERS) or f".{COMPILED}" in name for name in stored):
+        yield folder
+        return
+    with TemporaryDirectory() as inner:
+        copyfile(folder / "config.json", Path(inner) / "config.json")
+        named = without_wrappers(stored, folder / VAE_WEIGHTS, WeightsError)
+        save_file(named, Path(inner) / VAE_WEIGHTS)
+        yield Path(inner)

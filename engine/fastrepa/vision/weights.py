@@ -73,12 +73,16 @@ def from_hub(recipe: Recipe, timm_args: Mapping[str, Any], where: str) -> nn.Mod
     by_hand = f"download {fetch} and set weights to the file's path"
     if not source:
         raise WeightsError(f"{where}: no hub has these weights; {by_hand}")
-    try:
-        return timm.create_model(recipe.timm_name, pretrained=True, **timm_args)
-    except Exception as error:  # the hub's client and the file's readers raise almost anything
-        raise WeightsError(
-            f"{where}: the hub's weights could not be had ({reason(error)}); {by_hand}"
-        ) from error
+    from fastrepa.runtime.hub import asking_the_hub
+
+    with asking_the_hub() as problem:
+        try:
+            return timm.create_model(recipe.timm_name, pretrained=True, **timm_args)
+        except Exception as error:  # the hub's client and the file's readers raise almost anything
+            why = problem or reason(error)
+            raise WeightsError(
+                f"{where}: the hub's weights could not be had ({why}); {by_hand}"
+            ) from error
 
 
 def find_package_weights(package: str) -> Path:

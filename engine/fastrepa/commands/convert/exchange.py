@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrepa.checkpoint.averages import choose_ema, stored_emas
-from fastrepa.checkpoint.choice import Step, shape_of, with_chosen
+from fastrepa.checkpoint.choice import Step, with_chosen
 from fastrepa.checkpoint.format import (
     RunState,
     StoredTensors,
@@ -27,7 +27,15 @@ from fastrepa.checkpoint.format import (
 )
 from fastrepa.checkpoint.host_tensors import HostTensors, write_durably
 from fastrepa.checkpoint.kinds import KINDS, WEIGHT
+from fastrepa.commands.convert.diffusers_folder import write_folder
 from fastrepa.commands.convert.posthoc import posthoc_ema
+from fastrepa.commands.convert.reference_args import (
+    Shape,
+    config_of,
+    disagreements,
+    misfits,
+    read_shape,
+)
 from fastrepa.commands.convert.zero_format import read_zero, write_zero
 from fastrepa.config import (
     Config,
@@ -38,16 +46,25 @@ from fastrepa.config import (
     run_folder,
     save_config,
 )
+from fastrepa.config.loading import SAVED
 from fastrepa.data.datasets import open_data
-from fastrepa.errors import CheckpointError, ConfigError, DataError, worded, writing
+from fastrepa.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    print_warning,
+    worded,
+    writing,
+)
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
 from fastrepa.runtime.files import aside, fsync_folder, sweep
 from fastrepa.runtime.ownership import owned
 from fastrepa.training.telemetry import versions
 
-FORMATS = ("reference", "safetensors", "zero")
+FORMATS = ("reference", "safetensors", "zero", "diffusers")
 SOURCES = ("reference", "zero")
+ONE_AVERAGE = ("safetensors", "diffusers")  # what has the weights of one model
 
 
 def export_run(
@@ -60,6 +77,7 @@ def export_run(
     ema_sigma_rel: float | None = None,
     step: Step = None,
     overrides: Sequence[str] = (),
+    beside: Callable[[Path, Config, RunState], None] | None = None,
 ) -> RunState:
     """A run's checkpoint, by default the newest good one, as one new file or, for zero, a new
     folder.
@@ -69,6 +87,8 @@ def export_run(
     resolved configuration as metadata. `ema` names another average than the first for these two;
     `ema_sigma_rel` makes one that was never stored (posthoc.py).
     zero: a universal checkpoint of DeepSpeed's (zero_format.py), with every average.
+    diffusers: a folder that diffusers loads (diffusers_folder.py), of the same weights as
+    safetensors; `beside` may write more into it.
     Raises FastrepaError; an existing file is never replaced.
     """
     _check_asked(out, to, weights, ema, ema_sigma_rel)
@@ -95,8 +115,15 @@ def export_run(
                 name = (
                     f"sigma_rel={ema_sigma_rel} after training, {missed:.2%} of its profile missing"
                 )
-            if weights == "raw" and to == "safetensors":
+            if weights == "raw" and to in ONE_AVERAGE:
                 averaged = raw
+            if to == "diffusers":
+                which = name if weights == "ema" else weights
+                with aside(out) as partial:
+                    write_folder(partial, averaged, config, state, which)
+                    if beside is not None:
+                        beside(partial, config, state)
+                return state
             opt = None
             if to == "reference":
                 opt = _adamw_state(config.training.optimizer, raw, kinds, state)
@@ -127,7 +154,7 @@ def _check_asked(
 ) -> None:
     """Raises ConfigError for options that are not allowed, or not together."""
     if to not in FORMATS:
-        raise ConfigError(f"--to: {to!r} is not one of {', '.join(FORMATS)}")
+        raise ConfigError(f"--to: {to!r} is not one of {', '.join(FORMATS)}, hub")
     if weights not in ("ema", "raw"):
         raise ConfigError(f"--weights: {weights!r} is not one of ema, raw")
     if to == "zero" and (ema is not None or ema_sigma_rel is not None):
@@ -159,10 +186,10 @@ def _opened(
     stored = stored_emas(state.emas, config.training.ema[0])
     chosen = choose_ema(stored, ema, source=path)
     kinds = {kind: StoredTensors(path, kind) for kind in (*KINDS, *stored)}
-    needed = {"zero": [*kinds], "reference": [*KINDS, chosen], "safetensors": [chosen]}[to]
+    needed = {"zero": [*kinds], "reference": [*KINDS, chosen]}.get(to, [chosen])
     if ema_sigma_rel is not None:
         needed += [WEIGHT, *stored]
-    elif weights == "raw" and to == "safetensors":
+    elif weights == "raw" and to in ONE_AVERAGE:
         needed = [WEIGHT]
     for kind in dict.fromkeys(needed):
         check_finite(path, kind, kinds[kind])
@@ -170,26 +197,39 @@ def _opened(
 
 
 def import_reference(
-    file: Path, run: Path, config: Path | None = None, *, source: str = "reference"
+    file: Path,
+    run: Path,
+    config: Path | None = None,
+    *,
+    source: str = "reference",
+    overrides: Sequence[str] = (),
 ) -> RunState:
     """A foreign file as the first checkpoint of a run, which `fastrepa train` then continues.
 
     reference: a .pt of REPA's, a bare state dict or safetensors, which starts at step 0 with fresh
     moments. zero: a checkpoint folder of DeepSpeed's (zero_format.py). The run folder has a
-    config.yaml or gets the one named. Raises FastrepaError naming the file, or the first tensor
-    that does not fit.
+    config.yaml, or gets the one named or else what the file's own arguments say; `overrides` are
+    on top of these. Raises FastrepaError naming the file, or the first tensor that does not fit.
     """
-    _check_unused(run, config)
-    resolved = load_run_config(run) if config is None else load_config(config, run=run)
     if source not in SOURCES:
         raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
+    given = None if config is None else load_config(config, overrides, run=run)
+    _check_unused(run, given)
     read = read_zero(file) if source == "zero" else load_reference(file)
+    shape = read_shape(read.model, file)
+    resolved, told = (
+        (given, False) if given else _found_config(read.args, shape, file, run, overrides)
+    )
+    for words in () if told else disagreements(read.args, resolved):
+        print_warning(f"{file}: {words}; the configuration is taken")
     begun = ("ema",) if read.optimizer_step else ()  # no power function from the start
     state = RunState(
         step=read.steps,
         optimizer_step=read.optimizer_step,
         samples_seen=read.steps * resolved.training.global_batch,
-        **shape_of(read.model, resolved.model.patch, file),
+        side=shape.side,
+        channels=shape.channels,
+        encoder_widths=shape.encoder_widths,
         classes=_classes(resolved.data),
         trained=list(range(resolved.model.num_classes)),  # of a set that is not known
         world_size=1,
@@ -197,9 +237,14 @@ def import_reference(
         emas=read.record,
         ema_since=read.ema_since if read.record else dict.fromkeys(begun, read.optimizer_step),
     )
+    if resolved.model.patch != shape.patch:
+        raise CheckpointError(f"{file}: another architecture; {misfits(shape, resolved)}")
     model = _empty_model(resolved, state)
-    for tensors in (read.model, read.ema, *read.emas.values()):
-        check_weights(model, tensors, source=str(file))
+    try:
+        for tensors in (read.model, read.ema, *read.emas.values()):
+            check_weights(model, tensors, source=str(file))
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}; {misfits(shape, resolved)}") from None
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     zeros = {n: torch.zeros_like(read.model[n], dtype=torch.float32) for n in trained}
     kinds: dict[str, Mapping[str, Tensor]] = {
@@ -213,7 +258,7 @@ def import_reference(
         check_finite(file, kind, values)
     final = checkpoint_path(run, state.step)
     with owned(run, "fastrepa convert", CheckpointError), writing(final, CheckpointError):
-        _check_unused(run, config)
+        _check_unused(run, given)
         sweep(final.parent)
         with aside(final) as partial:
             partial.mkdir(parents=True, exist_ok=True)
@@ -225,20 +270,39 @@ def import_reference(
                 name = part_name(kind, 0, 1)
                 digests[name] = write_durably(partial / name, host.file_chunks())
             seal(partial, digests, state)
-            if config is not None:
-                save_config(resolved, run / "config.yaml")
+            if not (run / SAVED).exists():
+                save_config(resolved, run / SAVED)
         fsync_folder(final.parent)
     return state
 
 
-def _check_unused(run: Path, config: Path | None) -> None:
+def _found_config(
+    args: Mapping[str, Any], shape: Shape, file: Path, run: Path, overrides: Sequence[str]
+) -> tuple[Config, bool]:
+    """Return (the configuration of a call without --config, whether the file's arguments say it).
+
+    A run's own counts before the file's arguments. Raises ConfigError where there is none.
+    """
+    own = load_run_config(run) if (run / SAVED).exists() else None
+    if own is not None and not overrides:
+        return own, False
+    if not args and own is None:
+        raise ConfigError(f"--config is needed: {file} has no args; it is {shape}")
+    told = config_of(args, shape, file, run, overrides) if args else None
+    if own not in (None, told):  # unless of this very call, killed
+        raise ConfigError(f"{overrides[0]}: {run} has a {SAVED} of its own; change it there")
+    assert told is not None
+    return told, True
+
+
+def _check_unused(run: Path, config: Config | None) -> None:
     """Raises FastrepaError for a run that has begun, or another configuration of it."""
     if checkpoints(run):
         raise CheckpointError(f"{run}: has checkpoints already; name a new run folder")
-    if config is None or not (run / "config.yaml").exists():
+    if config is None or not (run / SAVED).exists():
         return
     # Of this very call, killed before its checkpoint had its name: it goes on.
-    if load_run_config(run) != load_config(config, run=run):
+    if load_run_config(run) != config:
         raise ConfigError(f"--config: {run} has a config.yaml already; leave one of them out")
 
 

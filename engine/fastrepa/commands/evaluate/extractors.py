@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fastrepa.config import EncoderConfig
 from fastrepa.errors import ConfigError, WeightsError, worded
 from fastrepa.reading.tensors import read_weights, reason
+from fastrepa.runtime.hub import asking_the_hub
 from fastrepa.vision.pooled import PooledEncoder
 from fastrepa.vision.weights import digest, read_checkpoint, unwrap
 
@@ -157,8 +157,13 @@ class Clip(nn.Module):
             import open_clip
         except ImportError:
             raise ConfigError("clip_score needs open_clip: pip install 'fastrepa[clip]'") from None
+        problem = ""
         try:
-            with torch.random.fork_rng(devices=[]), _quiet(), _our_reader(open_clip.factory):
+            with contextlib.ExitStack() as held:
+                held.enter_context(torch.random.fork_rng(devices=[]))
+                held.enter_context(_our_reader(open_clip.factory))
+                if not model.startswith("local-dir:") and not Path(weights or "").is_file():
+                    problem = held.enter_context(asking_the_hub())
                 self.network: Any = open_clip.create_model(
                     model, None if ":" in model else weights, require_pretrained=True
                 ).eval()
@@ -166,8 +171,9 @@ class Clip(nn.Module):
         except WeightsError as error:
             raise WeightsError(f"--clip: {model}: {error}") from None
         except Exception as error:  # the hub's client has errors of its own, without a common base
+            why = problem or reason(error)
             raise WeightsError(
-                f"--clip: {model}={weights}: could not be loaded ({reason(error)}); give "
+                f"--clip: {model}={weights}: could not be loaded ({why}); give "
                 f"NAME=FILE with a local checkpoint, or local-dir:FOLDER"
             ) from None
         self.requires_grad_(False)
@@ -213,13 +219,3 @@ def _our_reader(factory: Any) -> Iterator[None]:
         yield
     finally:
         factory.load_state_dict = theirs
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the hub's tale of its retries: what it comes to is in the error."""
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
