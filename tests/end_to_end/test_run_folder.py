@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import command, environment, metrics, train, train_command
+from fastrepa.config import load_run_config
+from tests.runs import command, environment, metrics, tensors, train, train_command
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 def trained(tmp_path_factory):
     """A run of 2 steps that is called runs/a from its folder's folder."""
     run = tmp_path_factory.mktemp("run") / "runs/a"
-    train(run, "training.steps=2")
+    train(run, "training.steps=2", "model.num_classes=auto")
     saved = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(saved.replace(f"run: {run}", "run: runs/a"))
     return run
@@ -68,6 +69,13 @@ def one_line(said: str) -> str:
     errors = [line for line in said.splitlines() if line.startswith("fastrepa: error")]
     assert len(errors) == 1 and "Traceback" not in said and "Logging error" not in said, said
     return errors[0]
+
+
+def test_a_run_has_the_number_of_classes_that_auto_stood_for(trained):
+    assert load_run_config(trained).model.num_classes == 8
+    stored = tensors(trained, 2).items()
+    rows = {len(value) for name, value in stored if name.endswith("embedding_table.weight")}
+    assert rows == {9}  # one more for the null class
 
 
 def test_a_copied_and_moved_run_goes_on_where_it_lies(trained, tmp_path):

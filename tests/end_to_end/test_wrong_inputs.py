@@ -51,7 +51,7 @@ def training(run, *overrides):
         ),
         ("data.path=nowhere", "nowhere"),
         ("data.resolution=128", "128"),
-        ("model.num_classes=7", "holds 8 classes, model.num_classes is 7"),
+        ("model.num_classes=7", "holds 8 classes, model.num_classes is 7; model.num_classes=auto"),
         ("model.patch=5", "model.patch: 5 does not divide the latent side 32"),
     ],
 )

@@ -59,9 +59,10 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
     watch = None
     try:
         world = init_world(2 * resolved.survival.stall_seconds)
+        from fastrepa.data.datasets import with_classes
         from fastrepa.training.memory.decision import resolve_memory
 
-        resolved = resolve_memory(resolved, world)
+        resolved = resolve_memory(with_classes(resolved), world)
         if dry_run:
             from fastrepa.commands.dry_run import dry_run as take_one_step
             from fastrepa.commands.dry_run import print_dry_run

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastrepa.config.values import (
     FROM_NAME,
     BoolOrAuto,
+    ClassCount,
     PathText,
     Positive,
     Probability,
@@ -145,8 +146,10 @@ class ModelConfig(Section):
         description="side of a token, in pixels or latents of the codec",
         json_schema_extra=FROM_NAME,
     )
-    num_classes: Positive = Field(
-        1000, description="as many labels as the data set has at least; one more is the null class"
+    num_classes: ClassCount = Field(
+        1000,
+        description="at least as many as the data set has; one more is the null class. auto: as "
+        "many; the run's config.yaml has the number",
     )
     label_dropout: Probability = Field(
         0.1,
@@ -154,6 +157,10 @@ class ModelConfig(Section):
         "guidance (sample.cfg)",
     )
     qk_norm: bool = Field(False, description="LayerNorm on queries and keys of every head")
+
+    @property
+    def takes_the_sets_classes(self) -> bool:
+        return str(self.num_classes) == "auto"
 
 
 class AlignmentConfig(Section):

@@ -55,6 +55,8 @@ BoolOrAuto = Annotated[
     bool | _Auto, PlainValidator(_bool_or_auto, json_schema_input_type=bool | _Auto)
 ]
 Recompute = Annotated[int | _NoneOrAuto, _number_or(1, _NoneOrAuto)]
+# A number wherever it is used: data/datasets.py makes one of auto before that.
+ClassCount = Annotated[int, _number_or(1, _Auto)]
 
 
 def _text(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fastrepa.config import Config
 from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore
@@ -94,3 +95,18 @@ def open_data(
         f"{folder}: {found}: neither {MANIFEST} (shards made by `fastrepa prepare`) nor "
         f"{LATENTS}/{LABELS} (the reference's layout) is there"
     )
+
+
+def with_classes(config: Config) -> Config:
+    """The configuration with the set's number of classes where model.num_classes is auto.
+
+    Raises DataError where the set cannot be opened.
+    """
+    if not config.model.takes_the_sets_classes:
+        return config
+    try:
+        count = len(open_data(config.data.path, verify="sizes").classes)
+    except DataError as e:
+        raise DataError(f"{e}; without it model.num_classes cannot be auto") from None
+    model = config.model.model_copy(update={"num_classes": count})
+    return config.model_copy(update={"model": model})

@@ -426,7 +426,8 @@ def _open_data(config: DataConfig, num_classes: int) -> DataSet:
     data = open_data(config.path, resolution=config.resolution)
     if len(data.classes) > num_classes:
         raise DataError(
-            f"{config.path}: holds {len(data.classes)} classes, model.num_classes is {num_classes}"
+            f"{config.path}: holds {len(data.classes)} classes, model.num_classes is "
+            f"{num_classes}; model.num_classes=auto takes the set's number"
         )
     return data
 

@@ -39,6 +39,7 @@ import torch
 
 from fastrepa.commands.bench.turn import DOES_NOT_FIT, MARK
 from fastrepa.config import Config
+from fastrepa.data.datasets import with_classes
 from fastrepa.errors import ConfigError, DataError, nearest, writing
 from fastrepa.reading.text import parse_json
 from fastrepa.runtime.files import append_lines
@@ -148,6 +149,7 @@ def bench(
     for option, value in (("--rounds", rounds), ("--steps", steps), ("--warmup", warmup)):
         if value < 1:
             raise ConfigError(f"{option}: {value} is not 1 or more")
+    config = with_classes(config)
     with writing(f"--out: {out}"):
         out.mkdir(parents=True, exist_ok=True)
     turns: list[dict[str, Any]] = []

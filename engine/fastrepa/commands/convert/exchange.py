@@ -47,7 +47,7 @@ from fastrepa.config import (
     save_config,
 )
 from fastrepa.config.loading import SAVED
-from fastrepa.data.datasets import open_data
+from fastrepa.data.datasets import open_data, with_classes
 from fastrepa.errors import (
     CheckpointError,
     ConfigError,
@@ -213,7 +213,7 @@ def import_reference(
     """
     if source not in SOURCES:
         raise ConfigError(f"--from: {source!r} is not one of {', '.join(SOURCES)}")
-    given = None if config is None else load_config(config, overrides, run=run)
+    given = None if config is None else with_classes(load_config(config, overrides, run=run))
     _check_unused(run, given)
     read = read_zero(file) if source == "zero" else load_reference(file)
     shape = read_shape(read.model, file)
@@ -283,7 +283,7 @@ def _found_config(
 
     A run's own counts before the file's arguments. Raises ConfigError where there is none.
     """
-    own = load_run_config(run) if (run / SAVED).exists() else None
+    own = with_classes(load_run_config(run)) if (run / SAVED).exists() else None
     if own is not None and not overrides:
         return own, False
     if not args and own is None:

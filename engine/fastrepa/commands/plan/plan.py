@@ -16,6 +16,7 @@ from itertools import product
 from typing import Any
 
 from fastrepa.config import Config, TrainingConfig
+from fastrepa.data.datasets import with_classes
 from fastrepa.errors import ConfigError, shown
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.hardware import GPU, Links, find_gpu
@@ -184,6 +185,7 @@ def make_plan(
     hardware, a = find_gpu(gpu), assumptions or Assumptions()
     for count in gpus:  # before anything is measured
         _check_batch(config.training, count)
+    config = with_classes(config)
     workload = measure_workload(config, image_bytes=a.image_bytes)
     rows = []
     for count in gpus:

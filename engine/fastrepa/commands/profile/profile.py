@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, VisionConfig, config_from_dict
-from fastrepa.data.datasets import open_data
+from fastrepa.data.datasets import open_data, with_classes
 from fastrepa.errors import ConfigError, WeightsError, writing
 from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
@@ -115,7 +115,7 @@ def profile_run(
         raise ConfigError(f"--against: the configuration's kernels are {against!r} already")
     if world.is_rank_0:
         _open_folder(out)
-    config = resolve_memory(config, world)
+    config = resolve_memory(with_classes(config), world)
     profiles, line = [], ""
     ways = [config.kernels, *([against] if against else [])]
     for number, kernels in enumerate(ways):
