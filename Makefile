@@ -11,6 +11,16 @@ PYTHON312 ?= python3.12
 GPU_IMAGE ?= .gpu-image
 IMAGE_READY := $(GPU_IMAGE)/.ready
 
+# pip, with a line for each large package that it fetches: silent it looks hung, and its own way is
+# hundreds of lines. The status is pip's.
+define pip_install
+{ $(1)/bin/python -m pip install --progress-bar off --disable-pip-version-check $(2); echo $$? >$(1)/.pip; } | \
+	while read -r line; do case $$line in \
+		*[0-9][0-9].[0-9]' MB)' | *' GB)') echo "  $$line" ;; \
+		'Installing collected'*) echo "  Unpacking, a minute or two" ;; \
+	esac; done; exit $$(cat $(1)/.pip)
+endef
+
 .PHONY: quickstart test lint types mutations gpu-wheels gpu-image gpu-rehearsal clean help
 
 help:
@@ -26,11 +36,12 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "fastrepa needs Python 3.11 or newer; set PYTHON=python3.x"; exit 1; }
 	@echo "setting up $(VENV): about 6 GB of packages, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(call pip_install,$(VENV),-c constraints.txt -e '.[dev]')
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/fastrepa train configs/quickstart.yaml
+	@# Ctrl-C is no error; the trap keeps the shell until the run has saved.
+	@trap : INT; $(BIN)/fastrepa train configs/quickstart.yaml || { code=$$?; [ $$code = 130 ] || exit $$code; }
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
@@ -57,7 +68,7 @@ $(IMAGE_READY): benchmarks/gpu_image.txt
 		{ echo "a borrowed GPU machine has Python 3.12; set PYTHON312=python3.12"; exit 1; }
 	@echo "setting up $(GPU_IMAGE): about 5 GB of packages, once"
 	@test -x $(GPU_IMAGE)/bin/python || $(PYTHON312) -m venv $(GPU_IMAGE)
-	@$(GPU_IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@$(call pip_install,$(GPU_IMAGE),-r $<)
 	@# typer brings pydantic along, which that machine does not have
 	@$(GPU_IMAGE)/bin/python -m pip uninstall --quiet --yes \
 		pydantic pydantic_core annotated-types typing-inspection

@@ -9,7 +9,6 @@ fails. Commands run in one folder in the order of the pages, as a reader would t
 import ast
 import importlib
 import io
-import os
 import re
 import runpy
 import shlex
@@ -24,7 +23,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,6 +40,7 @@ from fastrepa.config import Config, load_config
 from tests.command_line import run
 from tests.commands.convert.test_reference_args import ARGS, a_file
 from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
+from tests.end_to_end.launch_files import kubectl, launch_file, sky
 from tests.end_to_end.snippets import PAGES, SHELL, anchors, commands, defined, snippets
 from tests.kernels import test_drop_in
 from tests.runs import ROOT, SMALL
@@ -129,26 +128,6 @@ def joined(words: list[str]) -> str:
     return ""
 
 
-def launch_file(words: list[str]) -> str:
-    """The script is there and is valid bash; what it passes on is a valid configuration."""
-    script, *rest = words[1:] if words[0] == "sbatch" else words
-    subprocess.run(["bash", "-n", script], check=True)
-    assert os.access(script, os.X_OK) or words[0] == "sbatch"
-    assert "fastrepa train" in Path(script).read_text()
-    load_config(rest[0], rest[1:])
-    return ""
-
-
-def kubectl(words: list[str]) -> str:
-    """The manifest is valid YAML whose container trains a valid configuration."""
-    assert words[:3] == ["kubectl", "apply", "-f"]
-    job = yaml.safe_load(Path(words[3]).read_text())
-    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-    assert container["command"] == ["torchrun", "-m", "fastrepa", "train"]
-    load_config(container["args"][0], container["args"][1:])
-    return ""
-
-
 def tensorboard(words: list[str]) -> str:
     """There is something to see where it is told to look, and the program is installed."""
     assert words[:2] == ["tensorboard", "--logdir"]
@@ -208,6 +187,7 @@ RULES = [
     Rule("tensorboard", tensorboard, "a server: its input must be there"),
     Rule("sbatch", launch_file, "no SLURM here: syntax and configuration"),
     Rule("configs/cluster/", launch_file, "no other machines here: syntax and configuration"),
+    Rule("sky jobs launch", sky, "no SkyPilot here: keys, script and configuration"),
     Rule("kubectl apply", kubectl, "no Kubernetes here: manifest and configuration"),
     Rule("python -m benchmarks.run", module, "one provider, one repetition, the smallest batch",
          ["--providers", "ours", "--repeats", "1", "--batch", "8"]),

@@ -43,8 +43,7 @@ def config(
     """Keys of the configuration: defaults, allowed values, what they do; or a run's or file's own.
 
     A word with a / or the ending .yaml is a run or a file, a recipe's name its file, any other one
-    without = a key. Values of
-    a run or a file have a star where they differ from the default.
+    without = a key. Values of a run or a file have a star where they differ from the default.
     """
     from fastrepa.commands.keys import markdown as page
     from fastrepa.commands.keys import print_config, print_keys
