@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_A_RUN = ("python.md", "extending.md")  # whose Python wants a run: test_python_pages.py
 SHELL = ("", "bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

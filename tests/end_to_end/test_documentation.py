@@ -41,7 +41,15 @@ from tests.command_line import run
 from tests.commands.convert.test_reference_args import ARGS, a_file
 from tests.end_to_end.emoji_files import emoji, write_class_folders, write_tar_of_tars
 from tests.end_to_end.launch_files import kubectl, launch_file, sky
-from tests.end_to_end.snippets import PAGES, SHELL, anchors, commands, defined, snippets
+from tests.end_to_end.snippets import (
+    OF_A_RUN,
+    PAGES,
+    SHELL,
+    anchors,
+    commands,
+    defined,
+    snippets,
+)
 from tests.kernels import test_drop_in
 from tests.runs import ROOT, SMALL
 from tests.sets.autoencoder import small_vae
@@ -301,7 +309,9 @@ def script_of_others() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("snippet", [s for s in snippets() if s.language == "python"], ids=str)
+@pytest.mark.parametrize("snippet", [
+    s for s in snippets() if s.language == "python" and s.page.name not in OF_A_RUN
+], ids=str)  # fmt: skip
 def test_python(snippet, workshop, monkeypatch, tmp_path):
     names = script_of_others() if "patch_reference" in snippet.text else {}
     if snippet.page.stem == "sharing":  # of what the page's first command leaves

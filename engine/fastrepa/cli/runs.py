@@ -14,9 +14,7 @@ from fastrepa.cli.app import (
     RunOverridesArgument,
     app,
 )
-from fastrepa.errors import print_error
 from fastrepa.reading.text import expanded
-from fastrepa.runtime.exit_codes import LOST
 from fastrepa.runtime.terminal import say, typed
 
 
@@ -51,43 +49,12 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
     from fastrepa.runtime.threads import before_torch, others
 
     before_torch(others)
-    from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
-    from fastrepa.runtime.survival import is_of_peers, watched
-    from fastrepa.runtime.world import destroy_world, init_world, stated_rank
+    from fastrepa.api import run_training
+    from fastrepa.runtime.world import destroy_world
 
-    make_deterministic(resolved.deterministic)
-    watch = None
+    words = told_of_folder(config, resolved.run)
     try:
-        world = init_world(2 * resolved.survival.stall_seconds)
-        from fastrepa.data.datasets import with_classes
-        from fastrepa.training.memory.decision import resolve_memory
-
-        resolved = resolve_memory(with_classes(resolved), world)
-        if dry_run:
-            from fastrepa.commands.dry_run import dry_run as take_one_step
-            from fastrepa.commands.dry_run import print_dry_run
-
-            result = take_one_step(resolved, world)
-            if world.is_rank_0:
-                print_dry_run(result, resolved.training.global_batch)
-            return 0
-        if world.is_rank_0 and (words := told_of_folder(config, resolved.run)):
-            say(words)
-        from fastrepa.training.run import Run
-
-        evaluator: Any = None
-        if resolved.evaluation.every:
-            from fastrepa.commands.evaluate.during_training import RunEvaluator
-
-            evaluator = RunEvaluator
-        with watched(Path(resolved.run), resolved.survival, world) as watch, refusals_by_name():
-            return Run(resolved, world, watch.group, evaluator=evaluator).train(watch, signals)
-    except RuntimeError as e:
-        if watch is not None or not is_of_peers(e):
-            raise
-        words = "another rank was lost before the run began; the same command continues"
-        print_error(words, stated_rank())
-        return LOST
+        return run_training(resolved, words=words, dry_run=dry_run, signals=signals)
     finally:
         destroy_world()
 

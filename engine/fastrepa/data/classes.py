@@ -52,9 +52,10 @@ def choose_classes(
     num_classes: int,
     *,
     kind: type[FastrepaError] = ConfigError,
+    option: str = "--classes",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
-    """Class numbers from what `--classes` was given; all classes where that is nothing.
+    """Class numbers from what `option` was given; all classes where that is nothing.
 
     Each of `requested` is one name, or else names and numbers with commas. A name wins over a
     number that is written alike, and `say` is told so; #3 is always number 3. Letter case matters
@@ -63,7 +64,7 @@ def choose_classes(
     """
     if not requested:
         return list(range(num_classes))
-    choice = _Choice(names, num_classes, kind, say)
+    choice = _Choice(names, num_classes, kind, option, say)
     chosen = []
     for item in map(str, requested):
         found = choice.by_name(item)
@@ -82,10 +83,11 @@ class _Choice:
         names: Sequence[str],
         num_classes: int,
         kind: type[FastrepaError],
+        option: str,
         say: Callable[[str], None],
     ) -> None:
         self.names, self.num_classes = names, num_classes
-        self.kind, self.say = kind, say
+        self.kind, self.option, self.say = kind, option, say
         self.exact: dict[str, list[int]] = {}
         self.folded: dict[str, list[int]] = {}
         for number, name in enumerate(names):
@@ -111,7 +113,7 @@ class _Choice:
         if len(found) > 1:
             numbers = " and ".join(map(str, found))
             raise self.kind(
-                f"--classes: {text.strip()!r} is the name of {len(found)} classes, numbers "
+                f"{self.option}: {text.strip()!r} is the name of {len(found)} classes, numbers "
                 f"{numbers}; give {self._as_typed(found[0])} or {self._as_typed(found[1])}"
             )
         if not found:
@@ -119,8 +121,8 @@ class _Choice:
         number = _number(text)
         if number is not None and number != found[0] and number < len(self.names):
             self.say(
-                f"--classes {text.strip()}: the class of that name is taken, number {found[0]}; "
-                f"class number {number}, {self.names[number]!r}, is '#{number}'"
+                f"{self.option} {text.strip()}: the class of that name is taken, number "
+                f"{found[0]}; class number {number}, {self.names[number]!r}, is '#{number}'"
             )
         return found[0]
 
@@ -131,7 +133,7 @@ class _Choice:
         numbers_as_names = any(_number(n) not in (None, i) for i, n in enumerate(self.names))
         if numbers_as_names and number < len(self.names) and not text.startswith("#"):
             self.say(
-                f"--classes {text}: no class has that name; class number {number} is taken, "
+                f"{self.option} {text}: no class has that name; class number {number} is taken, "
                 f"{self.names[number]!r}"
             )
         return number
@@ -148,9 +150,9 @@ class _Choice:
         elif names:
             allowed += ", or a class name"
         if any("," in name for name in names):
-            allowed += "; a name with a comma is a --classes of its own"
+            allowed += f"; a name with a comma is a {self.option} of its own"
         shown = text if len(text) <= 80 else f"{text[:80]}..."
-        return self.kind(f"--classes: {shown!r} is no class{nearest(text, names)}; {allowed}")
+        return self.kind(f"{self.option}: {shown!r} is no class{nearest(text, names)}; {allowed}")
 
 
 def _number(text: str) -> int | None:

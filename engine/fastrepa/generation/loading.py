@@ -77,3 +77,13 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     given = {k: v for k, v in settings.items() if v is not None}
     tree = config.model_dump(mode="json")
     return config_from_dict({**tree, "sample": {**tree["sample"], **given}}, source="sample")
+
+
+def draw_options(config: Config, state: RunState) -> dict[str, Any]:
+    """Return what `generate` is told of a generator beside its codec, the seed and batches."""
+    return {
+        "sample_config": config.sample,
+        "path": config.objective.path,
+        "input_shape": (state.channels, state.side, state.side),
+        "null_label": config.model.num_classes,
+    }

@@ -39,7 +39,12 @@ from fastrepa.generation.generate import (
     generate,
     rank_batches,
 )
-from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
+from fastrepa.generation.loading import (
+    draw_options,
+    load_generator,
+    ready_to_sample,
+    with_settings,
+)
 from fastrepa.generation.pictures import save_grid
 from fastrepa.generation.sampler import model_evaluations
 from fastrepa.randomness import KeyedRandom
@@ -119,7 +124,7 @@ def sample_run(
     loaded = load_generator(run, world, device, wanted)
     info, config = loaded.state, with_settings(loaded.config, settings)
     model = ready_to_sample(loaded.model, config.sample, config.training, device)
-    chosen = _chosen_classes(classes, info, config, say if world.is_rank_0 else _nobody)
+    chosen = chosen_classes(classes, info, config, say=say if world.is_rank_0 else _nobody)
     record = {
         "run": str(run), "checkpoint_step": info.step,
         "checkpoint": loaded.fingerprint, "ema": loaded.ema,
@@ -133,9 +138,7 @@ def sample_run(
         codec = build_codec(config.data.codec, resolution=config.data.resolution, device=device)
         draw = partial(
             generate, model, codec, seed=seed, batch_size=claim.batch_size,
-            sample_config=config.sample, path=config.objective.path,
-            input_shape=(info.channels, info.side, info.side),
-            null_label=config.model.num_classes,
+            **draw_options(config, info),
         )  # fmt: skip
         there = _draw_missing(draw, labels, claim, folder, world)
         files = of_rank_0(world, lambda: _gather(folder, _names(labels, info.classes), npz))
@@ -200,13 +203,17 @@ def _draw_missing(
     return there
 
 
-def _chosen_classes(
+def chosen_classes(
     requested: Sequence[str | int] | None,
     info: RunState,
     config: Config,
-    say: Callable[[str], None],
+    *,
+    option: str = "--classes",
+    say: Callable[[str], None] = _nobody,
 ) -> list[int]:
-    """Numbers of the classes to draw, all of them trained; ConfigError for one that was not."""
+    """Numbers of the classes to draw, all of them trained; ConfigError, naming `option`, for one
+    that was not.
+    """
     count = config.model.num_classes
     trained = trained_classes(info, count)
     if changed := classes_beside(info, Path(config.data.path)):
@@ -215,12 +222,12 @@ def _chosen_classes(
         if untrained := count - len(trained):
             say(f"{untrained} of the model's {count} classes had no images in training: not drawn")
         return trained
-    chosen = choose_classes(requested, info.classes, count, say=say)
+    chosen = choose_classes(requested, info.classes, count, option=option, say=say)
     for number in chosen:
         if number not in trained:
             known = ", ".join(named(info.classes, c) for c in trained[:20])
             raise ConfigError(
-                f"--classes: class number {number} was never trained, as it had no images; "
+                f"{option}: class number {number} was never trained, as it had no images; "
                 f"trained are {known}{', ...' * (len(trained) > 20)}"
             )
     return chosen

@@ -36,7 +36,12 @@ from fastrepa.config import EncoderConfig, run_folder
 from fastrepa.data.datasets import is_data, open_data
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.generation.generate import default_labels
-from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
+from fastrepa.generation.loading import (
+    draw_options,
+    load_generator,
+    ready_to_sample,
+    with_settings,
+)
 from fastrepa.runtime.ownership import owned
 from fastrepa.runtime.progress import Bar
 from fastrepa.runtime.world import World, destroy_world, init_or_alone, of_rank_0
@@ -224,8 +229,5 @@ def _run_source(
         info.classes,
         seed=seed,
         batch_size=min(batch_size, config.sample.num),
-        sample_config=config.sample,
-        path=config.objective.path,
-        input_shape=(info.channels, info.side, info.side),
-        null_label=config.model.num_classes,
+        **draw_options(config, info),
     )
