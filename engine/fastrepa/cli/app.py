@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fastrepa import __version__
+from fastrepa.cli.help import ReadableCommand, ReadableGroup
 from fastrepa.errors import ConfigError
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import say
@@ -22,7 +23,7 @@ class _Commands(typer.Typer):
     """Takes what is typed as every command means it: ~ is a home folder, numbers are finite."""
 
     def command(self, name: str | None = None, **how: Any) -> Callable[[_Command], _Command]:
-        register = super().command(name, **how)
+        register = super().command(name, cls=ReadableCommand, **how)
 
         def add(command: _Command) -> _Command:
             @wraps(command)
@@ -47,25 +48,61 @@ def _meant(name: str, value: Any) -> Any:
 
 app = _Commands(
     name="fastrepa",
+    cls=ReadableGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train representation-aligned diffusion transformers.",
 )
 
-data_app = _Commands(no_args_is_help=True, help="Verify a data set, look at it, encode it.")
+data_app = _Commands(
+    cls=ReadableGroup, no_args_is_help=True, help="Verify a data set, look at it, encode it."
+)
 app.add_typer(data_app, name="data")
 
 
+def _recipes(incomplete: str) -> list[str]:
+    """Complete a recipe's name; where there is none, the shell completes files."""
+    from fastrepa.config.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def key_paths(incomplete: str) -> list[str]:
+    """Complete the path of a key, a part at a time."""
+    from fastrepa.config.keys import all_keys
+
+    most = incomplete.count(".") + 1
+    paths = (key.path for key in all_keys() if key.path.startswith(incomplete))
+    return [path for path in paths if path.count(".") <= most]
+
+
+def _assignments(incomplete: str) -> list[str]:
+    """Complete the key of an override."""
+    from fastrepa.config.keys import all_keys
+
+    sections = {key.path for key in all_keys() if key.is_section}
+    return [path if path in sections else f"{path}=" for path in key_paths(incomplete)]
+
+
 ConfigArgument = Annotated[
-    Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")
+    Path,
+    typer.Argument(
+        help="A YAML file, or the name of a recipe, such as quickstart.", autocompletion=_recipes
+    ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="path.to.key=value, as often as you like.")
+    list[str] | None,
+    typer.Argument(
+        help="path.to.key=value, as often as you like; `fastrepa config` lists the keys.",
+        autocompletion=_assignments,
+    ),
 ]
 RunOverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(help="path.to.key=value over the run's configuration, as often as you like."),
+    typer.Argument(
+        help="path.to.key=value over the run's configuration, as often as you like.",
+        autocompletion=_assignments,
+    ),
 ]
 ClassesOption = Annotated[
     list[str] | None,

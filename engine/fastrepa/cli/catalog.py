@@ -7,19 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import app
+from fastrepa.cli.app import app, key_paths
 from fastrepa.errors import ConfigError, shown
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import Terminal, say, say_json
-
-
-def _completed(incomplete: str) -> list[str]:
-    """Paths of keys that begin so, one part further."""
-    from fastrepa.config.keys import all_keys
-
-    most = incomplete.count(".") + 1
-    paths = (key.path for key in all_keys() if key.path.startswith(incomplete))
-    return [path for path in paths if path.count(".") <= most]
 
 
 @app.command("config")
@@ -30,7 +21,7 @@ def config(
             metavar="RUN|FILE|KEY|KEY=VALUE",
             help="A run's folder or a YAML file, whose values are shown; which keys or sections, "
             "default: all; what to change in the file.",
-            autocompletion=_completed,
+            autocompletion=key_paths,
         ),
     ] = None,
     schema: Annotated[
