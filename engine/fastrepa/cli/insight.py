@@ -1,10 +1,10 @@
-"""Commands that measure and explain: plan, profile, bench, report, probe, doctor."""
+"""Commands that measure and explain: plan, profile, bench, report, watch, probe, doctor."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -213,6 +213,28 @@ def report(
     from fastrepa.commands.report.report import write_report
 
     say(write_report(runs, out))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder; one that is not there yet, too.")],
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Default: the first that is free from 8710 on."),
+    ] = None,
+) -> None:
+    """A run in a browser while it goes on: curves that grow, samples; Ctrl-C ends it.
+
+    Serves the page of `report` on 127.0.0.1 alone, reads the run's folder and writes nothing. While
+    nobody trains the run, samples are drawn on a page of their own.
+    """
+    from fastrepa.commands.watch.watch import Server
+
+    with Server(run, port) as server:
+        waits = "" if run.exists() else ", which is not there yet"
+        say(f"{server.address} shows {run}{waits}; Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @app.command()

@@ -118,6 +118,18 @@ def take(folder: Path, command: str, file: str = "") -> Callable[[], None]:
     return release
 
 
+def holder(folder: Path) -> str:
+    """Say who holds `folder`, as far as it can be seen without touching it; "" where nobody does.
+
+    The lock itself is not tried: whoever begins at that moment would find it taken.
+    """
+    path = folder / LOCK
+    signed = _signature(path)
+    if not signed or (signed["host"] == HOST and not alive(int(signed["pid"]))):
+        return ""
+    return signed[0]
+
+
 def _let_go_in_fork() -> None:
     """The child of a killed owner would keep its lock for as long as it lives."""
     for descriptor in _held:

@@ -8,69 +8,51 @@ from typing import Any
 import numpy as np
 
 from fastrepa.commands.probe.data import DataProbe, Measured
+from fastrepa.commands.probe.report import run_record
 from fastrepa.commands.probe.run import RunProbe
-from fastrepa.commands.probe.similarity import NEIGHBOURS
 from fastrepa.data.sheet import Strip, comparison, save_picture
-from fastrepa.drawing import INK, PALE, RED, axes_title, heading, new_figure, save_figure, shortened
+from fastrepa.drawing import INK, PALE, RED, axes_title, heading, new_figure, save_figure
+from fastrepa.pages.heat import COLOURS, HIGHEST, LOWEST, HeatMap, heat_colours, heat_maps
 
-COLOURS = "YlGnBu"
 WRITTEN = 14  # columns, above which a cell has no number
 
 
 def save_heat_map(probe: RunProbe, path: Path) -> None:
-    """CKNNA and CKA of each encoder, and the linear probe, as block x training step."""
-    panels: list[tuple[str, np.ndarray, str, str]] = []
-    chance = f"unrelated: about {NEIGHBOURS / probe.held_out:.2g}"
-    for number, name in enumerate(probe.encoders):
-        to = f", {shortened(name, 26)}" if len(probe.encoders) > 1 else ""
-        panels.append((f"CKNNA{to}", probe.cknna[number], "{:.2f}", chance))
-        panels.append((f"linear CKA{to}", probe.cka[number], "{:.2f}", "debiased; unrelated: 0"))
-    if np.isfinite(probe.accuracy).any():
-        encoders = ", ".join(f"{a:.0%}" for a in probe.encoder_accuracy)
-        reference = f"guessing {100 * probe.chance:.3g}%, the encoder {encoders}"
-        title = "linear probe, balanced accuracy, %"
-        panels.append((title, 100 * probe.accuracy, "{:.0f}", reference))
+    """CKNNA and CKA of each encoder, and the linear probe, as block x training step, on one scale
+    of colours: from what unrelated features reach, or guessing, to the encoder itself.
+    """
+    maps = heat_maps(run_record(probe))
     depth, count = probe.accuracy.shape
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
     width = columns * max(3.7, 0.46 * min(count, 24) + 1.2)
     each = max(1.9, 0.3 * depth + 1.25)
-    figure = new_figure(width, 0.95 + rows * each)
-    top = 1 - 0.95 / figure.get_figheight()
+    height = 1.15 + rows * each
+    figure = new_figure(width, height)
     grid = figure.add_gridspec(
-        rows, columns, left=0.55 / width, right=1 - 0.25 / width, top=top,
-        bottom=0.5 / figure.get_figheight(), wspace=0.14, hspace=0.55,
+        rows, columns, left=0.55 / width, right=1 - 0.25 / width, top=1 - 1.15 / height,
+        bottom=0.5 / height, wspace=0.14, hspace=0.55,
     )  # fmt: skip
-    for place, panel in enumerate(panels):
+    for place, heat in enumerate(maps):
         axes = figure.add_subplot(grid[divmod(place, columns)])
-        _panel(axes, probe, *panel, leftmost=place % columns == 0)
+        _panel(axes, probe, heat, leftmost=place % columns == 0)
     _heading(figure, probe)
+    _scale(figure)
     save_figure(figure, path)
 
 
-def _panel(
-    axes: Any,
-    probe: RunProbe,
-    title: str,
-    values: np.ndarray,
-    form: str,
-    reference: str,
-    *,
-    leftmost: bool,
-) -> None:
-    depth, count = values.shape
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    high = high if high > low else low + 1e-9
+def _panel(axes: Any, probe: RunProbe, heat: HeatMap, *, leftmost: bool) -> None:
+    depth, count = heat.values.shape
     axes.set_facecolor("#eeeeee")  # where a value is nan
-    axes.imshow(values, aspect="auto", cmap=COLOURS, vmin=low, vmax=high, interpolation="nearest")
+    shares = heat.shares
+    axes.imshow(shares, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
     if count <= WRITTEN:
-        for (block, step), value in np.ndenumerate(values):
+        inks = heat_colours(shares)
+        for (block, step), value in np.ndenumerate(heat.values):
             if np.isfinite(value):
-                dark = (value - low) / (high - low) > 0.55
                 axes.text(
-                    step, block, form.format(value), ha="center", va="center", fontsize=7,
-                    color="white" if dark else INK,
+                    step, block, heat.form.format(value), ha="center", va="center", fontsize=7,
+                    color=inks[block][step][1],
                 )  # fmt: skip
     if probe.block is not None:
         axes.axhline(probe.block - 1.5, color=RED, linewidth=1)
@@ -86,9 +68,22 @@ def _panel(
         axes.get_yticklabels()[probe.block - 1].set_fontweight("bold")
     if leftmost:
         axes.set_ylabel("block", fontsize=8.5, color=PALE)
-    axes.set_xlabel(f"training step   ({reference})", fontsize=8.5, color=PALE)
-    axes_title(axes, title, pad=5)
+    axes.set_xlabel(f"training step   ({heat.reference})", fontsize=7.5, color=PALE)
+    axes_title(axes, heat.title, pad=5)
     axes.spines[:].set_visible(False)
+
+
+def _scale(figure: Any) -> None:
+    """Draw the scale of all panels below the heading: a bar between its two ends in words."""
+    width, height = figure.get_size_inches()
+    y = 1 - 0.73 / height
+    text = {"fontsize": 8.5, "color": PALE, "va": "center"}
+    figure.text(0.015, y, LOWEST, **text)
+    left = 0.015 + 1.5 / width
+    axes = figure.add_axes((left, y - 0.06 / height, 1.6 / width, 0.12 / height))
+    axes.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=COLOURS, vmin=0, vmax=1)
+    axes.set_axis_off()
+    figure.text(left + 1.7 / width, y, HIGHEST, **text)
 
 
 def _heading(figure: Any, probe: RunProbe) -> None:

@@ -32,6 +32,7 @@ def run_record(probe: RunProbe) -> dict[str, Any]:
         "seed": probe.seed,
         "fitted_images": probe.fitted,
         "measured_images": probe.held_out,
+        "unrelated_cknna": round(NEIGHBOURS / probe.held_out, 6),
         "cknna": dict(zip(probe.encoders, map(_numbers, probe.cknna), strict=True)),
         "linear_cka_debiased": dict(zip(probe.encoders, map(_numbers, probe.cka), strict=True)),
         "linear_probe": _numbers(probe.accuracy),

@@ -1,6 +1,7 @@
 "use strict";
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+const report = (() => {
+  const read = (page) => JSON.parse(page.getElementById("data").textContent);
+  let data = read(document);
   const svgSpace = "http://www.w3.org/2000/svg";
   const dashes = ["", "7 4", "2 3", "10 3 2 3", "14 4", "5 2", "2 5", "9 2 2 2 2 2"];
   const margin = { right: 12, top: 10, bottom: 26 }; // left: as wide as the labels there
@@ -208,30 +209,46 @@
     pointAt(figure, stops[Math.min(stops.length - 1, Math.max(0, to))]);
   }
 
-  const figures = [...document.querySelectorAll("figure.chart")];
-  for (const figure of figures) {
-    const svg = figure.querySelector("svg");
-    const follow = (event) => {
-      if (!figure.drawn) return;
-      const { edge, width, left, right } = figure.drawn;
-      const share = (event.offsetX - edge) / (width - edge - margin.right);
-      pointAt(figure, left + share * (right - left));
-    };
-    svg.addEventListener("pointermove", follow);
-    svg.addEventListener("pointerdown", follow);
-    svg.addEventListener("pointerleave", () => leave(figure));
-    svg.addEventListener("keydown", (event) => onKey(figure, event));
-    svg.addEventListener("blur", () => leave(figure));
-    figure.querySelector("input[name=log]").addEventListener("change", () => draw(figure));
-  }
-  document.getElementById("controls")?.addEventListener("change", () => figures.forEach(draw));
   const resized = new ResizeObserver((entries) => entries.forEach((entry) => draw(entry.target.closest("figure"))));
-  figures.forEach((figure) => resized.observe(figure.querySelector("svg")));
+  let figures = [];
+
+  function wireCurves() {
+    resized.disconnect();
+    figures = [...document.querySelectorAll("figure.chart")];
+    for (const figure of figures) {
+      const svg = figure.querySelector("svg");
+      const follow = (event) => {
+        if (!figure.drawn) return;
+        const { edge, width, left, right } = figure.drawn;
+        const share = (event.offsetX - edge) / (width - edge - margin.right);
+        pointAt(figure, left + share * (right - left));
+      };
+      svg.addEventListener("pointermove", follow);
+      svg.addEventListener("pointerdown", follow);
+      svg.addEventListener("pointerleave", () => leave(figure));
+      svg.addEventListener("keydown", (event) => onKey(figure, event));
+      svg.addEventListener("blur", () => leave(figure));
+      figure.querySelector("input[name=log]").addEventListener("change", () => draw(figure));
+      resized.observe(svg);
+    }
+    document.getElementById("controls")?.addEventListener("change", () => figures.forEach(draw));
+  }
+
+  /* Draw what a fresh page holds: `replaced`: in other panels than before. */
+  function renewCurves(page, replaced) {
+    data = read(page);
+    if (replaced) wireCurves();
+    else figures.forEach((figure) => {
+      const at = figure.at;
+      draw(figure);
+      if (figure.drawn && at !== null && at !== undefined) pointAt(figure, at);
+    });
+  }
 
   // Samples --------------------------------------------------------------------------------------
 
-  const slider = document.getElementById("sample-step");
   function showSamples() {
+    const slider = document.getElementById("sample-step");
     const steps = slider.dataset.steps.split(" ").map(Number);
     const step = steps[slider.value];
     const text = step.toLocaleString("en");
@@ -246,8 +263,18 @@
       figure.querySelector(".of").textContent = own === step ? "" : `of step ${own.toLocaleString("en")}`;
     }
   }
-  if (slider) {
+
+  /* `chosen`: a step that was looked at before; without one, the newest. */
+  function wireSamples(chosen) {
+    const slider = document.getElementById("sample-step");
+    if (!slider) return;
+    const place = slider.dataset.steps.split(" ").indexOf(String(chosen));
+    if (place >= 0) slider.value = place;
     slider.addEventListener("input", showSamples);
     showSamples();
   }
+
+  wireCurves();
+  wireSamples();
+  return { renewCurves, wireSamples };
 })();
