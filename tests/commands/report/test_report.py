@@ -20,8 +20,8 @@ from fastrepa.pages.curves import POINTS, curves, is_evaluation, panels
 from fastrepa.pages.page import ALL_PICTURES, PICTURES
 from fastrepa.pages.run_record import flattened, read_runs
 from fastrepa.runtime.regions import NAMES
+from tests import browser
 from tests.command_line import run
-from tests.commands.report import browser
 from tests.runs import ROOT, SMALL, metrics
 
 VOID = {"meta", "link", "input", "img", "wbr"}

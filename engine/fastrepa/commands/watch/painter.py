@@ -127,17 +127,22 @@ def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -
 
     Raises what `generation.sample.sample_run` does.
     """
+    import torch
+
+    from fastrepa.checkpoint.choice import NEWEST
     from fastrepa.checkpoint.identity import trained_classes
     from fastrepa.data.classes import choose_classes, named
-    from fastrepa.generation import generate as g
+    from fastrepa.generation.generate import BATCH_SIZE, default_labels, generate
+    from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
     from fastrepa.generation.pictures import save_grid
     from fastrepa.runtime.world import World
     from fastrepa.vision.codec import build_codec
 
     world = World()
-    model, config, info, _ = g.load_generator(run, world, world.device)
-    config = g.with_settings(config, {"num": wanted.num, "cfg": wanted.cfg, "steps": wanted.steps})
-    model = g.ready_to_sample(model, config.sample, config.training, world.device)
+    loaded = load_generator(run, world, world.device, NEWEST)
+    asked = {"num": wanted.num, "cfg": wanted.cfg, "steps": wanted.steps}
+    info, config = loaded.state, with_settings(loaded.config, asked)
+    model = ready_to_sample(loaded.model, config.sample, config.training, world.device)
     count = config.model.num_classes
     chosen = trained = trained_classes(info, count)
     if wanted.classes.strip():
@@ -145,17 +150,15 @@ def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -
     for number in chosen:
         if number not in trained:
             raise ConfigError(f"classes: {named(info.classes, number)} was never trained")
-    labels = g.default_labels(wanted.num, count, chosen)
+    labels = default_labels(wanted.num, count, chosen)
     progress(0.0)
-    import torch
-
-    images = g.generate(
+    images = generate(
         model,
         build_codec(config.data.codec, resolution=config.data.resolution, device=world.device),
         labels,
         seed=wanted.seed,
         sample_ids=torch.arange(wanted.num),
-        batch_size=min(wanted.num, g.BATCH_SIZE),
+        batch_size=min(wanted.num, BATCH_SIZE),
         sample_config=config.sample,
         path=config.objective.path,
         input_shape=(info.channels, info.side, info.side),

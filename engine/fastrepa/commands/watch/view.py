@@ -56,7 +56,10 @@ class View:
             return read_runs([self.run])[0]
         except (DataError, OSError) as e:  # not begun, or removed meanwhile
             name = printable(self.run.resolve().name)
-            return RunRecord(self.run, name, {}, {}, [], {}, [], None, [f"waiting: {worded(e)}"])
+            return RunRecord(
+                self.run, name, config={}, environment={}, lines=[], samples={}, checkpoints=[],
+                logged=None, evaluations=[], notes=[f"waiting: {worded(e)}"],
+            )  # fmt: skip
 
     def sample(self, step: int) -> Body | None:
         """The grid of this step; None where there is none, or a link leads out of the run."""
