@@ -21,13 +21,14 @@ define pip_install
 	esac; done; exit $$(cat $(1)/.pip)
 endef
 
-.PHONY: quickstart test lint types mutations gpu-wheels gpu-image gpu-rehearsal clean help
+.PHONY: quickstart test lint types mutations gpu-wheels gpu-image gpu-rehearsal browser clean help
 
 help:
 	@echo "make quickstart   train a small aligned generator on 3-D emoji and draw samples (about 6 min)"
 	@echo "make test         run the tests"
 	@echo "make lint types   ruff, the laws of imports (pyproject.toml), and mypy"
 	@echo "make mutations    break the code line by line: each time a test must fail (about 10 min; ONLY=WORDS: some)"
+	@echo "make browser      Debian's chromium, in which the pages of report and watch are tested (apt; as root)"
 	@echo "make gpu-wheels   .gpu-wheels: what a borrowed GPU machine lacks (DALI=1: .gpu-dali too)"
 	@echo "make gpu-rehearsal  what is measured there, at toy shapes on this CPU, with what can go wrong"
 
@@ -53,6 +54,10 @@ lint: $(READY)
 
 types: $(READY)
 	@$(BIN)/mypy engine kernels
+
+# Without one, the tests in a browser are skipped.
+browser:
+	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 
 # Outside CI: what it asks is whether the tests would notice.
 mutations: $(READY)

@@ -14,11 +14,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from benchmarks.gpu_suite.wheels import INSTALL
 from benchmarks.gpu_suite.wheels import options as wheels_options
 from benchmarks.provenance import WHEELS
 from fastrepa.cli import app, data_app
+from fastrepa.commands.watch.watch import Server
 from fastrepa.config import Config, load_config
 from tests.command_line import run
 from tests.commands.convert.test_reference_args import ARGS, a_file
@@ -102,6 +105,22 @@ def pip(words: list[str]) -> str:
         assert match, word
         assert set((match[1] or "").split(",")) - {""} <= project["optional-dependencies"].keys()
     return ""
+
+
+def watched(words: list[str]) -> str:
+    """Start the server, ask it for its page, and end it."""
+    pages = []
+
+    def serve(server: Server) -> None:
+        asking = threading.Thread(target=lambda: pages.append(urlopen(server.address).read()))
+        asking.start()
+        server.handle_request()
+        asking.join()
+
+    with mock.patch.object(Server, "serve_forever", serve):
+        said = fastrepa([*words, "--port", "0"])
+    assert b'<h2 id="curves">' in pages[0]
+    return said
 
 
 def module(words: list[str]) -> str:
@@ -179,6 +198,7 @@ RULES = [
          [*QUICKSTART, "--rounds", "1", "--steps", "1"]),
     Rule("fastrepa convert", fastrepa, "as written"),
     Rule("fastrepa report", fastrepa, "as written"),
+    Rule("fastrepa watch", watched, "any port; one page is asked for"),
     Rule("fastrepa train configs/imagenet256_sit_b2_dinov2b.yaml run=runs/watched", fastrepa,
          "as the others, and Lite0's space for Inception's, whose weights are not here",
          [*IMAGENET, "evaluation.every=1", "evaluation.num=4", f"evaluation.encoders=[{ENCODER}]",

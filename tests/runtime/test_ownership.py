@@ -20,6 +20,7 @@ from fastrepa.errors import ConfigError, DataError
 from fastrepa.runtime import files, ownership
 from fastrepa.runtime.files import HOST, aside, sweep, temporary
 from fastrepa.runtime.ownership import InUse, owned, take
+from fastrepa.runtime.ownership import holder as seen_holder
 
 DEAD = 2**22 + 1  # more than Linux has processes
 HOLDER = """
@@ -265,3 +266,19 @@ def test_a_signature_that_a_kill_cut_short_is_in_nobodys_way(tmp_path):
         with owned(tmp_path, "fastrepa train"):
             assert (tmp_path / ".lock").read_bytes().startswith(b"fastrepa train on ")
         assert not os.listdir(tmp_path)
+
+
+def test_who_holds_a_folder_is_seen_without_touching_it(holder, tmp_path):
+    assert seen_holder(tmp_path) == seen_holder(tmp_path / "none") == ""
+    process = holder(tmp_path)
+    before = (tmp_path / ".lock").stat()
+    assert seen_holder(tmp_path).startswith(f"holder on {HOST}, process {process.pid}, since ")
+    assert (tmp_path / ".lock").stat() == before
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / ".lock").exists()
+    assert seen_holder(tmp_path) == ""  # its death released it
+    (tmp_path / ".lock").write_text("train on another-host, process 1, since 2026-01-01")
+    assert seen_holder(tmp_path).startswith("train on another-host")
+    (tmp_path / ".lock").write_text("a file of somebody's")
+    assert seen_holder(tmp_path) == ""

@@ -17,6 +17,7 @@ from fastrepa.commands.report.report import MAX_RUNS, write_report
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.pages.curves import POINTS, curves, is_evaluation, panels
+from fastrepa.pages.heat import heat_colours, heat_maps
 from fastrepa.pages.page import ALL_PICTURES, PICTURES
 from fastrepa.pages.run_record import flattened, read_runs
 from fastrepa.runtime.regions import NAMES
@@ -272,6 +273,36 @@ def test_what_a_probe_found_is_shown(trained, copy, tmp_path):
     parsed = of(copy, tmp_path)
     assert "Block 2 leads." in [e["text"] for e in parsed.all("p")]
     assert "Heat maps of run" in parsed.all("img")[-1]["alt"]
+
+
+def test_heat_maps_have_one_scale_from_unrelated_to_the_encoder(copy, tmp_path):
+    steps = list(range(0, 1000, 10))
+    record = {
+        "encoders": ["x"], "steps": steps, "blocks": [1, 2], "aligned_block": 2,
+        "unrelated_cknna": 0.1, "cknna": {"x": [[0.1, 1.0, *[0.55] * 98], [0.05] * 100]},
+        "linear_cka_debiased": {"x": [[-0.1] * 100, [None] * 100]},
+        "linear_probe": [[0.25] * 100, [0.45] * 100], "linear_probe_of_encoder": {"x": 0.65},
+        "guessing": 0.25, "said": ["Block 1 leads."],
+    }  # fmt: skip
+    cknna, cka, probe = heat_maps(record)
+    assert cknna.shares[:, :3] == pytest.approx(np.array([[0, 1, 0.5], [0, 0, 0]]))
+    assert (cka.shares[0] == 0).all() and np.isnan(cka.shares[1]).all()
+    assert probe.shares[:, 0] == pytest.approx([0, 0.5])
+    assert probe.reference == "guessing: 25%, the encoder: 65%"
+    lowest, half = (heat_colours(np.array([[share]]))[0][0] for share in (0.0, 0.5))
+    (copy / "probe").mkdir()
+    (copy / "probe" / "probe.json").write_text(json.dumps(record))
+    parsed = of(copy, tmp_path)
+    tables = [e for e in parsed.all("table") if e.get("class") == "heat"]
+    assert len(tables) == 3 and not [e for e in parsed.all("img") if "Heat" in e["alt"]]
+    cells = [e for e in parsed.all("td") if e.get("title")]
+    assert len(cells) == 3 * 2 * 60 - 60  # of many steps some, and none where nothing is known
+    for cell, (ground, ink) in ((cells[0], lowest), (cells[-1], half)):
+        assert cell["style"] == f"background:{ground};color:{ink}"
+    assert (cells[0]["title"], cells[-1]["title"]) == ("0.10", "45")
+    record["cknna"] = {}  # of no probe's: neither maps nor a picture
+    (copy / "probe" / "probe.json").write_text(json.dumps(record))
+    assert not [e for e in of(copy, tmp_path).elements if e.get("id") == "blocks"]
 
 
 def test_long_runs_are_thinned(trained, copy):
