@@ -40,7 +40,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Live:
-    """What the page of one run has while it is served, and a file has not.
+    """The part of the page of one run that it has while it is served, and a file has not.
 
     now: `busy`, who works on the run, or "", `step`, `steps` and `figures`, all as they are shown.
     """
@@ -222,7 +222,7 @@ def _embedded(path: Path, side: int = PICTURE_SIDE) -> tuple[str, int, int]:
 
 
 def _blocks(run: RunRecord) -> dict[str, Any] | None:
-    """What `fastrepa probe RUN` found, where it has been run: heat maps, or only their picture."""
+    """Return what `fastrepa probe RUN` found, where it has been run: heat maps, or only their picture."""
     folder = run.folder / "probe"
     try:
         record = read_json(folder / "probe.json")

@@ -1,4 +1,4 @@
-"""What runs have come to: their last values in words, and where a step's time goes."""
+"""The last values of runs in words, and where a step's time goes."""
 
 from __future__ import annotations
 

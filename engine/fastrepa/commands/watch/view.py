@@ -24,7 +24,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Body:
-    """What is answered: bytes with a tag that changes with them."""
+    """An answer: bytes with a tag that changes with them."""
 
     data: bytes
     tag: str
