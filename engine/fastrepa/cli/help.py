@@ -25,6 +25,7 @@ EXAMPLES = {
     "profile": "fastrepa profile quickstart --steps 20 --against eager",
     "bench": "fastrepa bench quickstart --batch 8 --batch 16",
     "report": "fastrepa report runs/quickstart runs/longer --out both.html",
+    "watch": "fastrepa watch runs/quickstart --port 8000",
     "probe": "fastrepa probe data/photos64 --encoders dinov2-vit-b@112,clip-vit-l",
     "doctor": "fastrepa doctor",
     "config": "fastrepa config quickstart training.optimizer",

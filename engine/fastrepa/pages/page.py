@@ -222,7 +222,7 @@ def _embedded(path: Path, side: int = PICTURE_SIDE) -> tuple[str, int, int]:
 
 
 def _blocks(run: RunRecord) -> dict[str, Any] | None:
-    """Return what `fastrepa probe RUN` found, where it has been run: heat maps, or only their picture."""
+    """Return the findings of `fastrepa probe RUN`: heat maps, or only their picture; or None."""
     folder = run.folder / "probe"
     try:
         record = read_json(folder / "probe.json")

@@ -19,7 +19,7 @@ KEPT = 12  # pictures, of which the oldest go
 
 
 class Wanted(BaseModel):
-    """Settings that the page may ask for; classes as `sample --classes` takes them, "" for all in turn."""
+    """Settings of a drawing; classes as `sample --classes` takes them, "" for all in turn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -81,7 +81,7 @@ class Painter:
         threading.Thread(target=self._work, args=(drawing,), daemon=True).start()
 
     def state(self) -> dict[str, Any]:
-        """Return what the page shows: `busy` (who holds the run), `now`, and `drawn`, oldest first."""
+        """Return what is shown: `busy` (who holds the run), `now`, and `drawn`, oldest first."""
         with self._lock:
             now = self._drawings[-1] if self._drawings else None
             busy = holder(self.run)
