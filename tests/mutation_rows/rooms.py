@@ -305,4 +305,16 @@ ROWS = (
         "tests/training/memory/test_workload.py::"
         "test_frozen_networks_run_only_where_nothing_is_stored",
     ),
+    # What goes to others.
+    (
+        "the file for others guides from the wrong end",
+        "engine/fastrepa/commands/convert/shared/sit.py",
+        'of_null + own["cfg"] * (of_label - of_null)',
+        'of_label + own["cfg"] * (of_label - of_null)',
+        "tests/commands/convert/test_diffusers_folder.py::test_latents_are_ours",
+    ),
+    (
+        "a model's card tells where its data lie", "engine/fastrepa/commands/convert/card.py",
+        "return PurePath(value).name", "return value", "tests/commands/convert/test_hub.py",
+    ),
 )  # fmt: skip

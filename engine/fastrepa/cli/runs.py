@@ -230,7 +230,13 @@ def evaluate(
 
 @app.command()
 def convert(
-    run: Annotated[Path, typer.Argument(help="A run folder; with --from the one to make.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, a checkpoint folder of it or an exported .safetensors; with --from "
+            "the run to make."
+        ),
+    ],
     file: Annotated[
         Path | None,
         typer.Argument(

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastrepa.commands.convert import exchange
+from fastrepa.config import load_run_config
 from fastrepa.errors import CheckpointError, ConfigError
 from fastrepa.reading.text import parse_yaml
 from tests.command_line import invoke, run
@@ -31,6 +34,13 @@ def model(tmp_path_factory):
         {"step": 9, "loss": 0.1, "grad_norm": 1.0},  # of later than the checkpoint
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measured = {
+        "utc": "2026-01-01T00:00:00", "num_samples": 50000, "reference": "/home/ann/virtual.npz",
+        "generated": {"checkpoint_step": 0, "ema": "0.9999", "sampler": "heun", "cfg": 1.5},
+        "metrics": {"fid": 7.25},
+    }  # fmt: skip
+    later = {**measured, "generated": {"checkpoint_step": 5, "ema": "0.9999"}}
+    (folder / "evaluations.jsonl").write_text(f"{json.dumps(measured)}\n{json.dumps(later)}\n")
     (folder / "samples").mkdir()
     for step, colour in ((0, "red"), (9, "blue")):
         Image.new("RGB", (4, 4), colour).save(folder / f"samples/step_{step:07d}.png")
@@ -81,8 +91,9 @@ def test_the_card(model, tmp_path):
     for words in (
         "# pets\n", "Draws images of 16 x 16 pixels by class", "](samples.png)",
         '.from_pretrained("pets", trust_remote_code=True)', "`pets`: images in 3 classes",
-        "`cat`, `a 'dog' | [x](y)`, `eel`", "| fd_dinov2_vitb14 | 123.5 | 0 |",
-        "| loss | 0.5 | 0 |",
+        "`cat`, `a 'dog' | [x](y)`, `eel`", "| fd_dinov2_vitb14 | 123.5 | 0 | in training |",
+        "| loss | 0.5 | 0 | in training |",
+        "| fid | 7.25 | 0 | 50,000 images against `virtual.npz`; sampler heun, cfg 1.5 |",
         "The weights: `mit`.", "width 24, depth 2, 3 heads, patch 4", "heun, 3 steps, guidance 2.0",
     ):  # fmt: skip
         assert words in text, words
@@ -121,3 +132,27 @@ def test_a_hub_that_refuses(model, monkeypatch, tmp_path):
         assert hub.repositories in ({}, {"ann/x": {}})
     error = str(invoke(*words).exception)  # which is gone now
     assert error == f"--to hub: {hub.url} does not answer: Connection refused"
+
+
+def test_an_export_needs_no_run(model, tmp_path):
+    """A safetensors export gives what its run gives."""
+    export = tmp_path / "model.safetensors"
+    run("convert", model, export, "--to", "safetensors")
+    for source, name in ((model, "a"), (export, "b")):
+        run("convert", source, tmp_path / name, "--to", "diffusers")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    run("convert", export, tmp_path / "c", "--to", "hub", "--repo", "me/c", "--dry-run")
+    assert "16 x 16 pixels" in (tmp_path / "c/README.md").read_text()
+    run("convert", export, tmp_path / "d.pt", "--to", "reference")
+    theirs = torch.load(tmp_path / "d.pt", weights_only=False)
+    assert theirs["args"].num_classes == 3 and "opt" not in theirs
+    assert theirs["ema"].keys() == load_file(export).keys()
+    run("convert", tmp_path / "back", export, "seed=4", "--from", "reference")
+    first, back = (load_run_config(folder).model_dump() for folder in (model, tmp_path / "back"))
+    assert (back.pop("seed"), back.pop("run")) == (4, str(tmp_path / "back"))
+    assert back == {k: v for k, v in first.items() if k not in ("seed", "run")}
+    for words, error in (
+        (["--to", "zero"], "holds weights alone: reference, diffusers, hub"),
+        (["--to", "diffusers", "--step", "3"], "leave --weights, --ema, --ema-sigma-rel and --st"),
+    ):
+        assert error in str(invoke("convert", export, tmp_path / "e", *words).exception)

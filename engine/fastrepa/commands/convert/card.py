@@ -13,6 +13,7 @@ from fastrepa.checkpoint.format import RunState, step_number
 from fastrepa.config import Config
 from fastrepa.errors import printable
 from fastrepa.generation.pictures import EVALUATION
+from fastrepa.reading.evaluations import read_evaluations
 from fastrepa.reading.metrics import read_metrics
 from fastrepa.reading.text import dump_yaml
 
@@ -144,18 +145,23 @@ def _training(config: Config, state: RunState) -> Iterator[str]:
 
 
 def _measured(run: Path, step: int) -> Iterator[str]:
-    """The last value of every loss and metric that the run has logged up to a step."""
-    last: dict[str, tuple[float, int]] = {}
+    """The last value of every loss and metric that was logged or measured up to a step."""
+    rows: dict[tuple[str, str], tuple[float, int]] = {}
     for line in read_metrics(run / "metrics.jsonl").by_step():
-        for key, value in line.items():
-            wanted = key in LOSSES or EVALUATION.match(key)
-            if wanted and line["step"] <= step and math.isfinite(value):
-                last[key] = value, int(line["step"])
-    if last:
+        for key in [k for k in line if k in LOSSES or EVALUATION.match(k)]:
+            if line["step"] <= step and math.isfinite(line[key]):
+                rows[key, "in training"] = line[key], int(line["step"])
+    for one in read_evaluations(run)[0]:
+        if one.step > step:
+            continue
+        how = f"{one.num:,} images against {_code(PurePath(one.reference).name)}; {one.sampler}"
+        for key, value in one.scores.items():
+            rows[key, how] = value, one.step
+    if rows:
         yield "## Metrics"
         yield _table(
-            ("metric", "value", "step"),
-            [(key, f"{value:.4g}", f"{at:,}") for key, (value, at) in sorted(last.items())],
+            ("metric", "value", "step", "measured"),
+            [(key, f"{v:.4g}", f"{at:,}", how) for (key, how), (v, at) in sorted(rows.items())],
         )
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrepa.checkpoint.averages import choose_ema, stored_emas
-from fastrepa.checkpoint.choice import Step, with_chosen
+from fastrepa.checkpoint.choice import Step, export_state, is_export, read_export, with_chosen
 from fastrepa.checkpoint.format import (
     RunState,
     StoredTensors,
@@ -41,8 +41,10 @@ from fastrepa.config import (
     Config,
     DataConfig,
     OptimizerConfig,
+    config_from_dict,
     load_config,
     load_run_config,
+    overridden,
     run_folder,
     save_config,
 )
@@ -58,12 +60,14 @@ from fastrepa.errors import (
 )
 from fastrepa.model.conversion import check_weights, load_reference, save_reference
 from fastrepa.model.sit import SiT
+from fastrepa.reading.tensors import SafeTensors
 from fastrepa.runtime.files import aside, fsync_folder, sweep
 from fastrepa.runtime.ownership import owned
 from fastrepa.training.telemetry import versions
 
 FORMATS = ("reference", "safetensors", "zero", "diffusers")
 SOURCES = ("reference", "zero")
+Beside = Callable[[Path, Config, RunState], None]
 ONE_AVERAGE = ("safetensors", "diffusers")  # what has the weights of one model
 
 
@@ -77,7 +81,7 @@ def export_run(
     ema_sigma_rel: float | None = None,
     step: Step = None,
     overrides: Sequence[str] = (),
-    beside: Callable[[Path, Config, RunState], None] | None = None,
+    beside: Beside | None = None,
 ) -> RunState:
     """A run's checkpoint, by default the newest good one, as one new file or, for zero, a new
     folder.
@@ -89,10 +93,18 @@ def export_run(
     zero: a universal checkpoint of DeepSpeed's (zero_format.py), with every average.
     diffusers: a folder that diffusers loads (diffusers_folder.py), of the same weights as
     safetensors; `beside` may write more into it.
-    Raises FastrepaError; an existing file is never replaced.
+    `run` may be an export (checkpoint/choice.py), whose weights become a reference's file without
+    moments, or a folder for diffusers. Raises FastrepaError; an existing file is never replaced.
     """
     _check_asked(out, to, weights, ema, ema_sigma_rel)
     _check_new(out)
+    if is_export(run):
+        if weights == "raw" or (ema, ema_sigma_rel, step) != (None, None, None):
+            raise ConfigError(
+                f"{run}: holds one set of weights; leave --weights, --ema, --ema-sigma-rel and "
+                f"--step out"
+            )
+        return _hand_on(run, out, to, overrides, beside)
     config = load_run_config(run_folder(run), overrides)
     with owned(out.parent, "fastrepa convert", CheckpointError, file=out.name):
         _check_new(out)
@@ -144,6 +156,36 @@ def export_run(
                     **state.versions,
                 },
             )
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise CheckpointError(f"{out}: cannot be written ({worded(e)})") from None
+    return state
+
+
+def _hand_on(
+    export: Path, out: Path, to: str, overrides: Sequence[str], beside: Beside | None
+) -> RunState:
+    """An export as a file of another kind."""
+    if to not in ("reference", "diffusers"):
+        raise ConfigError(
+            f"--to: {to}, but {export} holds weights alone: reference, diffusers, hub"
+        )
+    about, tree, stored = read_export(export)
+    config = config_from_dict(overridden(tree, overrides), source=str(export))
+    state = export_state(export, about, stored, config)
+    check_finite(export, about["weights"], stored)
+    check_weights(_empty_model(config, state), stored, source=str(export))
+    with owned(out.parent, "fastrepa convert", CheckpointError, file=out.name):
+        _check_new(out)
+        try:
+            if to == "reference":
+                whole, args = dict(stored), _reference_args(config)
+                save_reference(out, model=whole, ema=whole, steps=state.step, args=args)
+                return state
+            which = about["ema"] if about["weights"] == "ema" else about["weights"]
+            with aside(out) as partial:
+                write_folder(partial, stored, config, state, which)
+                if beside is not None:
+                    beside(partial, config, state)
         except (OSError, RuntimeError, SafetensorError) as e:
             raise CheckpointError(f"{out}: cannot be written ({worded(e)})") from None
     return state
@@ -286,9 +328,14 @@ def _found_config(
     own = with_classes(load_run_config(run)) if (run / SAVED).exists() else None
     if own is not None and not overrides:
         return own, False
-    if not args and own is None:
+    told: Config | None = None
+    if args:
+        told = config_of(args, shape, file, run, overrides)
+    elif is_export(file) and "config" in SafeTensors(file, CheckpointError).metadata:
+        tree = {**read_export(file)[1], "run": str(run)}
+        told = config_from_dict(overridden(tree, overrides), source=str(file))
+    elif own is None:
         raise ConfigError(f"--config is needed: {file} has no args; it is {shape}")
-    told = config_of(args, shape, file, run, overrides) if args else None
     if own not in (None, told):  # unless of this very call, killed
         raise ConfigError(f"{overrides[0]}: {run} has a {SAVED} of its own; change it there")
     assert told is not None
