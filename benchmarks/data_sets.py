@@ -20,8 +20,8 @@ from fastrepa.data.format.shards import (
     FileRecord,
     MomentsColumn,
     ShardSet,
-    write_manifest,
 )
+from fastrepa.data.format.writing import write_manifest
 
 RESOLUTION = 256
 CLASSES = 10

@@ -24,8 +24,8 @@ from fastrepa.data.format.shards import (
     MomentsColumn,
     ShardRecord,
     ShardSet,
-    write_manifest,
 )
+from fastrepa.data.format.writing import write_manifest
 from fastrepa.data.images import encode
 from tests.sets.trees import noise
 

@@ -13,7 +13,7 @@ import typer
 from fastrepa import __version__
 from fastrepa.cli.help import ReadableCommand, ReadableGroup
 from fastrepa.errors import ConfigError
-from fastrepa.reading.text import expanded
+from fastrepa.reading.text import address, expanded, is_address
 from fastrepa.runtime.terminal import say
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -28,7 +28,8 @@ class _Commands(typer.Typer):
         def add(command: _Command) -> _Command:
             @wraps(command)
             def run(**given: Any) -> None:
-                command(**{name: _meant(name, value) for name, value in given.items()})
+                of = command.__name__
+                command(**{name: _meant(of, name, value) for name, value in given.items()})
 
             register(run)
             return command
@@ -36,11 +37,25 @@ class _Commands(typer.Typer):
         return add
 
 
-def _meant(name: str, value: Any) -> Any:
+# What may be an address: of the commands that read a set, and write nothing into it.
+_SETS = {("data_verify", "path"), ("data_show", "path"), ("probe", "target"),
+         ("evaluate", "samples"), ("evaluate", "reference")}  # fmt: skip
+
+
+def _meant(command: str, name: str, value: Any) -> Any:
+    if isinstance(value, Path) and is_address(value):
+        if (command, name) not in _SETS:
+            raise ConfigError(
+                f"{name.replace('_', '-')}: {address(str(value))}: an address is read by train "
+                "(data.path), data verify, data show, probe and evaluate; here it must be a path"
+            )
+        from fastrepa.data.datasets import located
+
+        return located(value)
     if isinstance(value, Path):
         return Path(expanded(str(value)))
     if isinstance(value, list):
-        return [_meant(name, item) for item in value]
+        return [_meant(command, name, item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--{name.replace('_', '-')}: {value} is not a finite number")
     return value

@@ -17,6 +17,7 @@ from fastrepa.config.values import (
     PathText,
     Positive,
     Probability,
+    SetPath,
     Text,
 )
 
@@ -50,7 +51,17 @@ class CodecConfig(Section):
 class DataConfig(Section):
     """A data set (made by `fastrepa prepare`, or in the reference's layout) and how it is read."""
 
-    path: PathText = Field(description="the set's folder")
+    path: SetPath = Field(
+        description="the set's folder, or an address: https://, s3:// or gs://HOST/PATH"
+    )
+    cache_dir: PathText | None = Field(
+        None,
+        description="of a set at an address: a folder for the blocks that were read, which several "
+        "runs may share; null: fastrepa/blocks in the user's cache",
+    )
+    cache_gb: Annotated[float, Field(ge=0.0)] = Field(
+        32.0, description="what cache_dir may hold, in 1e9 bytes; 0: nothing is kept"
+    )
     resolution: Positive = Field(256, description="side of the set's images, in pixels")
     codec: CodecConfig = CodecConfig()
     latents: Literal["auto", "online", "cached"] = Field(

@@ -281,6 +281,8 @@ def _clause(problem: ErrorDetails) -> str:
         return f"{path}: unknown key{hint}"
     if kind == "missing":
         return f"{path}: required key is missing"
+    if kind == "address":  # which may hold a secret
+        return f"{path}: {why}"
     if kind == "value_error":
         return why.removeprefix("Value error, ")
     return f"{path}: {shown(problem['input'])} is not allowed: {why[:1].lower()}{why[1:]}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError
-from fastrepa.reading.text import expanded, written
+from fastrepa.reading.text import address, expanded, is_address, written
 
 # What `load_config` fills in from the model's name, where the file does not say it.
 FROM_NAME: dict[str, JsonValue] = {"x-from": "model.name"}
@@ -74,7 +75,22 @@ def _path(text: str) -> str:
         raise PydanticCustomError("path", "{why}", {"why": str(e)}) from None
 
 
+def _set_path(text: str) -> str:
+    if is_address(text):
+        try:
+            return address(text)
+        except ConfigError as e:
+            raise PydanticCustomError("address", "{why}", {"why": str(e)}) from None
+    if found := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise PydanticCustomError(
+            "address", "{found} is none of https://, http://, s3:// and gs://", {"found": found[0]}
+        )
+    return _path(text)
+
+
 # What YAML takes for a number is text here, as it is written: a run called 0123 keeps its 0.
 Text = Annotated[str, BeforeValidator(_text)]
 # Also of what is a path only among other things: hub ids and words begin with no ~.
 PathText = Annotated[Text, AfterValidator(_path)]
+# A data set: in a folder, or at an address, which is not made a path.
+SetPath = Annotated[Text, AfterValidator(_set_path)]

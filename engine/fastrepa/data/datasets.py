@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastrepa.config import Config
+from fastrepa.config import Config, DataConfig
 from fastrepa.data.format.reference_layout import LABELS, LATENTS
 from fastrepa.data.format.shards import MANIFEST, FeaturesColumn, MomentsColumn, ShardSet
 from fastrepa.data.format.store import SampleStore
 from fastrepa.errors import DataError
+from fastrepa.reading.text import is_address
 from fastrepa.runtime.world import launched_world
 
 
@@ -64,9 +65,28 @@ class DataSet(Protocol):
         """
 
 
+def located(path: str | Path) -> Path:
+    """The path that is meant: of an address one that is read as files are (remote.py)."""
+    if is_address(path):
+        from fastrepa.data.format.remote import remote_path
+
+        return remote_path(path)
+    return Path(path)
+
+
+def keep_blocks(config: DataConfig) -> None:
+    """Keep what is read from an address as the section says."""
+    if is_address(config.path):
+        from fastrepa.data.format.remote import use_cache
+
+        use_cache(config.cache_dir, config.cache_gb)
+
+
 def is_data(path: Path) -> bool:
     """Tell whether the folder is a data set by what it holds, sound or not."""
-    return (path / MANIFEST).exists() or (path / LATENTS / LABELS).exists()
+    if (path / MANIFEST).exists():
+        return True
+    return not is_address(path) and (path / LATENTS / LABELS).exists()
 
 
 def open_data(
@@ -75,21 +95,24 @@ def open_data(
     resolution: int | None = None,
     verify: Literal["sizes", "full", "auto"] = "auto",
 ) -> DataSet:
-    """Open a folder of shards (shards.py) or one in the reference's layout (reference.py).
+    """Open a folder of shards (shards.py), on a disk or at an address (remote.py), or one in the
+    reference's layout (reference.py).
 
     Raises DataError, naming the file, for what is missing, truncated or foreign, and when the
     images are not of the `resolution` (pixels a side) asked for. `verify`: see `ShardSet.open`;
     the reference's layout has no checksums, and nothing but names and sizes to check.
     """
-    folder = Path(path)
+    folder = located(path)
     if (folder / MANIFEST).exists():
         return ShardSet.open(folder, resolution=resolution, verify=verify)
-    if (folder / LATENTS / LABELS).exists():
+    if not is_address(folder) and (folder / LATENTS / LABELS).exists():
         from fastrepa.data.format.reference import ReferenceSet
 
         # A million files take a while to look at: say so where a person watches.
         watched = sys.stderr.isatty() and launched_world().is_rank_0
         return ReferenceSet.open(folder, resolution=resolution, progress=watched)
+    if is_address(folder):
+        raise DataError(f"{folder / MANIFEST}: not there, so it is no address of a prepared set")
     found = "is no data set" if folder.is_dir() else "no such folder"
     raise DataError(
         f"{folder}: {found}: neither {MANIFEST} (shards made by `fastrepa prepare`) nor "
@@ -102,6 +125,7 @@ def with_classes(config: Config) -> Config:
 
     Raises DataError where the set cannot be opened.
     """
+    keep_blocks(config.data)
     if not config.model.takes_the_sets_classes:
         return config
     try:

@@ -49,8 +49,14 @@ def read_npy(
     Raises DataError: `PATH: not WHAT (why)`, or `PATH: MISSING` for no such file.
     """
     with _naming(path, what, missing):
-        header = _header_of(path)
-        values = np.fromfile(path, header.dtype, math.prod(header.shape), offset=len(header.raw))
+        with path.open("rb") as file:
+            header = _header(file)
+            _check_size(header, file.seek(0, os.SEEK_END))
+            file.seek(len(header.raw))
+            values = np.empty(math.prod(header.shape), header.dtype)
+            into = values.view(np.uint8).data if header.num_bytes else memoryview(bytearray())
+            if file.readinto(into) != len(into):
+                raise EOFError("it ends early")
         return _shaped(values, header)
 
 
@@ -137,7 +143,7 @@ def _opened(
 def _header_of(path: Path) -> NpyHeader:
     with path.open("rb") as file:
         header = _header(file)
-        _check_size(header, os.fstat(file.fileno()).st_size)
+        _check_size(header, file.seek(0, os.SEEK_END))
     return header
 
 

@@ -130,6 +130,30 @@ def expanded(path: str) -> str:
     return found
 
 
+_ADDRESS = re.compile(r"(https?|s3|gs):/+(?=[^/])")
+
+
+def is_address(path: object) -> bool:
+    """Tell whether a path means files elsewhere: https://, http://, s3:// or gs://."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def address(text: str) -> str:
+    """Return an address as it is compared and recorded: two slashes, and none at its end.
+
+    Raises ConfigError, which does not repeat it, for one that may hold a secret.
+    """
+    found = _ADDRESS.match(text)
+    assert found is not None
+    host, slash, rest = text[found.end() :].partition("/")
+    if "@" in host or "?" in rest or "#" in rest:
+        raise ConfigError(
+            f"an address of {found[1]}:// is taken without user, password, ? and #, as it is "
+            "recorded with the run; credentials come from the environment or ~/.netrc"
+        )
+    return f"{found[1]}://{host}{slash}{rest}".rstrip("/")
+
+
 def _bytes_of(path: Path, kind: type[FastrepaError], most: int = -1) -> bytes:
     try:
         with path.open("rb") as file:

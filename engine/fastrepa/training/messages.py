@@ -34,9 +34,8 @@ FREE_KEYS = ("run", "training.steps", "training.log_every", "training.sample_eve
              "training.wandb", "training.trackio", "training.micro_batch", "training.compile",
              "training.ema", "training.recompute", "training.memory_budget_gb", "training.threads",
              "vision.look_ahead", "vision.compile", "data.path", "data.decode", "data.readers",
-             "data.read_ahead",
-             "data.prefetch", "sample", "evaluation", "zero", "survival", "attention", "kernels",
-             "deterministic")  # fmt: skip
+             "data.read_ahead", "data.prefetch", "data.cache_dir", "data.cache_gb", "sample",
+             "evaluation", "zero", "survival", "attention", "kernels", "deterministic")  # fmt: skip
 
 
 def first_line(trainer: Trainer, threads: str = "") -> str:

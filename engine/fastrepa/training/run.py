@@ -23,7 +23,7 @@ from fastrepa.checkpoint.format import (
 from fastrepa.checkpoint.identity import check_classes, trained_classes
 from fastrepa.checkpoint.writer import CheckpointWriter
 from fastrepa.config import Config, DataConfig, save_config
-from fastrepa.data.datasets import DataSet, open_data
+from fastrepa.data.datasets import DataSet, keep_blocks, open_data
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.data.reader import RankBatches
 from fastrepa.errors import ConfigError, DataError, GivenUp, TrainingError
@@ -423,6 +423,7 @@ class Run:
 
 
 def _open_data(config: DataConfig, num_classes: int) -> DataSet:
+    keep_blocks(config)
     data = open_data(config.path, resolution=config.resolution)
     if len(data.classes) > num_classes:
         raise DataError(

@@ -26,8 +26,8 @@ from fastrepa.data.format.shards import (
     FileRecord,
     MomentsColumn,
     ShardSet,
-    write_manifest,
 )
+from fastrepa.data.format.writing import write_manifest
 from fastrepa.errors import DataError
 from tests.commands.verify.damages import (
     DAMAGES,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastrepa.checkpoint.choice import can_draw
@@ -11,6 +10,7 @@ from fastrepa.commands.evaluate.evaluator import SetEvaluator, Side, choose_metr
 from fastrepa.commands.evaluate.feature_sets import StatisticsCache
 from fastrepa.commands.evaluate.image_sources import Generated, open_stored
 from fastrepa.config import Config
+from fastrepa.data.datasets import located
 from fastrepa.errors import ConfigError
 from fastrepa.generation.generate import default_labels
 from fastrepa.runtime.world import World, of_rank_0
@@ -38,7 +38,7 @@ class RunEvaluator:
         self.settings = config.evaluation
         self._reference: Side | None = None
         metrics, encoders = choose_metrics(self.settings.metrics, self.settings.encoders)
-        self._path = Path(self.settings.reference or config.data.path)
+        self._path = located(self.settings.reference or config.data.path)
         if can_draw(self._path):
             raise ConfigError(
                 f"evaluation.reference: {self._path} is a run; allowed are a data set, a folder of "

@@ -33,7 +33,7 @@ from fastrepa.commands.evaluate.image_sources import (
 from fastrepa.commands.evaluate.metrics import frechet_bias
 from fastrepa.commands.evaluate.record import evaluation_record, keep_beside
 from fastrepa.config import EncoderConfig, run_folder
-from fastrepa.data.datasets import is_data, open_data
+from fastrepa.data.datasets import is_data, located, open_data
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.generation.generate import default_labels
 from fastrepa.generation.loading import (
@@ -210,7 +210,7 @@ def _run_source(
     loaded = load_generator(run, world, world.device, wanted)
     info, config = loaded.state, with_settings(loaded.config, settings)
     model = ready_to_sample(loaded.model, config.sample, config.training, world.device)
-    if is_data(other) and other.resolve() == Path(config.data.path).resolve():
+    if is_data(other) and other.resolve() == located(config.data.path).resolve():
         data = open_data(other, verify="sizes")
         check_classes(info, data)
         notes.extend(other_samples(info, data))

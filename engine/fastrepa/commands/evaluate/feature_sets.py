@@ -25,6 +25,7 @@ from fastrepa.commands.evaluate.metrics import Moments
 from fastrepa.errors import DataError, writing
 from fastrepa.generation.generate import rank_batches
 from fastrepa.reading.arrays import read_npz
+from fastrepa.reading.text import is_address
 from fastrepa.runtime.files import aside
 from fastrepa.runtime.world import World, on_all
 
@@ -159,7 +160,13 @@ class StatisticsCache:
 
     @classmethod
     def beside(cls, data: Path) -> StatisticsCache:
-        """The one of data at a path: NAME.statistics in the same folder."""
+        """The one of data at a path: NAME.statistics in the same folder, for an address in the
+        user's cache.
+        """
+        if is_address(data):
+            from fastrepa.data.format.remote import default_cache
+
+            return cls(default_cache().with_name("statistics"))
         place = data.absolute()
         return cls(place.with_name(f"{place.name}.statistics"))
 

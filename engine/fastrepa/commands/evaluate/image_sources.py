@@ -30,7 +30,7 @@ from fastrepa.errors import DataError
 from fastrepa.generation.folder import PNG_NAME, RECORD, settings_of
 from fastrepa.generation.generate import generate
 from fastrepa.reading.arrays import NPZ, npz_names, npz_stream, read_npz
-from fastrepa.reading.text import read_json
+from fastrepa.reading.text import is_address, read_json
 from fastrepa.runtime.files import sha256_of
 from fastrepa.vision.codec import Codec
 
@@ -265,6 +265,8 @@ class Generated:
 
 def open_stored(path: Path) -> Stills | AdmImages | Statistics:
     """Open what lies at `path` and is no run; else a DataError that names what is allowed."""
+    if is_address(path):
+        return open_set(path)
     if path.is_file() and path.suffix == ".npz":
         return open_npz(path)
     if not path.is_dir():

@@ -50,8 +50,8 @@ from fastrepa.data.format.shards import (
     ShardSet,
     load_manifest,
     size_problem,
-    write_manifest,
 )
+from fastrepa.data.format.writing import write_manifest
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.errors import ConfigError, DataError, worded
 from fastrepa.reading.text import expanded

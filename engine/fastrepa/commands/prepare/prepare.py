@@ -53,8 +53,8 @@ from fastrepa.data.format.shards import (
     ShardSet,
     SkippedRecord,
     load_manifest,
-    write_manifest,
 )
+from fastrepa.data.format.writing import write_manifest
 from fastrepa.data.sources.entries import Listing
 from fastrepa.data.sources.listing import list_source
 from fastrepa.errors import DataError, nearest, printable, shown, worded

@@ -38,7 +38,7 @@ from fastrepa.commands.probe.similarity import NEIGHBOURS, cknna, linear_cka
 from fastrepa.config import CodecConfig, Config, DataConfig, EncoderConfig, ObjectiveConfig
 from fastrepa.data.classes import first_difference
 from fastrepa.data.column_check import check_column
-from fastrepa.data.datasets import is_data
+from fastrepa.data.datasets import is_data, keep_blocks, located
 from fastrepa.data.gallery import Gallery, choose
 from fastrepa.errors import CheckpointError, ConfigError, DataError
 from fastrepa.model.conversion import load_weights
@@ -292,7 +292,8 @@ class _Images:
 def _images(
     config: DataConfig, held_out: Path | None, num: int, seed: int, progress: Progress
 ) -> _Images:
-    own = Gallery(Path(config.path))
+    keep_blocks(config)
+    own = Gallery(located(config.path))
     beside = held_out or _beside(own)
     other = Gallery(beside) if beside else own
     for gallery in (own, other):

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from fastrepa.commands.profile.host_syncs import HostSync, HostSyncs
 from fastrepa.config import Config, VisionConfig, config_from_dict
-from fastrepa.data.datasets import open_data, with_classes
+from fastrepa.data.datasets import located, open_data, with_classes
 from fastrepa.errors import ConfigError, WeightsError, writing
 from fastrepa.profiling.activity import Annotating, profiler
 from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
@@ -317,7 +317,7 @@ def _trainer(config: Config, world: World) -> Iterator[tuple[Trainer, Batches, l
     vision, said = _with_weights_that_are_here(config.vision)
     config = config.model_copy(update={"vision": vision})
     codec_here = not config.data.codec.is_autoencoder or _on_disk(config.data.codec.weights)
-    real = Path(config.data.path).is_dir() and codec_here
+    real = located(config.data.path).is_dir() and codec_here
     with tempfile.TemporaryDirectory() as folder:
         # No checkpoint is there: the weights are a new run's. It is not evaluated.
         config = config_from_dict(

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fastrepa.data.classes import choose_classes, named
+from fastrepa.data.datasets import located
 from fastrepa.data.gallery import Gallery, choose
 from fastrepa.data.images import UnreadableImageError, open_image
 from fastrepa.data.sheet import (
@@ -67,8 +68,9 @@ def show(
     for name, value, low in (("num", num, 1), ("features", features, 0), ("seed", seed, 0)):
         if value < low:
             raise DataError(f"{name} must be at least {low}, not {value}")
-    gallery = Gallery(Path(path))
-    name = Path(path).resolve().name
+    folder = located(path)
+    gallery = Gallery(folder)
+    name = folder.resolve().name
     sheet_path = _picture_path(name, out)
     columns_path = sheet_path.with_name(f"{sheet_path.stem}_columns.png")
     with_columns = features > 0 and (gallery.moments or gallery.encoders)

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fastrepa.commands.verify.checks import Check, FileProblem, Findings, image_problem
-from fastrepa.data.format.columns import CRC_BYTES, open_rows
+from fastrepa.data.format.columns import CRC_BYTES, first_row
 from fastrepa.data.format.index import BLOCK, key_text, padded
 from fastrepa.data.format.partial import CONTACT_SHEET, REPORT
 from fastrepa.data.format.shards import (
@@ -318,8 +318,14 @@ class RowsCheck:
     def run(self, go_on: Callable[[], None]) -> list[FileProblem]:
         go_on()
         column = self.column
-        every = open_rows(self.path, column.dtype, self.samples, column.views)
-        rows = np.array(every[self.first : self.first + len(self.keys)])
+        shape, size = (len(self.keys), column.views), column.dtype.itemsize * column.views
+        begin = first_row(self.path, column.dtype, self.samples, column.views) + self.first * size
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            raw = file.read(size * len(self.keys))
+        if len(raw) < size * len(self.keys):
+            return [FileProblem(self.file, None, "it became shorter while it was read")]
+        rows = np.frombuffer(raw, column.dtype).reshape(shape)
         if isinstance(column, MomentsColumn):
             wrong = _of_moments(rows, column)
         else:

@@ -14,9 +14,11 @@ from rich.table import Column, Table
 from fastrepa.commands.verify.check_reference import plan_reference
 from fastrepa.commands.verify.check_shards import plan_shards, repairs
 from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftovers, run_checks
+from fastrepa.data.datasets import located
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
+from fastrepa.reading.text import is_address
 from fastrepa.runtime.hardware import usable_cores
 from fastrepa.runtime.terminal import as_json, counted
 
@@ -73,7 +75,7 @@ def verify(
     DataError when `path` is no data set of either layout.
     """
     started = time.monotonic()
-    folder = Path(path)
+    folder = located(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
     findings = Findings(notes=leftovers(folder))
@@ -92,6 +94,8 @@ def verify(
         checks = plan(folder, findings, quick=quick)
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+    if is_address(folder):
+        workers = 1  # its connections and its cache are this process's
     workers = usable_cores() if workers is None else workers
     run_checks(checks, workers, progress, findings.problems.extend)
     return VerifyReport(
@@ -105,7 +109,9 @@ def verify(
         columns={} if quick else findings.columns,
         num_bytes=0 if quick else findings.num_bytes,
         seconds=time.monotonic() - started,
-        repairs=repairs(folder, findings.problems) if layout == "shards" else [],
+        repairs=repairs(folder, findings.problems)
+        if layout == "shards" and not is_address(folder)
+        else [],
     )
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from fastrepa.errors import DataError
-from fastrepa.reading.arrays import map_npy
+from fastrepa.reading.arrays import map_npy, read_header
 
 CRC_BYTES = 4
+_MISSING = "missing, but the manifest lists it"
 
 
 def moments_dtype(channels: int, side: int) -> np.dtype:
@@ -47,13 +48,19 @@ def seal(rows: np.ndarray) -> None:
 
 def open_rows(path: Path, dtype: np.dtype, samples: int, views: int) -> np.ndarray:
     """The rows [samples, views] of a column file, memory-mapped; DataError when it is not one."""
-    rows = map_npy(path, "a readable column", missing="missing, but the manifest lists it")
-    if rows.dtype != dtype or rows.shape != (samples, views):
+    first_row(path, dtype, samples, views)
+    return map_npy(path, "a readable column", missing=_MISSING)
+
+
+def first_row(path: Path, dtype: np.dtype, samples: int, views: int) -> int:
+    """The offset of the first of these rows in a column file; DataError when it is not one."""
+    header = read_header(path, "a readable column", missing=_MISSING)
+    if header.dtype != dtype or header.shape != (samples, views):
         raise DataError(
-            f"{path}: rows of {rows.dtype} in shape {list(rows.shape)}; the manifest says "
+            f"{path}: rows of {header.dtype} in shape {list(header.shape)}; the manifest says "
             f"{dtype} in shape {[samples, views]}"
         )
-    return rows
+    return len(header.raw)
 
 
 def first_damaged(rows: np.ndarray) -> int | None:

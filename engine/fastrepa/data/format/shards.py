@@ -18,17 +18,23 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fastrepa.data.format.columns import features_dtype, first_damaged, moments_dtype, open_rows
+from fastrepa.data.format.columns import (
+    features_dtype,
+    first_damaged,
+    first_row,
+    moments_dtype,
+    open_rows,
+)
 from fastrepa.data.format.index import BLOCK, KEY_DIGITS, key_text, load_index, padded
 from fastrepa.data.format.store import ColumnFiles, ShardStore
 from fastrepa.errors import DataError
-from fastrepa.reading.text import read_json
-from fastrepa.runtime.files import sha256_of, write_whole
+from fastrepa.reading.text import is_address, read_json
+from fastrepa.runtime.files import sha256_of
 from fastrepa.runtime.terminal import typed
 
 FORMAT = "fastrepa-shards"
@@ -177,14 +183,14 @@ class ShardSet:
         """Open the set in folder `path` and verify it before anything is read from it.
 
         Every shard must be there with its recorded size, and every index with its recorded
-        SHA-256, whatever `verify` says. "full" hashes every shard too; "auto" does so for sets up
-        to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32. Without
-        `columns` nobody looks at these: what makes them anew must be able to open the set.
+        SHA-256, whatever `verify` says. "full" hashes every shard too; "auto" does so for sets on a
+        disk up to 1 GiB; "sizes" leaves altered bytes inside a shard to the reader's CRC-32.
+        Without `columns` nobody looks at these: what makes them anew must be able to open the set.
 
         Raises DataError, naming the file, for anything missing, truncated, altered or foreign,
         and when the set was prepared at another `resolution` (pixels a side) than asked.
         """
-        folder = Path(path)
+        folder = path if isinstance(path, Path) else Path(path)  # of an address it is its own kind
         manifest = load_manifest(folder)
         if resolution is not None and manifest.resolution != resolution:
             raise DataError(
@@ -198,7 +204,8 @@ class ShardSet:
             if fault.refusal is not None:
                 repair = _repair(folder) if fault.of_column else ""
                 raise DataError(f"{folder / fault.file}: {fault.refusal}{repair}")
-        if verify == "full" or (verify == "auto" and shards.num_bytes <= AUTO_FULL_BYTES):
+        small = shards.num_bytes <= AUTO_FULL_BYTES and not is_address(folder)
+        if verify == "full" or (verify == "auto" and small):
             shards._check_contents()
         return shards
 
@@ -299,24 +306,6 @@ class ShardSet:
             raise DataError(f"{path}: damaged (its SHA-256 is not the manifest's)")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` whole or not at all: one record per line, readable as a diff."""
-    text = _json_lines(manifest.model_dump(mode="json"), "")
-    write_whole(folder / MANIFEST, (text + "\n").encode())
-
-
-def _json_lines(value: Any, indent: str) -> str:
-    """JSON with a line for every entry of an outer object or list of records."""
-    deeper = indent + "  "
-    if isinstance(value, dict) and (not indent or "files" in value):
-        rows = [f"{json.dumps(name)}: {_json_lines(item, deeper)}" for name, item in value.items()]
-        return "{\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}}}"
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        rows = [_json_lines(item, deeper) for item in value]
-        return "[\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}]"
-    return json.dumps(value)
-
-
 def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -352,6 +341,8 @@ class Fault(NamedTuple):
 
 
 def _repair(folder: Path) -> str:
+    if is_address(folder):
+        return ""
     return f"; `fastrepa data verify {typed(folder)}` says which command makes it again"
 
 
@@ -368,6 +359,12 @@ class QuickCheck:
         self.sound: set[str] = set()
         self.opened: set[tuple[str, str]] = set()
         self.indices: dict[str, np.ndarray] = {}
+        if is_address(folder):
+            from fastrepa.data.format.remote import look_ahead
+
+            columns = (record for column in manifest.columns for record in column.files)
+            sized = [folder / record.file for record in (*manifest.shards, *columns)]
+            look_ahead(sized, [folder / shard.index.file for shard in manifest.shards])
 
     def faults(self) -> Iterator[Fault]:
         """Yield every fault; the first with a refusal is what opening the set raises."""
@@ -449,7 +446,7 @@ class QuickCheck:
                 continue
             path = self.folder / record.file
             try:
-                open_rows(path, column.dtype, shard.samples, column.views)
+                first_row(path, column.dtype, shard.samples, column.views)
                 self.opened.add((shard.file, record.file))
             except DataError as error:
                 problem = str(error).removeprefix(f"{path}: ")

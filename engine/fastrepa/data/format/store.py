@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastrepa.data.format.columns import CRC_BYTES, open_rows
+from fastrepa.data.format.columns import CRC_BYTES, first_row
 from fastrepa.data.format.index import load_index
 from fastrepa.errors import DataError
+from fastrepa.reading.text import is_address
 
 
 @dataclass
@@ -60,6 +61,24 @@ class SampleStore(Protocol):
         """Close every file; filling again opens them again."""
 
 
+class Files(Protocol):
+    """Reads a store's files: `OpenFiles`, or of a set at an address `RangeFiles` (remote.py)."""
+
+    def read(
+        self, path: Path, parts: Sequence[memoryview], offset: int, named: Callable[[], str]
+    ) -> bool:
+        """Fill byte buffers, one after the other, from a file at `offset`; False: it is too short.
+
+        Raises DataError, saying `named()`, where it cannot be read.
+        """
+
+    def once_more(self, path: Path, offset: int, size: int) -> bool:
+        """Forget a copy of bytes that are damaged; tell whether to read them again may help."""
+
+    def close(self) -> None:
+        """Close what nobody uses."""
+
+
 @dataclass(frozen=True)
 class ColumnFiles:
     """A column's file of every shard, and what its rows are (columns.py)."""
@@ -93,7 +112,7 @@ class ShardStore:
     ) -> None:
         self._images, self._indices = images, indices
         self._columns = (*([moments] if moments else []), *features)
-        self._files = OpenFiles(open_shards * (image + len(self._columns)))
+        self._files = _files(images[0], open_shards * (image + len(self._columns)))
         self._open_shards = open_shards
         self._shards: OrderedDict[int, tuple[np.ndarray, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -122,11 +141,12 @@ class ShardStore:
     def _read_image(self, shard: int, record: Any) -> np.ndarray:
         path, size = self._images[shard], int(record["image_size"])
         data = np.empty(size, dtype=np.uint8)
-        with self._files.use(path, lambda: _named(path, record)) as descriptor:
-            whole = read_exactly(descriptor, [data.data], int(record["image_offset"]))
-        if not whole:
+        offset = int(record["image_offset"])
+        if not self._files.read(path, [data.data], offset, lambda: _named(path, record)):
             raise DataError(f"{_named(path, record)}: the shard ends inside it (truncated)")
         if zlib.crc32(data.data) != record["image_crc32"]:
+            if self._files.once_more(path, offset, size):
+                return self._read_image(shard, record)
             raise DataError(f"{_named(path, record)}: damaged (its CRC-32 is not the index's)")
         return data
 
@@ -149,14 +169,14 @@ class ShardStore:
         stored = bytearray(CRC_BYTES)
         offset = first + (sample * files.views + view) * files.dtype.itemsize
         raw = [part.reshape(-1).view(np.uint8).data for part in parts]
-        with self._files.use(path, named) as descriptor:
-            whole = read_exactly(descriptor, [*raw, memoryview(stored)], offset)
-        if not whole:
+        if not self._files.read(path, [*raw, memoryview(stored)], offset, named):
             raise DataError(f"{named()}: the column ends inside it (truncated)")
         crc = 0
         for part in raw:
             crc = zlib.crc32(part, crc)
         if crc != int.from_bytes(stored, "little"):
+            if self._files.once_more(path, offset, files.dtype.itemsize):
+                return self._read_row(files, first, shard, sample, view, parts)
             raise DataError(f"{named()}: damaged (its CRC-32 is wrong)")
 
     def _shard(self, shard: int) -> tuple[np.ndarray, list[int]]:
@@ -168,9 +188,8 @@ class ShardStore:
             records = load_index(self._indices[shard])
             firsts = []
             for column in self._columns:
-                rows = open_rows(column.paths[shard], column.dtype, len(records), column.views)
-                assert isinstance(rows, np.memmap)
-                firsts.append(rows.offset)
+                path = column.paths[shard]
+                firsts.append(first_row(path, column.dtype, len(records), column.views))
             self._shards[shard] = held = records, firsts
             while len(self._shards) > self._open_shards:
                 self._shards.popitem(last=False)
@@ -210,6 +229,15 @@ class OpenFiles:
                     self._close_some(self.limit)
         except OSError as error:
             raise DataError(f"{named()}: cannot be read ({error.strerror})") from None
+
+    def read(
+        self, path: Path, parts: Sequence[memoryview], offset: int, named: Callable[[], str]
+    ) -> bool:
+        with self.use(path, named) as descriptor:
+            return read_exactly(descriptor, parts, offset)
+
+    def once_more(self, path: Path, offset: int, size: int) -> bool:
+        return False
 
     def close(self) -> None:
         """Close all that nobody uses."""
@@ -254,6 +282,15 @@ def read_exactly(descriptor: int, parts: Sequence[memoryview], offset: int) -> b
             return False
         done += more
     return True
+
+
+def _files(path: Path, limit: int) -> Files:
+    """Choose what reads a set of which `path` is a file."""
+    if not is_address(path):
+        return OpenFiles(limit)
+    from fastrepa.data.format.remote import RangeFiles
+
+    return RangeFiles()
 
 
 def _named(path: Path, record: Any) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from fastrepa.config import (
     VisionConfig,
     ZeroConfig,
 )
+from fastrepa.data.datasets import located
 from fastrepa.data.format.columns import features_dtype, moments_dtype
 from fastrepa.data.format.shards import MANIFEST, Manifest, load_manifest
 from fastrepa.model.flops import model_flops
@@ -150,7 +150,7 @@ def _curve(
 
 
 def _manifest(path: str) -> Manifest | None:
-    folder = Path(path)
+    folder = located(path)
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
