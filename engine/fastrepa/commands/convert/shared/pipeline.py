@@ -9,7 +9,7 @@ Written by fastrepa, under the MIT licence; that of the weights stands in the mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -24,7 +24,7 @@ class SiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ("vae",)
+    _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(self, transformer: Any, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
