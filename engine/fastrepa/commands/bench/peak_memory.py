@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ def highest(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     result = profiled.profiler.kineto_results
