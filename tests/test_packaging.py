@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrepa
 from tests.runs import ROOT, SMALL, environment, metrics
 
 pytestmark = pytest.mark.slow
@@ -85,6 +86,7 @@ def test_the_sdist_and_the_wheel_hold_what_they_should(built):
     links = dict(text.split(", ") for text in metadata.get_all("Project-URL"))
     assert {"Homepage", "Documentation", "Issues"} <= set(links)
     assert metadata["Author"] and metadata["Maintainer"]
+    assert metadata["Version"] == fastrepa.__version__
     page = metadata.get_payload()
     targets = re.findall(r"\]\(([^)\s]+)|(?:src|srcset|href)=\"([^\"]+)", page)
     targets = [a or b for a, b in targets if not (a or b).startswith("#")]

@@ -9,11 +9,13 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from fastrepa.commands.doctor.findings import Finding, gib, one_line, version_of
 from fastrepa.runtime.hardware import usable_cores
+from fastrepa.runtime.hub import unreachable
+from fastrepa.runtime.threads import BUSY, others
 
 OPEN_FILES = 4096
 SHARED_MEMORY = 1 << 30
@@ -78,11 +80,12 @@ def system() -> list[Finding]:
 
 def load() -> Finding:
     """Tell whether the cores are this process's alone."""
-    cores, busy = usable_cores(), os.getloadavg()[0]
-    detail = f"{busy:.1f} on {cores} cores, over the last minute"
-    if busy <= 0.5 * cores:
+    cores, share = usable_cores(), others()
+    taken = "it is not known what others take" if share is None else f"others take {share:.0%}"
+    detail = f"{cores} cores to use; {taken}"
+    if share is None or share <= BUSY:
         return Finding("system", "load", "ok", detail)
-    remedy = "others compute here: a run on the CPU is slower, and what is timed now is not true"
+    remedy = "a run on the CPU is slower, and what is timed now is not true: wait, or other cores"
     return Finding("system", "load", "note", detail, remedy)
 
 
@@ -98,20 +101,17 @@ def disk() -> Finding:
     return Finding("system", "disk", "ok" if enough else "note", detail, "" if enough else remedy)
 
 
-def hub(timeout: float = 4.0) -> Finding:
-    """Ask whether the hub of weights answers, within `timeout` seconds; nothing is loaded."""
+def hub() -> Finding:
+    """Ask whether the hub of weights answers; nothing is loaded."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         detail = "HF_HUB_OFFLINE is set, only weights in the cache can be loaded"
         return Finding("system", "weights hub", "off", detail, "unset HF_HUB_OFFLINE")
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    try:
-        urlopen(Request(address, method="HEAD"), timeout=timeout).close()
-    except HTTPError:
-        pass  # an answer, too
-    except (OSError, ValueError) as e:
-        why = one_line(str(getattr(e, "reason", e)))
+    if problem := unreachable(address):
         remedy = "weights of its cache, of packages and of local files; HTTPS_PROXY, HF_ENDPOINT"
-        return Finding("system", "weights hub", "note", f"{address} is not reached: {why}", remedy)
+        return Finding("system", "weights hub", "note", problem, remedy)
+    if urlsplit(address).scheme in getproxies():
+        return Finding("system", "weights hub", "ok", f"{address} behind a proxy, not asked")
     return Finding("system", "weights hub", "ok", f"{address} answers")
 
 
