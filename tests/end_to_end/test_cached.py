@@ -112,10 +112,13 @@ def test_a_cache_of_something_else_is_refused(folder: Path) -> None:
     check(folder, resolved())
     for overrides, words in (
         (["vision.encoders.0.input=64", "vision.encoders.0.grid=bilinear"],
-         "the cached features were made with input_side 128, this configuration gives 64"),
+         "the cached features were made with input_side 128, this configuration gives 64; "
+         f"cache them again: fastrepa data encode {folder}/set "
+         f"--cache-features {SPEC.replace('@128', '@64')} --flip --replace"),
         (["vision.encoders.0.weights=random"], "were made with other weights"),
         (["vision.encoders.0.weights=hub", "vision.encoders.0.name=tf_efficientnet_lite1"],
-         r"has no features of tf_efficientnet_lite1 \(it holds tf_efficientnet_lite0\)"),
+         r"has no features of tf_efficientnet_lite1 \(it holds tf_efficientnet_lite0\)"
+         r".*; make them with: fastrepa data encode .* tf_efficientnet_lite1@128$"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             check(folder, resolved(*overrides))

@@ -11,6 +11,7 @@ from fastrepa.config import DataConfig, VisionConfig
 from fastrepa.data.datasets import DataSet
 from fastrepa.data.pipeline import Batch
 from fastrepa.errors import ConfigError, nearest
+from fastrepa.runtime.terminal import typed
 from fastrepa.vision.codec import Codec
 from fastrepa.vision.features import (
     CachedFeatures,
@@ -19,8 +20,6 @@ from fastrepa.vision.features import (
     cached_features,
     spatial_norm,
 )
-
-PREPARE = "fastrepa data encode PATH"
 
 
 class Targets:
@@ -82,7 +81,7 @@ class Targets:
         """
         if not self.cached:
             return
-        from fastrepa.data.column_check import check_column
+        from fastrepa.data.column_check import check_column, encode_command
 
         stored = {column.encoder: column for column in data.features}
         for config, encoder in zip(self.config.encoders, self.encoders, strict=True):
@@ -90,10 +89,11 @@ class Targets:
                 there = f"it holds {', '.join(stored)}" if stored else "it holds none"
                 raise ConfigError(
                     f"vision.targets: 'cached', but {data.path} has no features of {config.name} "
-                    f"({there}){nearest(config.name, stored)}; make them with: {PREPARE} "
-                    f"--cache-features {config.name}"
+                    f"({there}){nearest(config.name, stored)}; make them with: "
+                    f"{encode_command(data.path, config, encoder.plan)}"
                 )
-            check_column(stored[config.name], config, encoder.plan, weights=weights)
+            column = stored[config.name]
+            check_column(data.path, column, config, encoder.plan, weights=weights)
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         if self.cached:
@@ -138,7 +138,7 @@ def latents_are_cached(config: DataConfig, data: DataSet, codec: Codec) -> bool:
         if config.must_cache_latents:
             raise ConfigError(
                 f"data.latents: 'cached', but {data.path} holds no latents; make them with: "
-                f"{PREPARE} --codec {config.codec.name}"
+                f"fastrepa data encode {typed(data.path)} --codec {config.codec.name}"
             )
         return False
     if (moments.channels, moments.side) != (codec.channels, codec.side):

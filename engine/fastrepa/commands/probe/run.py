@@ -362,7 +362,7 @@ def _encoder_features(
         parts = []
         for gallery, column, places in zip(data.galleries, columns, data.places, strict=True):
             assert column is not None
-            check_column(column, config, plan, weights=False)
+            check_column(gallery.path, column, config, plan, weights=False)
             parts += [gallery.tokens(column, int(p)).mean(0, dtype=np.float64) for p in places]
         return np.stack(parts)
     encoder = own_grid_encoder(config, data.images.shape[-1], torch.float32, device)
