@@ -46,7 +46,10 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "evaluate": {"What is measured": ("metrics", "encoders", "inception_weights", "clip"),
                  "Images of a run": ("num", "seed", *_SAMPLING), "Weights of a run": _WEIGHTS,
                  "Speed": _SPEED, "Files": ("cache", "save_statistics")},
-    "convert": {"Which weights": ("weights", "step", "ema", "ema_sigma_rel")},
+    "convert": {
+        "Which weights": ("weights", "step", "ema", "ema_sigma_rel"),
+        "The hub": ("repo", "private", "license", "datasets", "dry_run"),
+    },
     "prepare": {"The source": ("inside", "class_names", "image_column", "label_column", "skip_bad"),
                 "The set": ("resolution", "shard_size", "image_format", "quality", "seed"),
                 "Latents and features": _COLUMNS},

@@ -275,29 +275,29 @@ def convert(
             "args say."
         ),
     ] = None,
-    repo: Annotated[str | None, typer.Option(help="Of hub: OWNER/NAME, or NAME of yours.")] = None,
+    repo: Annotated[str | None, typer.Option(help="OWNER/NAME, or NAME of yours.")] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Of hub: a new repository that only you see.")
+        bool, typer.Option("--private", help="A new repository that only you see.")
     ] = False,
     license: Annotated[
         str | None,
-        typer.Option(help="Of hub: the weights' licence (cc-by-4.0); default: none is stated."),
+        typer.Option(help="The weights' licence (cc-by-4.0); default: none is stated."),
     ] = None,
     datasets: Annotated[
         str | None,
-        typer.Option(help="Of hub: hub ids of the data sets trained on, with commas."),
+        typer.Option(help="Hub ids of the data sets trained on, with commas."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Of hub: write what would be pushed; push nothing.")
+        bool, typer.Option("--dry-run", help="Write what would be pushed; push nothing.")
     ] = False,
 ) -> None:
     """A run's newest checkpoint, or another, as other people's files, or theirs as a run to go on.
 
     zero is a universal checkpoint of DeepSpeed's: engines of stages 1 to 3 on any number of ranks
     load it with "checkpoint": {"load_universal": true} in their configuration. Read are these and
-    plain ZeRO checkpoints. A diffusers folder is loaded by DiffusionPipeline.from_pretrained(
-    FOLDER, trust_remote_code=True), and needs nothing of ours; hub pushes it with a card made of
-    the run's configuration, data, metrics and samples.
+    plain ZeRO checkpoints. What diffusers makes is for DiffusionPipeline.from_pretrained with
+    trust_remote_code=True, or for plain torch, and needs nothing of ours; hub pushes it with a card
+    made of the run's configuration, data, metrics and samples.
     """
     from fastrepa.errors import ConfigError
 

@@ -133,7 +133,7 @@ sys.modules["fastrepa"] = sys.modules["fastrepa_kernels"] = None
 import json
 import numpy as np
 import torch
-pixel, latent, out = sys.argv[1:]
+pixel, latent, named_vae, out = sys.argv[1:]
 sys.path.insert(0, pixel + "/transformer")
 from sit import SiT, to_images
 plain = to_images(SiT.from_pretrained(pixel + "/transformer").sample([0, 1, 2, 0], seed=5))
@@ -150,6 +150,10 @@ except ValueError as e:
 vae = DiffusionPipeline.from_pretrained(latent, trust_remote_code=True).to("cpu")
 vae.set_progress_bar_config(disable=True)
 decoded = vae([0, 1, 2, 0], seed=5, output_type="pt").images
+lent = DiffusionPipeline.from_pretrained(named_vae, trust_remote_code=True, vae=vae.vae)
+lent.set_progress_bar_config(disable=True)
+assert torch.equal(lent([0], seed=5, ids=[1], output_type="pt").images,
+                   vae([0], seed=5, ids=[1], output_type="pt").images)
 half = DiffusionPipeline.from_pretrained(pixel, trust_remote_code=True, torch_dtype=torch.bfloat16)
 half.set_progress_bar_config(disable=True)
 rough = half([0, 1, 2, 0], seed=5, output_type="pt").images
@@ -183,6 +187,9 @@ def test_both_load_where_there_is_nothing_of_ours(tmp_path, monkeypatch):
     for run, folder in zip((pixel, latent), folders, strict=True):
         export_run(run, folder, "diffusers")
         assert str(tmp_path) not in (folder / "transformer/config.json").read_text()
+    folders.append(tmp_path / "named-folder")
+    elsewhere = ["data.codec.weights=stabilityai/sd-vae-ft-mse"]
+    export_run(latent, folders[-1], "diffusers", overrides=elsewhere)
     env = {**environment(), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
     done = subprocess.run(
