@@ -19,6 +19,7 @@ from benchmarks.faults import rows
 
 RECORDS = Path(__file__).resolve().parent / "records"
 Record = dict[str, Any]
+CASES = ("faults", "effect", "cpu_threads")
 _MEASURED = ("device", "case", "shape", "dtype", "provider", "direction")
 _CONTENDED = ("device", "case", "run", "precision", "batch", "ranks", "sampler", "contender")
 """`fastrepa bench` writes these; `run` is the first line of the run that was measured."""
@@ -262,6 +263,30 @@ def faults(records: list[Record]) -> str:
     return "\n".join([*parts, ""])
 
 
+def threads(records: list[Record]) -> str:
+    """Tabulate the quickstart's images/s by CPU threads, machine by machine (cpu_threads.py)."""
+    first = records[0]
+    rates = {(r["provider"], r["direction"]): r for r in records}
+    titles = {
+        "idle": "idle", "busy": f"beside {first['busy_processes']} busy processes",
+        "quota": f"quota of {first['quota_cores']:g}",
+    }  # fmt: skip
+    shown = {key: title for key, title in titles.items() if ("chosen", key) in rates}
+    names = {
+        "spinning": "a thread a core, libgomp's spin", "one": "one thread",
+        "passive": "a thread a core, passive", "chosen": "chosen by the run",
+    }  # fmt: skip
+    parts = [
+        f"### The quickstart's images/s by CPU threads, {first['cores']} cores\n",
+        f"{first['device']}, torch {first['torch']}, {_dated(first)}\n",
+        f"| threads | {' | '.join(shown.values())} |\n|" + "---|" * (1 + len(shown)),
+    ]
+    for provider, name in names.items():
+        cells = [f"{rates[provider, key]['images_per_s']:.0f}" for key in shown]
+        parts.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*parts, ""])
+
+
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
@@ -300,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     contended = [r for r in records if "contender" in r]
     timed = [r for r in records if "p50_ms" in r and "contender" not in r]
     counted = [r for r in records if "p50_images_per_s" in r]
-    of_case = {name: [r for r in records if r["case"] == name] for name in ("faults", "effect")}
+    of_case = {name: [r for r in records if r["case"] == name] for name in CASES}
     parts = (
         (operations, timed),
         (markdown, timed),
@@ -308,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         (rates, counted),
         (faults, of_case["faults"]),
         (effect, of_case["effect"]),
+        (threads, of_case["cpu_threads"]),
     )
     print("\n".join(make(part) for make, part in parts if part))
     for path in sorted(options.records.glob("*_profile.json")):
