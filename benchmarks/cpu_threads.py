@@ -53,7 +53,7 @@ START, LIMIT = 180.0, 25.0  # seconds until the first step, and after it, at mos
 
 
 def contenders(cores: int) -> dict[str, dict[str, str]]:
-    """What each has in its environment."""
+    """Return what each has in its environment."""
     all_of_them = {COUNT: str(cores)}
     return {
         "spinning": all_of_them | {SPIN: "300000"},
@@ -84,7 +84,7 @@ def quota(cores: float) -> Iterator[Path | None]:
 
 
 def _group(top: Path, limit: int) -> Path | None:
-    """A new cgroup that may compute for so many microseconds in 0.1 seconds."""
+    """Make a cgroup that may compute for so many microseconds in 0.1 seconds."""
     group = top / f"fastrepa-{os.getpid()}"
     with suppress(OSError):
         group.mkdir()
@@ -123,6 +123,7 @@ def rate(run: Path, setting: dict[str, str], seconds: float, group: Path | None)
     took = lines[-1]["seconds"] - lines[0]["seconds"] if steps else LIMIT
     return {
         "images_per_s": steps * load_config(CONFIG).training.global_batch / took,
+        "from_step": lines[0]["step"] if lines else 0,
         "steps": steps,
         "said": output.read_text().partition("cpu (")[2].partition(") x ")[0],
         "switches": [line["threads"] for line in logged(run) if "threads" in line],
