@@ -19,8 +19,21 @@ def plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "8,64",
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
-    efficiency: Annotated[float, typer.Option(help="Of peak, the generator.")] = 0.4,
+    gpu: Annotated[
+        str | None, typer.Option(help="a100, h100, h200 or b200; default: h100.")
+    ] = None,
+    gpu_tflops: Annotated[
+        float | None,
+        typer.Option(help="Of another GPU: dense, in training.precision; the next two with it."),
+    ] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Of another GPU: GB.")] = None,
+    gpu_bandwidth: Annotated[
+        float | None, typer.Option(help="Of another GPU's memory: GB/s.")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Of peak, the generator; default: by model and micro-batch."),
+    ] = None,
     frozen_efficiency: Annotated[float, typer.Option(help="Of peak, encoders, codec.")] = 0.4,
     hbm_efficiency: Annotated[float, typer.Option(help="Of HBM bandwidth.")] = 0.8,
     link_efficiency: Annotated[float, typer.Option(help="Of link bandwidths.")] = 0.8,
@@ -54,7 +67,9 @@ def plan(
     resolved = load_config(config, overrides or [])
     from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
     from fastrepa.commands.plan.report import print_plan
+    from fastrepa.commands.plan.speed import choose_gpu
 
+    hardware = choose_gpu(gpu, tflops=gpu_tflops, memory=gpu_memory, bandwidth=gpu_bandwidth)
     assumptions = Assumptions(
         efficiency=efficiency,
         frozen_efficiency=frozen_efficiency,
@@ -71,7 +86,7 @@ def plan(
         reserve=1e9 * reserve_gb,
         image_bytes=image_bytes,
     )
-    result = make_plan(resolved, gpus=parse_gpus(gpus), gpu=gpu, assumptions=assumptions)
+    result = make_plan(resolved, gpus=parse_gpus(gpus), gpu=hardware, assumptions=assumptions)
     print_plan(result, as_json=json, picture=png)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate
+from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, generator_shares
 from fastrepa.drawing import (
     AXIS,
     GRID,
@@ -55,7 +55,7 @@ def save_plan_picture(plan: CapacityPlan, path: Path) -> None:
         longest,
     )  # fmt: skip
     for axes, title in (
-        (memory, "memory per GPU, GB"),
+        (memory, "highest memory per GPU, GB"),
         (time, "GPU time per image, ms (above the bars: one step)"),
     ):
         axes_title(axes, title)
@@ -82,10 +82,10 @@ def _heading(figure: Any, plan: CapacityPlan) -> None:
         figure,
         f"{name}, {w.parameters.numel / 1e6:,.0f} M parameters, batch "
         f"{c.training.global_batch:,}, on {plan.gpu.title}",
-        "left of each pair: as configured; right: the cheapest setting that fits "
-        "(Z: ZeRO stage, forwards x micro-batch, ckpt: every block checkpointed)\n"
-        f"estimates from datasheet speeds at {plan.assumptions.efficiency:.0%} of peak; nothing "
-        "measured",
+        "left of each pair: as configured; right: advised "
+        "(Z: ZeRO stage, forwards x micro-batch, recompute: every so manieth block)\n"
+        f"estimates from datasheet speeds, the generator at {generator_shares(plan)} of peak; "
+        "nothing measured on these GPUs",
         left=0.05,
     )
 

@@ -4,8 +4,9 @@
     step     max(input, frozen networks + generator + exposed communication + optimiser)
 
 Everything is arithmetic: parameters, activations and messages follow the code that would run
-(training/memory); speeds are datasheet values times assumed efficiencies, and each
-assumption is part of the answer. Bytes and rates are decimal (1 GB = 1e9 bytes).
+(training/memory); speeds are datasheet values times efficiencies, the generator's of our record
+(speed.py), the others assumed, and each is part of the answer. Bytes and rates are decimal
+(1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from fastrepa.commands.plan.speed import LAUNCH, LAUNCHES, RECORD, generator_seconds, public_run
 from fastrepa.config import Config, TrainingConfig
 from fastrepa.data.datasets import with_classes
 from fastrepa.errors import ConfigError, shown
 from fastrepa.model.sit import recomputed_blocks
 from fastrepa.runtime.hardware import GPU, Links, find_gpu
-from fastrepa.training.memory.decision import RESERVE, fitted, memory_peak, sharding, with_h
+from fastrepa.runtime.regions import SAMPLING
+from fastrepa.training.memory.decision import (
+    RESERVE,
+    fitted,
+    memory_moments,
+    sharding,
+    with_h,
+)
 from fastrepa.training.memory.sharding import PARTS, Sharding, host, messages, nvme, twice_let_go
 from fastrepa.training.memory.workload import Workload, measure_workload
 from fastrepa.training.zero.settings import micro_batch
@@ -34,6 +43,8 @@ STAGES = (0, 1, 2, 3)
 RECOMPUTE = (0, 2, 1)  # those that are advised
 MOST_GPUS = 100_000
 TIE = 1.005  # settings this near to the fastest are as good: the simplest of them is named
+GAIN = 1.25  # stages 2, 3 and offload must gain this over a simpler way: overlap is assumed
+ROOM = 0.95  # of the GPU's memory: what needs more is advised only where nothing else fits
 DAY = 86_400
 
 
@@ -41,10 +52,11 @@ DAY = 86_400
 class Assumptions:
     """Values not known before they are measured; every field is an option of `fastrepa plan`.
 
-    Rates in bytes/s per GPU and direction, shares in (0, 1], reserve in bytes.
+    Rates in bytes/s per GPU and direction, shares in (0, 1], reserve in bytes. efficiency: None is
+    by the generator's shapes and its micro-batch (speed.py).
     """
 
-    efficiency: float = 0.4
+    efficiency: float | None = None
     frozen_efficiency: float = 0.4
     hbm_efficiency: float = 0.8
     link_efficiency: float = 0.8
@@ -64,6 +76,8 @@ class Assumptions:
             "efficiency", "frozen_efficiency", "hbm_efficiency", "link_efficiency", "overlap",
         ):  # fmt: skip
             value = getattr(self, name)
+            if value is None:
+                continue
             low = value >= 0 if name == "overlap" else value > 0
             if not (low and value <= 1):
                 raise ConfigError(f"{_option(name)}: {value} is not a share between 0 and 1")
@@ -89,16 +103,20 @@ class Assumptions:
 class Estimate:
     """One way to run on one number of GPUs.
 
-    memory: bytes per GPU by part, at the moment (`moment`) of the peak; host: bytes of host memory
-    per GPU by part; nvme: bytes on NVMe per GPU; step: seconds by part,
-    waiting counted only where nothing else is done; hidden: seconds of communication under compute;
+    memory: bytes per GPU by part, at the moment (`moment`) of the peak; training, sampling: the
+    same at the highest moment of a step, and while the grids of sample_every are drawn; host: bytes
+    of host memory per GPU by part; nvme: bytes on NVMe per GPU; step: seconds by part, waiting
+    counted only where nothing else is done; hidden: seconds of communication under compute;
     activations: the most bytes of them at any moment, of the peak or not; sent: bytes per GPU and
-    step.
+    step; efficiency: of peak, the generator's; public_images_per_second: at the model FLOPs of
+    peak of the best public run, or as fast as this one where that is less.
     """
 
     sharding: Sharding
     memory: dict[str, float]
     moment: str
+    training: dict[str, float]
+    sampling: dict[str, float]
     host: dict[str, float]
     nvme: float
     activations: float
@@ -106,6 +124,8 @@ class Estimate:
     hidden: float
     sent: float
     images_per_second: float
+    public_images_per_second: float
+    efficiency: float
     mfu: float
     days: float
     gpu_hours: float
@@ -174,15 +194,16 @@ def make_plan(
     config: Config,
     *,
     gpus: Sequence[int],
-    gpu: str = "h100",
+    gpu: str | GPU = "h100",
     assumptions: Assumptions | None = None,
 ) -> CapacityPlan:
-    """Plan a resolved configuration for each number of GPUs.
+    """Plan a resolved configuration for each number of GPUs. gpu: one of them, or a name.
 
     ConfigError: an unknown GPU, a batch that some number of GPUs does not divide, shapes that do
     not work.
     """
-    hardware, a = find_gpu(gpu), assumptions or Assumptions()
+    hardware = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    a = assumptions or Assumptions()
     for count in gpus:  # before anything is measured
         _check_batch(config.training, count)
     config = with_classes(config)
@@ -195,7 +216,7 @@ def make_plan(
         fitting = [e for e in every if e.total <= hardware.memory]
         cheapest = None
         if fitting:
-            best = _simplest_of_fastest(fitting).sharding
+            best = _advised(fitting, hardware.memory).sharding
             best = with_h(workload, best, hardware.memory, reserve=a.reserve)
             cheapest = estimate(workload, best, hardware, a)
         rows.append(
@@ -221,17 +242,22 @@ def _others(training: TrainingConfig, s: Sharding) -> Iterator[Sharding]:
 
 def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     """Memory, time and cost of one way to run."""
-    memory, moment = memory_peak(w, s, a.reserve)
+    moments = memory_moments(w, s, a.reserve)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    training = (memory for name, memory in moments.items() if name != SAMPLING)
     images = s.micro * s.forwards  # per GPU and step
     peak = gpu.bf16 if s.bf16 else gpu.fp32
-    rate, frozen_rate = peak * a.efficiency, peak * a.frozen_efficiency
+    frozen_rate = peak * a.frozen_efficiency
+    forward = generator_seconds(
+        w, s.micro, gpu, hbm_efficiency=a.hbm_efficiency, efficiency=a.efficiency
+    )
     n = w.parameters.numel
     update = adamw_ema_cost(
         round(n / s.share(1)), grad_itemsize=4, low_itemsize=2 if s.bf16 else 0, emas=s.emas
     ).bytes
     step = {
-        "generator": images * w.training_flops / rate,
-        "recomputation": images * w.recomputed_flops(s.recompute) / rate,
+        "generator": s.forwards * forward,
+        "recomputation": s.forwards * forward * w.recomputed_flops(s.recompute) / w.training_flops,
         "encoders": images * sum(f.flops for _, f in w.encoders) / frozen_rate,
         "codec": images * (w.codec_encoder.flops if w.codec_encoder else 0) / frozen_rate,
         "optimiser": update / (gpu.hbm * a.hbm_efficiency),
@@ -258,21 +284,26 @@ def estimate(w: Workload, s: Sharding, gpu: GPU, a: Assumptions) -> Estimate:
     reading = images * w.input_bytes / a.storage
     step["input wait"] = max(0.0, reading - sum(step.values()))  # read ahead of the step
     seconds = sum(step.values())
-    training = w.config.training
+    config = w.config.training
     return Estimate(
         sharding=s,
-        memory=memory,
+        memory=moments[moment],
         moment=moment,
+        training=max(training, key=lambda memory: sum(memory.values())),
+        sampling=moments[SAMPLING],
         host=host(s, w.parameters),
         nvme=nvme(s, w.parameters),
         activations=max(w.curve(s.recompute, s.keep_h).at(s.micro)),
         step=step,
         hidden=hidden,
         sent=sum(m.sent(s.world) for m in sent),
-        images_per_second=training.global_batch / seconds,
+        images_per_second=config.global_batch / seconds,
+        public_images_per_second=config.global_batch
+        / max(seconds, images * w.training_flops / (public_run(gpu).share * peak)),
+        efficiency=images * w.training_flops / step["generator"] / peak,
         mfu=images * w.training_flops / seconds / peak,
-        days=training.steps * seconds / DAY,
-        gpu_hours=training.steps * seconds / 3600 * s.world,
+        days=config.steps * seconds / DAY,
+        gpu_hours=config.steps * seconds / 3600 * s.world,
     )
 
 
@@ -310,13 +341,24 @@ def _ways(w: Workload, world: int) -> Iterator[Sharding]:
                 yield replace(way, recompute=every)
 
 
-def _simplest_of_fastest(ways: Sequence[Estimate]) -> Estimate:
+def _advised(ways: Sequence[Estimate], capacity: float) -> Estimate:
+    """Choose, among what fits with memory to spare, stage 0 or 1 unless a higher one is much
+    faster; of the fastest settings there the simplest.
+    """
+    ways = [e for e in ways if e.total <= ROOM * capacity] or ways
+
+    def home(e: Estimate) -> tuple[bool, bool, int]:
+        s = e.sharding
+        return s.offload != "none", s.offloads_parameters, max(s.stage, 1)
+
+    fastest = min(e.seconds for e in ways)
+    simplest = min(home(e) for e in ways if e.seconds <= fastest * GAIN)
+    ways = [e for e in ways if home(e) == simplest]
     fastest = min(e.seconds for e in ways)
     return min(
         (e for e in ways if e.seconds <= fastest * TIE),
         key=lambda e: (
-            e.sharding.offload != "none", RECOMPUTE.index(e.sharding.recompute),
-            e.sharding.forwards, e.sharding.stage,
+            RECOMPUTE.index(e.sharding.recompute), e.sharding.forwards, e.sharding.stage,
         ),
     )  # fmt: skip
 
@@ -348,6 +390,8 @@ def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
             "memory_bytes": e.memory,
             "memory_total_bytes": e.total,
             "memory_moment": e.moment,
+            "training_memory_bytes": e.training,
+            "sampling_memory_bytes": e.sampling,
             "host_bytes": e.host,
             "host_total_bytes": sum(e.host.values()),
             "nvme_bytes": e.nvme,
@@ -357,6 +401,8 @@ def plan_as_dict(plan: CapacityPlan) -> dict[str, Any]:
             "hidden_communication_seconds": e.hidden,
             "sent_bytes": e.sent,
             "images_per_second": e.images_per_second,
+            "public_images_per_second": e.public_images_per_second,
+            "generator_efficiency": e.efficiency,
             "mfu": e.mfu,
             "days": e.days,
             "gpu_hours": e.gpu_hours,
@@ -394,13 +440,19 @@ def assumed(plan: CapacityPlan) -> list[tuple[str, str, str]]:
     peak = gpu.bf16 if bf16 else gpu.fp32
     kind = "dense bf16" if bf16 else "fp32 without tensor cores"
     per_s = "GB/s per GPU and direction"
+    public = public_run(gpu)
     return [
-        ("GPU", gpu.title, f"datasheet values, not measured: {gpu.source}"),
-        ("memory", f"{gpu.memory / 1e9:.0f} GB", "datasheet; of 1e9 bytes"),
-        ("peak", f"{peak / 1e12:.0f} TFLOP/s", f"datasheet, {kind}"),
-        ("HBM", f"{gpu.hbm / 1e9:.0f} GB/s", "datasheet; the optimiser's pass"),
-        (_option("efficiency"), f"{a.efficiency:.0%}",
-         "of peak, the generator's products and all between them; assumed"),
+        ("GPU", gpu.title, f"not measured: {gpu.source}"),
+        ("memory", f"{gpu.memory / 1e9:.0f} GB", "of 1e9 bytes (--gpu-memory)"),
+        ("peak", f"{peak / 1e12:.0f} TFLOP/s", f"{kind} (--gpu-tflops)"),
+        ("HBM", f"{gpu.hbm / 1e9:.0f} GB/s", "the GPU's memory (--gpu-bandwidth)"),
+        (_option("efficiency"), generator_shares(plan),
+         "of peak, the generator: " + ("as given" if a.efficiency else f"our record ({RECORD}), by "
+         "model, micro-batch, peak and HBM")),
+        ("launches", f"{1e6 * LAUNCH[plan.config.training.compile]:g} us",
+         f"each, {LAUNCHES} a block as recorded: no forward and backward takes less; assumed"),
+        ("public runs", f"{public.share:.1%}",
+         f"of peak, the best of others ({public.what}: docs/published_numbers.md)"),
         (_option("frozen_efficiency"), f"{a.frozen_efficiency:.0%}",
          "of peak, encoders and codec; assumed"),
         (_option("hbm_efficiency"), f"{a.hbm_efficiency:.0%}", "of HBM bandwidth; assumed"),
@@ -425,10 +477,17 @@ def assumed(plan: CapacityPlan) -> list[tuple[str, str, str]]:
          f"bytes read per image: {w.input_is} (an image: {_option('image_bytes')})"),
         (_option("reserve"), f"{a.reserve / 1e9:g}",
          "GB for CUDA, NCCL, libraries and fragmentation; assumed"),
-        ("prepared", "latents " + _state(w.codec_encoder is None)
-         + ", targets " + _state(not w.encoders),
-         "in training (data.latents, vision.targets)"),
+        ("prepared", "",
+         f"latents {_state(w.codec_encoder is None)}, targets {_state(not w.encoders)} in training "
+         "(data.latents, vision.targets)"),
     ]  # fmt: skip
+
+
+def generator_shares(plan: CapacityPlan) -> str:
+    """The least and the greatest share of peak of the generator, as configured."""
+    values = sorted(row.configured.efficiency for row in plan.rows)
+    low, high = f"{values[0]:.0%}", f"{values[-1]:.0%}"
+    return low if low == high else f"{low} .. {high}"
 
 
 def _state(ready: bool) -> str:

@@ -11,6 +11,14 @@ from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assu
 from fastrepa.runtime.terminal import Terminal, say_json
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
+WORDS = (
+    "1 x 32: one forward of 32 images on each GPU for a step. Memory is that of a step, part by "
+    "part at its highest moment; grids of samples are drawn at another. Communication "
+    "under the arithmetic takes no time of its own. MFU: the model's FLOPs, nothing twice, of all "
+    "GPUs' peak. Advised: ZeRO 0 or 1 with memory to spare, unless a higher stage or offload is a "
+    "quarter faster."
+)
+
 
 def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | None = None) -> None:
     """Print the plan, and draw it into `picture` where one is given."""
@@ -31,10 +39,11 @@ def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | Non
         if best is None:
             text = f"nothing fits; the least is {_way(row.least)}: {_gb(row.least.total)} GB"
         elif best == row.configured:
-            text = "that is the cheapest setting that fits"
+            text = f"advised, too: {_way(best)}"
         else:
-            text = f"cheapest that fits: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
+            text = f"advised: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
         console.print(f"      {text}", soft_wrap=True)
+    console.print(WORDS)
     console.print(_assumptions(plan))
     if picture is not None:
         console.print(f"drawn: {picture}", soft_wrap=True)
@@ -66,12 +75,15 @@ def _memory(plan: CapacityPlan) -> Table:
     table = _columns(plan, f"memory per GPU in GB, {plan.gpu.title}, as configured")
     table.add_row("", *(_way(r.configured, short=True) for r in plan.rows), style="dim")
     for part in PARTS:
-        values = [r.configured.memory[part] for r in plan.rows]
+        values = [r.configured.training[part] for r in plan.rows]
         if any(values):
             table.add_row(part, *(_gb(v) for v in values))
     table.add_section()
     capacity = plan.gpu.memory
-    table.add_row("together", *(_fit(r.configured.total, capacity) for r in plan.rows))
+    for name, of in (("a step", "training"), ("drawing samples", "sampling")):
+        if of == "training" or plan.config.training.sample_every:
+            totals = (sum(getattr(r.configured, of).values()) for r in plan.rows)
+            table.add_row(name, *(_fit(total, capacity) for total in totals))
     table.add_row("highest in", *(r.configured.moment for r in plan.rows))
     table.add_section()
     _add_ways(table, plan)
@@ -108,10 +120,14 @@ def _time(plan: CapacityPlan) -> Table:
             table.add_row(part, *(_ms(v) for v in values))
     table.add_section()
     table.add_row("together", *(_ms(e.seconds) for e in estimates), style="bold")
-    table.add_row("communication hidden", *(_ms(e.hidden) for e in estimates))
+    table.add_row("communication under the arithmetic", *(_ms(e.hidden) for e in estimates))
     table.add_row("sent per GPU, GB", *(_gb(e.sent) for e in estimates))
     table.add_section()
+    table.add_row("generator, of peak", *(f"{e.efficiency:.0%}" for e in estimates))
     table.add_row("images/s", *(f"{e.images_per_second:,.0f}" for e in estimates))
+    table.add_row(
+        "images/s, as public runs", *(f"{e.public_images_per_second:,.0f}" for e in estimates)
+    )
     table.add_row("MFU", *(f"{e.mfu:.1%}" for e in estimates))
     table.add_row("days", *(f"{e.days:,.2f}" for e in estimates))
     table.add_row("GPU-hours", *(f"{e.gpu_hours:,.0f}" for e in estimates))
@@ -120,8 +136,9 @@ def _time(plan: CapacityPlan) -> Table:
 
 def _assumptions(plan: CapacityPlan) -> Table:
     table = Table(
-        "option or datum", Column("value", justify="right"), "meaning and source",
-        title="assumed: estimates follow from these, nothing here was measured on a GPU",
+        "option or datum", Column("value", justify="right"),
+        Column("meaning and source", overflow="fold"),
+        title="assumed: estimates follow from these; nothing was measured on these GPUs",
         title_justify="left",
     )  # fmt: skip
     for name, value, why in assumed(plan):
@@ -157,8 +174,11 @@ def _way(e: Estimate, *, short: bool = False) -> str:
 
 
 def _cost(e: Estimate) -> str:
+    public = ""
+    if e.public_images_per_second < e.images_per_second:
+        public = f" ({e.public_images_per_second:,.0f} as the best public run)"
     return (
-        f"{e.images_per_second:,.0f} images/s, MFU {e.mfu:.0%}, {e.days:,.2f} days, "
+        f"{e.images_per_second:,.0f} images/s{public}, MFU {e.mfu:.0%}, {e.days:,.2f} days, "
         f"{e.gpu_hours:,.0f} GPU-hours"
     )
 
@@ -168,8 +188,12 @@ def _fit(total: float, capacity: float) -> Text:
 
 
 def _gb(value: float) -> str:
-    return f"{value / 1e9:.1f}" if value >= 0.95e8 or value == 0 else f"{value / 1e9:.2g}"
+    return _tenths(value / 1e9)
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.1f}"
+    return _tenths(1e3 * seconds)
+
+
+def _tenths(value: float) -> str:
+    return "<0.1" if 0 < value < 0.05 else f"{value:,.1f}"

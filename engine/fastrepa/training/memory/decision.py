@@ -13,6 +13,7 @@ import torch
 from fastrepa.config import Config, TrainingConfig
 from fastrepa.generation.generate import SAMPLE_BATCH
 from fastrepa.model.sit import recomputed_blocks
+from fastrepa.runtime.regions import SAMPLING
 from fastrepa.runtime.terminal import say
 from fastrepa.runtime.world import World, of_rank_0
 from fastrepa.training.memory.sharding import (
@@ -148,6 +149,13 @@ def _fits(w: Workload, s: Sharding, capacity: float, reserve: float) -> bool:
 
 def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, float], str]:
     """Return (bytes per GPU by part, the moment they are the most)."""
+    moments = memory_moments(w, s, reserve)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return moments[moment], moment
+
+
+def memory_moments(w: Workload, s: Sharding, reserve: float) -> dict[str, dict[str, float]]:
+    """Return bytes per GPU by part, at every moment that may be the highest."""
     p = w.parameters
     always = resident(s, p)
     always["encoders"] = sum(f.weights for _, f in w.encoders)
@@ -163,11 +171,12 @@ def memory_peak(w: Workload, s: Sharding, reserve: float) -> tuple[dict[str, flo
         },
         # A whole average on every GPU that samples, in the dtype of the weights (which stage 0 in
         # fp32 has already), and a batch of latents decoded.
-        "sampling": {
+        SAMPLING: {
             "EMA": float(s.itemsize * p.numel) if samples and (s.bf16 or s.stage) else 0.0,
             "codec": w.codec_decoder.at(SAMPLE_BATCH) if w.codec_decoder else 0.0,
         },
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    peak = moments[moment]
-    return {part: always.get(part, 0.0) + peak.get(part, 0.0) for part in PARTS}, moment
+    return {
+        name: {part: always.get(part, 0.0) + peak.get(part, 0.0) for part in PARTS}
+        for name, peak in moments.items()
+    }
