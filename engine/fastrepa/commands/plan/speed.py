@@ -1,4 +1,4 @@
-"""How fast the generator runs, by its shapes and its micro-batch, and what calibrates that.
+"""The speed of the generator, by its shapes and its micro-batch, and what calibrates that.
 
     forward and backward of one micro-batch = max(work, launches x seconds of one)
     work = products / (share of peak) + attention / (share of peak) + traffic / HBM
