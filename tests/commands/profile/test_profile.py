@@ -6,13 +6,21 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastrepa.commands.profile.profile import by_operation, by_part, findings, profile_run
+from fastrepa.commands.profile.profile import (
+    Profile,
+    ProfileReport,
+    by_operation,
+    by_part,
+    findings,
+    profile_run,
+)
 from fastrepa.config import load_config
 from fastrepa.model.flops import model_flops
 from fastrepa.model.operations import FUSED, OPERATIONS
@@ -23,7 +31,7 @@ from fastrepa.runtime.regions import NAMES
 from fastrepa.training.memory.workload import measure_workload
 from fastrepa.vision.codec import PixelCodec
 from fastrepa_kernels.adamw_ema import adamw_ema_cost
-from fastrepa_kernels.cost import Cost, matmul_cost
+from fastrepa_kernels.cost import Ceilings, Cost, matmul_cost
 from tests.profiling.trace_events import Events
 from tests.runs import ROOT
 
@@ -83,6 +91,34 @@ def test_a_stall_a_sync_and_a_slow_kernel_are_each_named(monkeypatch, tmp_path, 
     assert 0.09 < gap.seconds < 0.2 and gap.count == pytest.approx(1, abs=0.4)
     assert "noise instead of nowhere" in " ".join(report.said)
     assert not Path("nowhere").exists()
+
+
+def test_nothing_within_its_spread_is_slower_nor_on_a_machine_that_changed(tmp_path):
+    def side(kernels, readings=10, width=0.1, **regions):
+        seconds = dict.fromkeys(NAMES, 0.05) | regions
+        spread = {n: (s * (1 - width), s * (1 + width)) for n, s in seconds.items()}
+        return Profile(
+            kernels, {"step_seconds": 1.0}, 0.9, 1.1, seconds, spread, readings,
+            SimpleNamespace(seconds=1.0, operations=[], gaps=[]), [], tmp_path,
+        )  # fmt: skip
+
+    def said(*profiles):
+        report = ProfileReport(None, "cpu", "", 10, [], Ceilings(1e9, 1e9), [*profiles], tmp_path)
+        return [line for line in findings(report) if not line.startswith("data wait")]
+
+    eager = side("eager", backward=0.40)
+    assert said(side("fused", backward=0.47), eager) == []  # 0.423 .. of .. 0.44
+    assert said(side("fused", backward=0.50), eager) == [
+        "slower than eager: backward, 500 ms against 400 ms"
+    ]
+    assert said(side("fused", backward=0.47, width=0.01), side("eager", backward=0.4, width=0.01))
+    (moved,) = said(side("fused", encoder=0.624, backward=0.5), side("eager", encoder=0.462))
+    assert moved == (
+        "not compared with eager: the machine changed meanwhile; encoder, 624 ms against 462 ms, "
+        "is the same code in both"
+    )
+    (few,) = said(side("fused", readings=3, backward=0.5), eager)
+    assert few == "not compared with eager: 3 are too few steps for a spread"
 
 
 def run_command(monkeypatch, world, *arguments):

@@ -29,6 +29,7 @@ from fastrepa.profiling.operation_costs import NOTHING, OperationCosts, Parts
 from fastrepa.profiling.random_batches import RandomBatches
 from fastrepa.profiling.trace import PART, STEP, Operation, Trace, read_trace
 from fastrepa.runtime.regions import NAMES, REGIONS
+from fastrepa.runtime.threads import BUSY, others
 from fastrepa.runtime.world import World
 from fastrepa.training.look_ahead import Batches
 from fastrepa.training.memory.decision import resolve_memory
@@ -46,6 +47,8 @@ TRACED = 3  # steps under the profiler; more would only make the trace larger
 MOST = 10_000  # steps, and warm-up steps
 NOTABLE = 0.02  # of a step: what takes less is not worth a sentence
 UNSTEADY = 1.5  # slowest step over fastest: no comparison is drawn from such
+ENOUGH = 5  # readings that have a spread; on a GPU, for which reading waits, as many in all
+SAME = ("data_wait", "encoder", "codec")  # regions of the same code whatever the kernels
 WORST = 3  # operations, and gaps, that get one
 AGAINST = ("eager",)
 OWN_FILES = ("profile.json", "roofline.png", "step.png", "trace.json", "trace_eager.json")
@@ -55,9 +58,10 @@ OWN_FILES = ("profile.json", "roofline.png", "step.png", "trace.json", "trace_ea
 class Profile:
     """One trainer's step.
 
-    line: its log line, undisturbed (images_per_s, shares, peak_memory_bytes, ...): on the CPU of
-    the median step, on a GPU of all steps; fastest, slowest: seconds of steps; regions: seconds;
-    host_syncs: where a GPU would be waited for, with how often a step.
+    line: its log line, undisturbed (images_per_s, shares, peak_memory_bytes, ...): of the median
+    reading, which on the CPU is a step, on a GPU several; fastest, slowest: seconds of a step by
+    reading; regions: seconds; spread: their 20th and 80th percentiles, of `readings`; host_syncs:
+    where a GPU would be waited for, with how often a step.
     """
 
     kernels: str
@@ -65,6 +69,8 @@ class Profile:
     fastest: float
     slowest: float
     regions: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+    readings: int
     trace: Trace
     host_syncs: list[tuple[HostSync, int]]
     file: Path
@@ -116,6 +122,7 @@ def profile_run(
     if world.is_rank_0:
         _open_folder(out)
     config = resolve_memory(with_classes(config), world)
+    busy = others() if world.device.type == "cpu" and world.is_rank_0 else None
     profiles, line = [], ""
     ways = [config.kernels, *([against] if against else [])]
     for number, kernels in enumerate(ways):
@@ -136,6 +143,8 @@ def profile_run(
     device = "cpu"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
+    if busy is not None and busy > BUSY:
+        said.append(f"warning: others took {busy:.0%} of the cores when this began")
     return ProfileReport(config, device, line, steps, said, ceilings, profiles, out)
 
 
@@ -248,14 +257,34 @@ def findings(report: ProfileReport) -> list[str]:
             f"take more, on a quieter machine"
         )
     for rival in report.profiles[1:] if not unsteady else []:
-        for name in REGIONS:
-            a, b = ours.regions[name], rival.regions[name]
-            if a - b > NOTABLE * ours.seconds:
-                out.append(
-                    f"slower than {rival.kernels}: {name.replace('_', ' ')}, {_ms(a)} against "
-                    f"{_ms(b)}"
-                )
+        out += _slower(ours, rival)
     return out
+
+
+def _slower(ours: Profile, rival: Profile) -> list[str]:
+    """Name the regions in which ours is slower by more than both spreads, unless the machine was
+    not the same for both: regions of the same code tell.
+    """
+
+    def apart(a: Profile, b: Profile, name: str) -> bool:
+        notable = a.regions[name] - b.regions[name] > NOTABLE * ours.seconds
+        return notable and a.spread[name][0] > b.spread[name][1]
+
+    def both(name: str) -> str:
+        against = f"{_ms(ours.regions[name])} against {_ms(rival.regions[name])}"
+        return f"{name.replace('_', ' ')}, {against}"
+
+    readings = min(ours.readings, rival.readings)
+    if readings < ENOUGH:
+        return [f"not compared with {rival.kernels}: {readings} are too few steps for a spread"]
+    moved = [n for n in SAME if apart(ours, rival, n) or apart(rival, ours, n)]
+    if moved:
+        return [
+            f"not compared with {rival.kernels}: the machine changed meanwhile; {both(moved[0])}, "
+            f"is the same code in both"
+        ]
+    names = [n for n in REGIONS if n not in SAME and apart(ours, rival, n)]
+    return [f"slower than {rival.kernels}: {both(name)}" for name in names]
 
 
 def report_as_dict(report: ProfileReport) -> dict[str, Any]:
@@ -282,6 +311,7 @@ def report_as_dict(report: ProfileReport) -> dict[str, Any]:
                 "fastest_seconds": p.fastest,
                 "slowest_seconds": p.slowest,
                 "region_seconds": p.regions,
+                "region_spread_seconds": p.spread,
                 "mfu_of_ceiling": mfu_of_ceiling(report, p),
                 "line": p.line,
                 "traced_step_seconds": p.trace.seconds,
@@ -404,14 +434,16 @@ def _profile(
     _synchronize(world)
     meter.reset()
     lines = []
-    for number in range(steps):
+    # Reading waits for a GPU, which a step does not: a few times in all, or once.
+    each = 1 if world.device.type == "cpu" else steps // ENOUGH if steps >= 2 * ENOUGH else steps
+    for number in range(steps // each * each):
         step()
-        # Reading waits for a GPU, which a step does not.
-        if world.device.type == "cpu" or number == steps - 1:
+        if (number + 1) % each == 0:
             lines.append(meter.read(trainer.step, 0.0, 0.0))
     lines.sort(key=lambda read: read["step_seconds"])
     line = lines[len(lines) // 2]
     regions = {name: line[name] * line["step_seconds"] for name in NAMES}
+    spread = {name: _spread([r[name] * r["step_seconds"] for r in lines]) for name in NAMES}
 
     annotating = Annotating(world, config.training.global_batch)
     trainer.meter = annotating
@@ -442,10 +474,19 @@ def _profile(
         fastest=lines[0]["step_seconds"],
         slowest=lines[-1]["step_seconds"],
         regions=regions,
+        spread=spread,
+        readings=len(lines),
         trace=read_trace(events, costs.counted, on_gpu=world.device.type == "cuda"),
         host_syncs=syncs.waiting,
         file=file,
     )
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
 def _synchronize(world: World) -> None:

@@ -66,7 +66,7 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
 
 def _by_region(report: ProfileReport) -> Table:
     ours, *rivals = report.profiles
-    how = f"the median of {report.steps}" if report.device == "cpu" else f"{report.steps} steps"
+    how = f"the median of {report.steps}" if report.device == "cpu" else f"of {report.steps} steps"
     title = f"one step by region, {how}, undisturbed"
     numbers = _right(f"{ours.kernels}, ms", "share", *_rivals(rivals))
     table = Table("region", *numbers, title=title, title_justify="left", box=SIMPLE_HEAD)
