@@ -29,6 +29,7 @@ from fastrepa.commands.bench.bench import (
 from fastrepa.commands.bench.peak_memory import highest, storages
 from fastrepa.commands.bench.plain_step import DeviceRandom, PlainLoop
 from fastrepa.commands.bench.reference_step import use_reference
+from fastrepa.commands.bench.report import print_bench
 from fastrepa.commands.bench.turn import contender_config, problem_of
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError
@@ -190,6 +191,24 @@ def test_the_command_fails_where_ours_does(broken, code, monkeypatch, tmp_path, 
     whys = [line for line in said if line.endswith("module: broken")]
     assert whys == [f"{name} fp32 b4: module: broken" for name in broken]
     assert (tmp_path / "out" / "bench.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ours", "rival", "said"),
+    [
+        ([0.9, 1.0, 1.1], [1.8, 2.0, 2.2], "2.00x"),
+        ([1.8, 2.0, 2.2], [0.9, 1.0, 1.1], "0.50x"),
+        ([0.9, 1.0, 1.1], [1.0, 1.2, 1.4], "~1.20x"),
+        ([1.0], [2.0], "~2.00x"),  # nobody knows their spread
+    ],
+)
+def test_what_lies_within_the_spread_is_marked(ours, rival, said, tmp_path, capsys):
+    results = [
+        Result(BenchCase(name, "fp32", 4), seconds)
+        for name, seconds in (("ours", ours), ("eager", rival))
+    ]
+    print_bench(results, tmp_path)
+    assert f" {said} " in capsys.readouterr().out
 
 
 def test_each_turn_is_on_the_disk_when_it_ends(monkeypatch, tmp_path):
