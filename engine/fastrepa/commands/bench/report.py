@@ -79,7 +79,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
 
 
 def _faster(ours: Result, rival: Result) -> str:
-    """How many times as fast ours is; "~" where p20 .. p80 of both meet, or nobody knows them."""
+    """Say how many times as fast ours is; "~" where p20 .. p80 of both meet or are unknown."""
     apart = min(len(ours.seconds), len(rival.seconds)) >= ENOUGH and (
         ours.milliseconds(0.8) < rival.milliseconds(0.2)
         or rival.milliseconds(0.8) < ours.milliseconds(0.2)
