@@ -16,6 +16,7 @@ from fastrepa.config.loading import (
     load_config,
     load_run_config,
     overridden,
+    own_files,
     run_folder,
     save_config,
     told_of_folder,
@@ -40,5 +41,6 @@ __all__ = [
     "Config", "DataConfig", "EmaConfig", "EncoderConfig", "EvaluationConfig", "KeepBestConfig",
     "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "SampleConfig", "ScheduleConfig",
     "SurvivalConfig", "TrainingConfig", "VisionConfig", "ZeroConfig", "config_from_dict",
-    "load_config", "load_run_config", "overridden", "run_folder", "save_config", "told_of_folder",
+    "load_config", "load_run_config", "overridden", "own_files", "run_folder", "save_config",
+    "told_of_folder",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from fastrepa.config.values import (
     FROM_NAME,
     BoolOrAuto,
     ClassCount,
+    NameOrOwn,
     PathText,
     Positive,
     Probability,
@@ -93,7 +94,9 @@ class DataConfig(Section):
 class EncoderConfig(Section):
     """One frozen encoder: a registry name or any timm model, and where its weights come from."""
 
-    name: Text = Field(description="one of `fastrepa encoders`, or any timm model")
+    name: NameOrOwn = Field(
+        description="one of `fastrepa encoders`, any timm model, or FILE.py:CLASS of one's own"
+    )
     weights: PathText = Field(
         "hub", description="hub | random | package:NAME | a local .safetensors/.pth file"
     )

@@ -93,6 +93,8 @@ def schema() -> _Schema:
     one = [decay, averages.pop("items")]
     several = {"type": averages.pop("type"), "minItems": 1, "maxItems": MAX_EMAS}
     averages["anyOf"] = [*one, {**several, "items": {"anyOf": one}}]
+    terms = sections["TrainingConfig"]["properties"]["extra_losses"]
+    terms["items"] = {"anyOf": [{"type": "string"}, terms["items"]]}
     return {"$schema": "http://json-schema.org/draft-07/schema#", **tree}
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fastrepa.config.sections import Config
-from fastrepa.config.values import is_int
+from fastrepa.config.values import is_int, is_own
 from fastrepa.errors import ConfigError, nearest, printable, shown, writing
 from fastrepa.reading.text import dump_yaml, parse_yaml, read_yaml, whole_number, written
 from fastrepa.runtime.files import write_whole
@@ -32,6 +32,11 @@ SIT_MODELS: dict[str, tuple[int, int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
+# Where a user's own code can be named.
+WITH_OWN = (
+    ("training", "extra_losses"), ("vision", "encoders"), ("evaluation", "encoders"),
+    ("evaluation", "metrics"),
+)  # fmt: skip
 SAVED = "config.yaml"  # a run's own configuration, by its name
 _LEFT = ("metrics.jsonl", "rank_0.log")  # one of which is beside it, or checkpoints/
 MOST_TOLD = 440  # characters of what is wrong with a file, the file's own name apart
@@ -53,7 +58,7 @@ def load_config(
         raise ConfigError(f"{path}: a configuration is a mapping of keys, got {_kind(tree)}")
     if own := run_of(path):
         tree["run"] = _as_path(own)
-    tree = overridden(tree, overrides)
+    tree = overridden(_anchored(tree, os.path.dirname(path)), overrides)
     if run is not None:
         tree["run"] = _as_path(run)
     return config_from_dict(tree, source=str(path))
@@ -66,6 +71,32 @@ def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     out = copy.deepcopy(dict(tree))
     for override in overrides:
         _set(out, override)
+    return out
+
+
+def own_files(config: Config) -> list[str]:
+    """The user's own code that a configuration names, each as FILE.py:NAME."""
+    encoders = (*config.vision.encoders, *config.evaluation.encoders)
+    named = [*(encoder.name for encoder in encoders), *(config.evaluation.metrics or ())]
+    return [*(term.use for term in config.training.extra_losses), *filter(is_own, named)]
+
+
+def _anchored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the tree with the user's own files, FILE.py:NAME, found from where the YAML lies."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: found(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [found(inner) for inner in value]
+        own = is_own(value) and not value.startswith("~")
+        return os.path.join(folder, value) if own else value
+
+    out = dict(tree)
+    for section, key in WITH_OWN:
+        inside = out.get(section)
+        if isinstance(inside, dict) and key in inside:
+            out[section] = {**inside, key: found(inside[key])}
     return out
 
 

@@ -21,8 +21,10 @@ from fastrepa.config.ingredients import (
 )
 from fastrepa.config.values import (
     BoolOrAuto,
+    NameOrOwn,
     NonNegative,
     NumberOrAuto,
+    OwnCode,
     PathText,
     Positive,
     PositiveOrAuto,
@@ -110,6 +112,20 @@ class EmaConfig(Section):
         return str(self.decay) if self.sigma_rel is None else f"sigma_rel={self.sigma_rel}"
 
 
+class LossConfig(Section):
+    """A further term of the loss, from a file of one's own; in YAML `FILE.py:FUNCTION` alone has
+    the weight 1. docs/extending.md says what it is given.
+    """
+
+    use: OwnCode = Field(description="FILE.py:FUNCTION; a path is relative to the YAML file")
+    weight: float = Field(1.0, description="what it is multiplied by in the loss")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_text(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
 class KeepBestConfig(Section):
     """The rule of the best checkpoint: a key of metrics.jsonl, as last logged before the save, or
     an evaluation's (`fd_dinov2_vitb14`), whose step is saved where it is the best so far.
@@ -162,6 +178,9 @@ class TrainingConfig(Section):
         (EmaConfig(decay=0.9999),),
         strict=False,
         description="one or a list; the first is sampled and evaluated, the others are stored",
+    )
+    extra_losses: tuple[LossConfig, ...] = Field(
+        (), strict=False, description="further terms of the loss, each from a file of one's own"
     )
     log_every: Positive = Field(100, description="steps between lines of metrics.jsonl")
     sample_every: NonNegative = Field(10_000, description="steps between grids; 0: never")
@@ -254,8 +273,11 @@ class EvaluationConfig(Section):
     )
     num: Positive = Field(1000, description="images generated: the same seeds and labels each time")
     batch_size: Positive = Field(32, description="images per forward")
-    metrics: tuple[Text, ...] | None = Field(
-        None, strict=False, description="null: the encoders', or Inception's without any"
+    metrics: tuple[NameOrOwn, ...] | None = Field(
+        None,
+        strict=False,
+        description="names, or FILE.py:CLASS of one's own; null: the encoders', or Inception's "
+        "without any",
     )
     encoders: tuple[EncoderConfig, ...] = Field(
         (), strict=False, description="spaces to measure in, besides Inception's; grid is not used"

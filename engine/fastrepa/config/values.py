@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal, get_args
 
@@ -88,9 +89,30 @@ def _set_path(text: str) -> str:
     return _path(text)
 
 
+OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)")
+
+
+def is_own(text: object) -> bool:
+    """Tell whether a value names code in a file of the user's: FILE.py:NAME."""
+    return isinstance(text, str) and OWN.fullmatch(text) is not None
+
+
+def _own_code(text: str) -> str:
+    if not is_own(text):
+        raise PydanticCustomError("own_code", "expected FILE.py:NAME, such as my_loss.py:edges")
+    return os.path.abspath(_path(text))
+
+
+def _name_or_own(text: str) -> str:
+    return _own_code(text) if is_own(text) else text
+
+
 # What YAML takes for a number is text here, as it is written: a run called 0123 keeps its 0.
 Text = Annotated[str, BeforeValidator(_text)]
 # Also of what is a path only among other things: hub ids and words begin with no ~.
 PathText = Annotated[Text, AfterValidator(_path)]
 # A data set: in a folder, or at an address, which is not made a path.
 SetPath = Annotated[Text, AfterValidator(_set_path)]
+# Code in a file of the user's, FILE.py:NAME, and a name that may be one.
+OwnCode = Annotated[Text, AfterValidator(_own_code)]
+NameOrOwn = Annotated[Text, AfterValidator(_name_or_own)]

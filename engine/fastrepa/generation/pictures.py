@@ -30,7 +30,7 @@ PANELS = (
 EXACT = ("lr",)
 """Keys that are set, not measured: shown without a mean."""
 EVALUATION = re.compile(
-    r"(fid|sfid|inception_score|kid|clip_score|precision|recall|(fd|kd|precision|recall)_\w+)$"
+    r"(fid|sfid|inception_score|kid|clip_score|precision|recall|(fd|kd|precision|recall|own)_\w+)$"
 )
 """Keys of `evaluation` that get a panel too: those of Inception, and of encoders' spaces."""
 EVALUATION_COLOUR = "#a8326f"

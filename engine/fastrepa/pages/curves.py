@@ -49,8 +49,10 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Return the panels that some run has numbers for."""
     there = {key for run in runs for line in run.lines for key in line}
     evaluation = sorted(key for key in there if is_evaluation(key))
+    losses = {key for key in there if key.endswith("_loss")}
+    own = sorted(losses - {key for key, _, _ in LEARNING})  # of terms of one's own
     groups = {
-        "Learning": LEARNING,
+        "Learning": (*LEARNING, *((key, key.replace("_", " "), "") for key in own)),
         "Evaluation": [(key, evaluation_title(key), better(key)) for key in evaluation],
         "Speed": SPEED,
     }
@@ -71,6 +73,8 @@ def evaluation_title(key: str) -> str:
 
 
 def better(key: str) -> str:
+    if key.startswith("own_"):  # only its author knows
+        return ""
     return f"{'higher' if key.startswith(_HIGHER) else 'lower'} is better"
 
 

@@ -22,7 +22,7 @@ from fastrepa.checkpoint.format import (
 )
 from fastrepa.checkpoint.identity import check_classes, trained_classes
 from fastrepa.checkpoint.writer import CheckpointWriter
-from fastrepa.config import Config, DataConfig, save_config
+from fastrepa.config import Config, DataConfig, own_files, save_config
 from fastrepa.data.datasets import DataSet, keep_blocks, open_data
 from fastrepa.data.pipeline import DataPipeline
 from fastrepa.data.reader import RankBatches
@@ -114,6 +114,11 @@ class Run:
             warn_of_changes(self.folder, config, self.step)
             if self.before is not None:
                 warn_of_other_samples(self.before, self.data)
+            if own := own_files(config):
+                from fastrepa.reading.own_code import keep_copies
+
+                for words in keep_copies(self.folder, own):
+                    say(f"warning: {words}")
             save_config(config, self.folder / "config.yaml")
         ran = attention_record(config.attention, self.trainer.attention)
         with Telemetry(

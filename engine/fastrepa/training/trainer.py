@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastrepa.checkpoint.format import load_engine_state, load_model_weights, read_state
-from fastrepa.config import Config
+from fastrepa.config import Config, TrainingConfig
 from fastrepa.data.pipeline import Batch
 from fastrepa.model.attention import choose_attention
 from fastrepa.model.compilation import (
@@ -35,6 +36,9 @@ from fastrepa.training.zero.settings import micro_batch, resolve_zero, trained_e
 from fastrepa.vision.codec import token_grid
 from fastrepa_kernels.attention import Choice
 
+if TYPE_CHECKING:
+    from fastrepa.training.extra_losses import ExtraLosses
+
 
 def check_run(config: Config, world: World) -> Choice:
     """Refuse, before anything is built, what cannot run here; return the attention that will.
@@ -54,9 +58,19 @@ def check_run(config: Config, world: World) -> Choice:
         from fastrepa.training.zero.offload import check_offload
 
         check_offload(config.zero, config.run)
+    build_extra_losses(config.training)
     check_compile("training.compile", config.training.compile, world.device)
     check_compile("vision.compile", config.vision.compile, world.device)
     return choice
+
+
+def build_extra_losses(config: TrainingConfig) -> ExtraLosses | None:
+    """Read the terms of one's own, where there are any. Raises ConfigError."""
+    if not config.extra_losses:
+        return None
+    from fastrepa.training.extra_losses import ExtraLosses
+
+    return ExtraLosses(config)
 
 
 class Trainer:
@@ -81,6 +95,7 @@ class Trainer:
         self.codec, self.targets = inputs.codec, inputs.targets
         self.cached_latents = inputs.cached_latents
         self.objective = Objective(config.objective)
+        self.extra_losses = build_extra_losses(config.training)
         self.random = KeyedRandom(config.seed)
         state = read_state(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
@@ -165,7 +180,8 @@ class Trainer:
     def forward_losses(
         self, batch: Batch, samples: Tensor, targets: list[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return loss, velocity_loss and, with encoders, alignment_loss of a micro-batch, [] each.
+        """Return loss, velocity_loss, with encoders alignment_loss, and the terms of one's own, of
+        a micro-batch, [] each.
 
         samples [B] int64: the samples' numbers within the step's global batch, which key their
         noise, time and label dropout. targets [B,T,Z] by encoder: made here unless given.
@@ -186,10 +202,17 @@ class Trainer:
             else:
                 velocity, alignment = self.engine(x_t, t, batch.label, None, drop), None
             velocity_loss = self.objective.velocity_loss(velocity, velocity_target)
-            if alignment is None:
-                return {"loss": velocity_loss, "velocity_loss": velocity_loss}
-            loss = velocity_loss + self.config.alignment.weight * alignment
-        return {"loss": loss, "velocity_loss": velocity_loss, "alignment_loss": alignment}
+            losses = {"loss": velocity_loss, "velocity_loss": velocity_loss}
+            if alignment is not None:
+                losses["loss"] = velocity_loss + self.config.alignment.weight * alignment
+                losses["alignment_loss"] = alignment
+            if self.extra_losses is not None:
+                extra, terms = self.extra_losses(
+                    velocity.float(), velocity_target, x_t, z, noise, t, batch, drop, targets,
+                    self.step,
+                )  # fmt: skip
+                losses = {**losses, "loss": losses["loss"] + extra, **terms}
+        return losses
 
     def sample_numbers(self, forward: int) -> Tensor:
         """Number the samples [B] of this rank's forward-th micro-batch within the global batch."""

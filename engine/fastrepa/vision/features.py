@@ -64,6 +64,12 @@ def plan_encoder(config: EncoderConfig, *, resolution: int) -> EncoderPlan:
     ConfigError: unknown name, an input side the network cannot take, no feature map at stride 16.
     """
     recipe = find_recipe(config.name)
+    if recipe.own:
+        from fastrepa.vision.own import own_shape
+
+        pixels, own, z = own_shape(config, resolution)
+        of_own: dict[str, Any] = {"weights": config.weights}
+        return EncoderPlan(recipe, pixels, (own, own), z, 0, True, True, of_own)
     where = f"vision.encoders ({config.name})"
     model = blueprint(recipe, recipe.timm_args, where)
     if not hasattr(model, "forward_intermediates"):
@@ -228,6 +234,8 @@ def cached_features(
     ConfigError as there: an unknown name, or grids that `config.grid` cannot reconcile.
     """
     plan = plan_encoder(config, resolution=resolution)
+    if plan.recipe.own:
+        raise ConfigError(f"vision.targets: 'cached' takes encoders by name, not {config.name}")
     _check_grids(config, plan, grid)
     return CachedFeatures(plan, name=config.name, grid=grid, rule=config.grid, dtype=dtype)
 
@@ -312,6 +320,10 @@ def load_network(
 
     Only what is left must have weights. Raises WeightsError.
     """
+    if recipe.own:
+        from fastrepa.vision.own import own_network
+
+        return own_network(config.name, config.weights)
     # Building draws initial values: the run's own randomness must not notice. Only the CPU's
     # generator is seeded; torch.manual_seed would also reset the GPUs', which nobody puts back.
     with torch.random.fork_rng(devices=[]):

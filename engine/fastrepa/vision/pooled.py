@@ -59,6 +59,8 @@ def plan_pooled(config: EncoderConfig) -> PooledPlan:
     encoders). Raises ConfigError for an unknown name and a side that the network cannot take.
     """
     recipe, where = find_recipe(config.name), f"evaluation encoder {config.name}"
+    if recipe.own:
+        raise ConfigError(f"{where}: has tokens alone; write a metric with features of its own")
     pretrained = timm.get_pretrained_cfg(recipe.timm_name)
     trained = pretrained.input_size[-1] if pretrained else 224
     side = config.input or (224 if recipe.side == "224*" else trained)

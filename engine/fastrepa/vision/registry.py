@@ -29,6 +29,7 @@ from typing import Any, Literal
 import timm
 
 from fastrepa.config import EncoderConfig
+from fastrepa.config.values import is_own
 from fastrepa.errors import ConfigError, nearest
 from fastrepa.reading.text import expanded, whole_number
 
@@ -49,7 +50,7 @@ class Recipe:
     `order` says when the resize happens. `norm`:
     whether the tokens pass the final LayerNorm. `width` is Z where the row promises it. `timm_args`
     go to `timm.create_model`. `hub`: timm can fetch the weights; `download`: where original weights
-    are, for error messages.
+    are, for error messages. `own`: a class in a file of the user's (own.py), and not timm's.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Recipe:
     timm_args: Mapping[str, Any] = field(default_factory=dict)
     hub: bool = True
     download: str | None = None
+    own: bool = False
 
 
 def _dinov2(name: str, timm_name: str, width: int, weights: str) -> Recipe:
@@ -150,6 +152,10 @@ def find_recipe(name: str) -> Recipe:
     """The row of `name`; ConfigError naming it and the nearest allowed name otherwise."""
     if name in REGISTRY:
         return REGISTRY[name]
+    if is_own(name):
+        from fastrepa.vision.own import own_recipe
+
+        return own_recipe(name)
     if name not in _timm_names():
         raise ConfigError(
             f"vision.encoders: no encoder named {name!r}"

@@ -30,14 +30,17 @@ from fastrepa.commands.evaluate.metrics import (
     kernel_distance,
     precision_recall,
 )
+from fastrepa.commands.evaluate.own_metric import OwnMetric
 from fastrepa.config import EncoderConfig
+from fastrepa.config.values import is_own
 from fastrepa.errors import ConfigError, DataError, nearest, print_warning, worded
+from fastrepa.reading.own_code import own_code
 from fastrepa.runtime.ownership import InUse, take
 from fastrepa.runtime.world import World, of_rank_0, on_all
 from fastrepa.vision.pooled import space_name
 from fastrepa.vision.registry import REGISTRY
 
-Kind = Literal["frechet", "kernel", "precision", "recall", "inception_score", "clip_score"]
+Kind = Literal["frechet", "kernel", "precision", "recall", "inception_score", "clip_score", "own"]
 
 INCEPTION: dict[str, tuple[Kind, str]] = {
     "fid": ("frechet", "pool"),
@@ -74,14 +77,19 @@ PATIENCE = 5.0  # seconds of the first rank, while the others wait for it
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name; `feature` is what it compares, as "space.feature"."""
+    """A metric by name; `feature` is what it compares, as "space.feature". own: of kind "own", the
+    class of the user's (OwnMetric), and where it is, FILE.py:CLASS.
+    """
 
     name: str
     kind: Kind
     feature: str
+    own: tuple[Any, str] | None = None
 
     @property
     def higher_is_better(self) -> bool:
+        if self.own is not None:
+            return bool(getattr(self.own[0], "higher_is_better", False))
         return self.kind in HIGHER
 
 
@@ -114,16 +122,31 @@ def choose_metrics(
         names = [n for n, m in of_spaces.items() if m.feature.partition(".")[0] in found]
         names = names or list(INCEPTION)
     table |= of_spaces
+    own = {name: _own_metric(name) for name in names if is_own(name)}
+    table |= own
+    if twice := len(own) - len({metric.name for metric in own.values()}):
+        raise ConfigError(f"metrics: {twice + 1} classes of one's own have the same name")
     for name in names:
         if name not in table:
             raise ConfigError(
                 f"metrics: {name!r} is not known{nearest(name, table)}; allowed: "
                 f"{', '.join([*INCEPTION, CLIP])}, and {', '.join(f'{p}_SPACE' for p in PREFIXES)} "
-                f"of an encoder's space ({', '.join(found) or 'none is given'})"
+                f"of an encoder's space ({', '.join(found) or 'none is given'}), and "
+                "FILE.py:CLASS of one's own"
             )
     chosen = [table[name] for name in dict.fromkeys(names)]
     spaces = {metric.feature.partition(".")[0] for metric in chosen}
     return chosen, [encoder for space, encoder in known.items() if space in spaces]
+
+
+def _own_metric(spec: str) -> Metric:
+    """Read the class of FILE.py:CLASS. Raises ConfigError."""
+    made = own_code("evaluation.metrics", spec, "class")
+    for method in ("features", "score"):
+        if not callable(getattr(made, method, None)):
+            raise ConfigError(f"evaluation.metrics: {spec}: has no method {method}")
+    name = f"own_{spec.rpartition(':')[2]}"
+    return Metric(name, "own", f"{name}.values", (made, spec))
 
 
 @dataclass
@@ -162,12 +185,15 @@ class SetEvaluator:
         self.extractors: dict[str, Extractor] = {}
         spaces = {metric.feature.partition(".")[0] for metric in metrics}
         configs = {space_name(encoder.name): encoder for encoder in encoders}
+        own = {metric.name: metric.own for metric in metrics if metric.own is not None}
 
         def make(space: str) -> None:
             if space == "inception":
                 self.extractors[space] = Inception(inception_weights)
             elif space == "clip":
                 self.extractors[space] = Clip(*clip)
+            elif space in own:
+                self.extractors[space] = OwnMetric(space, *own[space])
             else:
                 self.extractors[space] = Encoder(configs[space])
 
@@ -182,7 +208,7 @@ class SetEvaluator:
         def features(*kinds: Kind) -> frozenset[str]:
             return frozenset(m.feature for m in self.metrics if m.kind in kinds)
 
-        pairs = features("kernel", "precision", "recall")
+        pairs = features("kernel", "precision", "recall", "own")
         alone = frozenset() if reference else features(*OF_SAMPLES)
         return Wanted(features("frechet"), pairs | alone | kept)
 
@@ -339,6 +365,10 @@ class SetEvaluator:
                     out[metric.name] = manifolds[metric.feature][metric.kind == "recall"]
                 elif metric.kind == "inception_score":
                     out[metric.name], out[f"{metric.name}_std"] = inception_score(x)
+                elif metric.kind == "own":
+                    measure = self.extractors[metric.name]
+                    assert isinstance(measure, OwnMetric)
+                    out[metric.name] = measure.score(x, y)
                 else:
                     out[metric.name] = clip_score(x, self._texts(samples))
             except ValueError as error:

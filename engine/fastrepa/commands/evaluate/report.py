@@ -19,6 +19,7 @@ TITLES: dict[Kind, str] = {
     "recall": "recall",
     "inception_score": "Inception Score",
     "clip_score": "CLIP score",
+    "own": "of one's own",
 }
 NAMES = {"fid": "FID", "sfid": "sFID", "kid": "KID"}
 

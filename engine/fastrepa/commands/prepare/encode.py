@@ -41,6 +41,7 @@ from fastrepa.commands.prepare.column_makers import (
     own_grid_encoder,
 )
 from fastrepa.config import CodecConfig, DataConfig, EncoderConfig
+from fastrepa.config.values import is_own
 from fastrepa.data.format.columns import open_rows
 from fastrepa.data.format.shards import (
     FeaturesColumn,
@@ -175,10 +176,13 @@ def encode_settings(
             raise ConfigError("--flip: give --codec sd-vae or --cache-features, which it mirrors")
         if reference is None:
             raise ConfigError("nothing to encode: give --codec sd-vae, --cache-features or both")
+    encoders = parse_encoders(cache_features, "--cache-features") if cache_features else ()
+    if own := [encoder.name for encoder in encoders if is_own(encoder.name)]:
+        raise ConfigError(f"--cache-features: {own[0]}: takes encoders by name, not from a file")
     chosen: dict[str, Any] = {"weights": expanded(codec_weights)} if codec_weights else {}
     return {
         "codec": CodecConfig(name="sd-vae", **chosen) if codec else None,
-        "encoders": parse_encoders(cache_features, "--cache-features") if cache_features else (),
+        "encoders": encoders,
         "reference": reference,
         "flip": flip,
         "precision": precision,

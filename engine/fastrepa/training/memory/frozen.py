@@ -35,6 +35,10 @@ def encoder_network(plan: EncoderPlan) -> tuple[Callable[[], nn.Module], Callabl
     """Return (build, run), as the engine builds and runs it."""
 
     def build() -> nn.Module:
+        if plan.recipe.own:
+            from fastrepa.vision.own import own_network
+
+            return own_network(plan.recipe.name, plan.timm_args["weights"]).to("meta")
         network: Any = timm.create_model(plan.recipe.timm_name, **plan.timm_args)
         cut(network, plan.index, plan.norm)
         return network
