@@ -285,6 +285,26 @@ ROWS = (
     ),
     # Commands.
     (
+        "a page asked for under any name", "engine/fastrepa/commands/watch/watch.py",
+        'r"(127\\.0\\.0\\.1|localhost)(:[0-9]{1,5})?"', 'r".*"',
+        "tests/commands/watch/test_watch.py",
+    ),
+    (
+        "a drawing that another site asks for", "engine/fastrepa/commands/watch/watch.py",
+        """self.headers.get("Origin") != f"http://{self.headers['Host']}\"""", "False",
+        "tests/commands/watch/test_watch.py",
+    ),
+    (
+        "a link that leads out of the run", "engine/fastrepa/commands/watch/view.py",
+        " and real.is_relative_to(self.run.resolve())", "",
+        "tests/commands/watch/test_watch.py",
+    ),
+    (
+        "a heat map's scale from 0", "engine/fastrepa/pages/heat.py",
+        "(self.values - self.lowest)", "self.values",
+        "tests/commands/report/test_report.py",
+    ),
+    (
         "a trace's time of all steps", "engine/fastrepa/profiling/activity.py",
         '"seconds": seconds / steps', '"seconds": seconds',
         "tests/profiling/test_activity.py",

@@ -245,11 +245,10 @@ def watch(
     """
     from fastrepa.commands.watch.watch import Server
 
-    with Server(run, port) as server:
+    with Server(run, port) as server, suppress(KeyboardInterrupt):
         waits = "" if run.exists() else ", which is not there yet"
         say(f"{server.address} shows {run}{waits}; Ctrl-C ends it")
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 @app.command()

@@ -42,7 +42,7 @@ _ABSENT = object()
 class Live:
     """The part of the page of one run that it has while it is served, and a file has not.
 
-    now: `busy`, who works on the run, or "", `step`, `steps` and `figures`, all as they are shown.
+    now: `state`, a sentence on who works on the run; `step`, `steps`; `figures`, as they are shown.
     """
 
     now: dict[str, Any]

@@ -150,7 +150,8 @@ def test_strangers_are_refused(run):
 def test_a_run_that_has_not_begun_and_one_that_is_removed(run, tmp_path):
     later = tmp_path / "later"
     with served(later) as server:
-        assert b"waiting: " in ask(server, "/")[2]
+        page = ask(server, "/")[2]
+        assert b"Idle: not begun yet." in page and b"waiting: " in page
         assert ask(server, "/draw")[0] == 200
         run.rename(later)
         (later / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # a line half written

@@ -128,8 +128,6 @@ def _now(record: RunRecord, busy: str) -> dict[str, Any]:
         figures.append(("left", duration(seconds * (steps - step))))
     if record.logged:
         figures.append(("last logged", f"{record.logged:%Y-%m-%d %H:%M:%S UTC}"))
-    return {"busy": _sentence(busy), "step": step, "steps": steps, "figures": figures}
-
-
-def _sentence(busy: str) -> str:
-    return f"At work: {busy}." if busy else ""
+    idle = "nobody works on this run" if record.config or record.lines else "not begun yet"
+    words = f"At work: {busy}." if busy else f"Idle: {idle}."
+    return {"state": words, "step": step, "steps": steps, "figures": figures}
