@@ -302,7 +302,7 @@ ROWS = (
     (
         "a heat map's scale from 0", "engine/fastrepa/pages/heat.py",
         "(self.values - self.lowest)", "self.values",
-        "tests/commands/report/test_report.py",
+        "tests/pages/test_heat.py",
     ),
     (
         "a trace's time of all steps", "engine/fastrepa/profiling/activity.py",

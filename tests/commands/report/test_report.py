@@ -17,12 +17,13 @@ from fastrepa.commands.report.report import MAX_RUNS, write_report
 from fastrepa.config import load_config
 from fastrepa.errors import ConfigError, DataError
 from fastrepa.pages.curves import POINTS, curves, is_evaluation, panels
-from fastrepa.pages.heat import heat_colours, heat_maps
+from fastrepa.pages.heat import heat_colours
 from fastrepa.pages.page import ALL_PICTURES, PICTURES
 from fastrepa.pages.run_record import flattened, read_runs
 from fastrepa.runtime.regions import NAMES
 from tests import browser
 from tests.command_line import run
+from tests.pages.test_heat import probe_record
 from tests.runs import ROOT, SMALL, metrics
 
 VOID = {"meta", "link", "input", "img", "wbr"}
@@ -275,20 +276,8 @@ def test_what_a_probe_found_is_shown(trained, copy, tmp_path):
     assert "Heat maps of run" in parsed.all("img")[-1]["alt"]
 
 
-def test_heat_maps_have_one_scale_from_unrelated_to_the_encoder(copy, tmp_path):
-    steps = list(range(0, 1000, 10))
-    record = {
-        "encoders": ["x"], "steps": steps, "blocks": [1, 2], "aligned_block": 2,
-        "unrelated_cknna": 0.1, "cknna": {"x": [[0.1, 1.0, *[0.55] * 98], [0.05] * 100]},
-        "linear_cka_debiased": {"x": [[-0.1] * 100, [None] * 100]},
-        "linear_probe": [[0.25] * 100, [0.45] * 100], "linear_probe_of_encoder": {"x": 0.65},
-        "guessing": 0.25, "said": ["Block 1 leads."],
-    }  # fmt: skip
-    cknna, cka, probe = heat_maps(record)
-    assert cknna.shares[:, :3] == pytest.approx(np.array([[0, 1, 0.5], [0, 0, 0]]))
-    assert (cka.shares[0] == 0).all() and np.isnan(cka.shares[1]).all()
-    assert probe.shares[:, 0] == pytest.approx([0, 0.5])
-    assert probe.reference == "guessing: 25%, the encoder: 65%"
+def test_heat_maps_are_tables_in_their_colours(copy, tmp_path):
+    record = probe_record()
     lowest, half = (heat_colours(np.array([[share]]))[0][0] for share in (0.0, 0.5))
     (copy / "probe").mkdir()
     (copy / "probe" / "probe.json").write_text(json.dumps(record))
