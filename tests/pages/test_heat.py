@@ -7,7 +7,7 @@ from fastrepa.pages.heat import heat_colours, heat_maps
 
 
 def probe_record():
-    """What a probe of two blocks at a hundred steps might have found."""
+    """Make the record of a probe of two blocks at a hundred steps."""
     return {
         "encoders": ["x"], "steps": list(range(0, 1000, 10)), "blocks": [1, 2], "aligned_block": 2,
         "unrelated_cknna": 0.1, "cknna": {"x": [[0.1, 1.0, *[0.55] * 98], [0.05] * 100]},
