@@ -16,7 +16,7 @@ from fastrepa.config import PATCHES, SIT_MODELS, EncoderConfig, config_from_dict
 from fastrepa.errors import WeightsError
 from fastrepa.model.flops import model_flops
 from fastrepa.model.sit import SiT
-from fastrepa.runtime.terminal import Terminal, say
+from fastrepa.runtime.terminal import Terminal, print_table, say
 from fastrepa.vision.features import plan_encoder
 from fastrepa.vision.registry import REGISTRY, Recipe, default_side
 from fastrepa.vision.weights import EXTRAS, find_package_weights, hub_source
@@ -38,7 +38,7 @@ def print_encoders(terminal: Terminal) -> None:
         if hub_source(recipe):
             where, here = "hub", "yes" if _downloaded(recipe) else "no"
         table.add_row(name, str(side), str(patch), str(recipe.width), where, here)
-    terminal.print(table)
+    print_table(terminal, table)
     say(
         "`fastrepa encoders NAME` says where the weights of one come from. Any other timm",
         "model with a token grid, or feature maps at stride 16, works by its own name.",
@@ -86,7 +86,7 @@ def print_models(terminal: Terminal) -> None:
         flops = model_flops(m, config.alignment, **shape).forward
         numbers = (m.width, m.depth, m.heads, (side // m.patch) ** 2, config.alignment.block)
         table.add_row(name, *map(str, numbers), f"{count / 1e6:.1f} M", f"{flops / 1e9:.1f}")
-    terminal.print(table)
+    print_table(terminal, table)
     say(
         f"Of {channels} x {side} x {side} latents (sd-vae) and 1,000 classes, without projector.",
         "aligned: which block, by default; GFLOPs: of an image's forward, a multiply and",

@@ -21,7 +21,7 @@ from fastrepa.config import Config, config_from_dict
 from fastrepa.model.operations import EAGER, use_operations
 from fastrepa.model.sit import Attention, SiT
 from fastrepa.profiling.random_batches import RandomBatches
-from fastrepa.runtime.terminal import Terminal
+from fastrepa.runtime.terminal import Terminal, print_table
 from fastrepa.runtime.world import World
 from fastrepa.training.messages import first_line
 from fastrepa.training.trainer import Trainer
@@ -152,7 +152,7 @@ def print_dry_run(result: DryRun, global_batch: int) -> None:
     for part, size in result.memory.items():
         table.add_row(f"memory per rank: {part}", f"{size / 2**30:.2f} GiB")
     table.add_row("memory per rank, estimate", f"{sum(result.memory.values()) / 2**30:.2f} GiB")
-    console.print(table)
+    print_table(console, table)
 
 
 def _si(value: float) -> str:

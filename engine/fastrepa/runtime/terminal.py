@@ -10,14 +10,21 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from fastrepa.errors import printable
+
+if TYPE_CHECKING:
+    from rich.table import Column, Table
+
+_FOLDED = 16  # columns that a text keeps, at least, when it is folded
+_INDENT = 3
 
 
 class Terminal(Console):
@@ -48,6 +55,85 @@ def say(*lines: object, file: IO[str] | None = None) -> None:
     # One write, the lines' ends included: ranks share the terminal.
     file.write("".join(f"{printable(line)}\n" for line in lines))
     file.flush()
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table so that it reads at any width: no number and no name is cut short.
+
+    One that is wider than the screen (in a pipe: 80) first breaks its headings, then folds its
+    texts; where its numbers alone do not fit, each row becomes a paragraph.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
+        column.no_wrap = column.justify == "right"
+    if _width(table) > console.width:
+        for column in table.columns:
+            if column.justify == "right":
+                column.header = Text(_plain(column.header).replace(" ", "\n"))
+    if _width(table, folded=True) > console.width:
+        table.padding = (0, 1, 0, 0)
+    if _width(table, folded=True) <= console.width:
+        console.print(table)
+    else:
+        _print_list(console, table)
+
+
+def _width(table: Table, *, folded: bool = False) -> int:
+    """Columns of the screen that a table takes, its texts whole or folded."""
+    _, right, _, left = table.padding
+    width = len(table.columns) * (left + right + 1) + 1
+    for column in table.columns:
+        whole = max((_widest(cell) for cell in (*column.cells, column.header)), default=0)
+        width += whole if column.no_wrap or not folded else min(whole, _FOLDED)
+    return width
+
+
+def _widest(cell: object) -> int:
+    return max((cell_len(line) for line in _plain(cell).split("\n")), default=0)
+
+
+def _plain(cell: object) -> str:
+    """The text of a cell as it is shown; of a `Text` line ends are such."""
+    if isinstance(cell, Text):
+        return "\n".join(map(printable, cell.plain.split("\n")))
+    return printable(cell)
+
+
+def _print_list(console: Console, table: Table) -> None:
+    """Print a paragraph for each row: its first cell, and below it what the columns say."""
+    if table.title:
+        console.print(Text(_plain(table.title), "italic"), overflow="fold")
+    cells = [list(column.cells) for column in table.columns]
+    for number, row in enumerate(table.rows):
+        name = cells[0][number]
+        head = name if isinstance(name, Text) else Text(_plain(name), row.style or "bold")
+        if number and table.rows[number - 1].end_section:
+            console.print()
+        console.print(head, overflow="fold")
+        _print_values(console, table.columns[1:], [column[number] for column in cells[1:]])
+
+
+def _print_values(console: Console, columns: Sequence[Column], cells: list[object]) -> None:
+    """Print `heading value` after `heading value`, broken between two where there is room."""
+    from rich.padding import Padding
+
+    def put(line: Text) -> None:
+        line.overflow = "fold"
+        console.print(Padding(line, (0, 0, 0, _INDENT)))
+
+    line = Text()
+    for column, cell in zip(columns, cells, strict=True):
+        if not _plain(cell):
+            continue
+        heading = _plain(column.header).replace("\n", " ")
+        value = cell.copy() if isinstance(cell, Text) else Text(_plain(cell))
+        pair = Text.assemble((f"{heading} " if heading else "", "dim"), value)
+        if line and _INDENT + cell_len(f"{line.plain} · {pair.plain}") > console.width:
+            put(line)
+            line = Text()
+        line = Text.assemble(line, " · ", pair) if line else pair
+    if line:
+        put(line)
 
 
 def counted(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from fastrepa.commands.bench.bench import FILE, TURNS, Result, label, record
 from fastrepa.drawing import INK, PALETTE, axes_title, heading, new_figure, save_figure
 from fastrepa.errors import decoration
-from fastrepa.runtime.terminal import Terminal, say_json
+from fastrepa.runtime.terminal import Terminal, print_table, say_json
 
 PICTURE = "bench.png"
 ENOUGH = 3  # times that have a spread
@@ -61,7 +61,7 @@ def print_bench(results: Sequence[Result], out: Path, *, as_json: bool = False) 
             "" if above is None else f"{above / 1e9:.3g}",
             smaller,
         )
-    console.print(table)
+    print_table(console, table)
     for result in results:
         if result.problem:
             said = f"{label(result.case)}: {result.problem}"

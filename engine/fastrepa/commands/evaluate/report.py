@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from fastrepa.commands.evaluate.evaluate import Evaluation
 from fastrepa.commands.evaluate.evaluator import Kind, Metric
 from fastrepa.commands.evaluate.record import evaluation_record
-from fastrepa.runtime.terminal import Terminal, say_json
+from fastrepa.runtime.terminal import Terminal, print_table, say_json
 
 TITLES: dict[Kind, str] = {
     "frechet": "Frechet distance",
@@ -42,7 +42,7 @@ def print_evaluation(done: Evaluation, *, as_json: bool = False) -> None:
     if done.settings:
         shown = ", ".join(f"{k} {v}" for k, v in done.settings.items())
         console.print(f"generated  {shown}", soft_wrap=True)
-    console.print(table)
+    print_table(console, table)
     for note in done.notes:
         console.print(f"warning: {note}", soft_wrap=True)
 

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fastrepa.commands.plan.plan import STEP_PARTS, CapacityPlan, Estimate, assumed, plan_as_dict
-from fastrepa.runtime.terminal import Terminal, say_json
+from fastrepa.runtime.terminal import Terminal, print_table, say_json
 from fastrepa.training.memory.sharding import HOST_PARTS, PARTS
 
 WORDS = (
@@ -31,8 +31,8 @@ def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | Non
         return
     console = Terminal()
     console.print(_headline(plan), soft_wrap=True)
-    console.print(_memory(plan))
-    console.print(_time(plan))
+    print_table(console, _memory(plan))
+    print_table(console, _time(plan))
     for row in plan.rows:
         console.print(_verdict(plan, row.configured), soft_wrap=True)
         best = row.cheapest
@@ -44,7 +44,7 @@ def print_plan(plan: CapacityPlan, *, as_json: bool = False, picture: Path | Non
             text = f"advised: {_way(best)}: {_gb(best.total)} GB, {_cost(best)}"
         console.print(f"      {text}", soft_wrap=True)
     console.print(WORDS)
-    console.print(_assumptions(plan))
+    print_table(console, _assumptions(plan))
     if picture is not None:
         console.print(f"drawn: {picture}", soft_wrap=True)
 

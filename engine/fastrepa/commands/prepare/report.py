@@ -24,7 +24,7 @@ from fastrepa.data.format.partial import REPORT
 from fastrepa.data.format.shards import Manifest, SkippedRecord
 from fastrepa.errors import DataError, printable
 from fastrepa.reading.text import read_json
-from fastrepa.runtime.terminal import counted, quoted, typed
+from fastrepa.runtime.terminal import counted, print_table, quoted, typed
 
 _SHOWN = 5  # examples of each reason and of duplicates on the screen
 
@@ -201,7 +201,7 @@ def print_report(
     for name, value in rows.items():
         if value:  # what is not there says nothing
             table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
-    console.print(table)
+    print_table(console, table)
     _print_passed_over(report.passed_over, console)
     _print_rejected(report.rejected, console)
     _print_duplicates(report.duplicates, console)
@@ -232,7 +232,7 @@ def _print_passed_over(passed_over: Sequence[PassedOver], console: Console) -> N
         pictures = f"{kind.pictures:,}" if kind.pictures else ""
         name = kind.extension or "without extension"
         table.add_row(name, f"{kind.files:,}", pictures, _lines(kind.first))
-    console.print(table)
+    print_table(console, table)
 
 
 def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None:
@@ -245,7 +245,7 @@ def _print_rejected(rejected: Sequence[SkippedRecord], console: Console) -> None
         by_reason.setdefault(record.reason, []).append(record.source)
     for reason, sources in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         table.add_row(reason, f"{len(sources):,}", _lines(sources[:_SHOWN]))
-    console.print(table)
+    print_table(console, table)
 
 
 def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> None:
@@ -261,7 +261,7 @@ def _print_duplicates(duplicates: Sequence[Duplicates], console: Console) -> Non
         if groups:
             examples = ["  =  ".join(group.sources[:3]) for group in groups[:_SHOWN]]
             table.add_row(f"{len(groups):,}", labels, _lines(examples))
-    console.print(table)
+    print_table(console, table)
 
 
 def _lines(names: Sequence[str]) -> Text:

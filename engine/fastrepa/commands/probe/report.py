@@ -15,6 +15,7 @@ from fastrepa.commands.probe.data import PIXELS, RANDOM, DataProbe, Measured
 from fastrepa.commands.probe.run import RunProbe
 from fastrepa.commands.probe.similarity import NEIGHBOURS
 from fastrepa.errors import printable
+from fastrepa.runtime.terminal import print_table
 
 STEPS = 8  # columns of the table on the screen
 COLOURS = {"helps": "green", "unclear": "yellow", "no better than raw pixels": "red"}
@@ -70,7 +71,7 @@ def print_run_probe(probe: RunProbe, console: Console) -> None:
             place = Text(f"{block} (aligned)", "bold") if aligned else str(block)
             table.add_row(place, *("-" if math.isnan(row[i]) else f"{row[i]:.3f}"
                                   for i in shown))  # fmt: skip
-        console.print(table)
+        print_table(console, table)
     console.print(
         f"averaged weights, {probe.held_out:,} images at t = {probe.time:g} under the null class, "
         f"pooled tokens; the probe was fitted to {probe.fitted:,} images of the run's own set",
@@ -139,7 +140,7 @@ def print_data_probe(probe: DataProbe, console: Console) -> None:
         if e.pixels.grid not in shown:
             table.add_row(f"   {PIXELS}", *_cells(e.pixels))
         shown.add(e.pixels.grid)
-    console.print(table)
+    print_table(console, table)
     for rank, e in enumerate(probe.encoders, start=1):
         colour = COLOURS[e.verdict]
         verdict = Text(e.verdict, f"bold {colour}")

@@ -21,7 +21,7 @@ from fastrepa.commands.profile.profile import (
 from fastrepa.errors import decoration, writing
 from fastrepa.runtime.files import write_whole
 from fastrepa.runtime.regions import NAMES
-from fastrepa.runtime.terminal import Terminal, say, say_json
+from fastrepa.runtime.terminal import Terminal, print_table, say, say_json
 
 SHOWN = 16  # operations in the table; profile.json has them all
 KERNELS = 2  # of an operation's kernels
@@ -52,10 +52,10 @@ def print_profile(report: ProfileReport, *, as_json: bool = False) -> None:
         f"ceilings measured here: {_rate(c.flops_per_second, 'FLOP')} in matrix products, "
         f"{_rate(c.bytes_per_second, 'B')} copied"
     )
-    console.print(_by_region(report))
-    console.print(_by_part(report))
-    console.print(_by_operation(report))
-    console.print(_gaps(report))
+    print_table(console, _by_region(report))
+    print_table(console, _by_part(report))
+    print_table(console, _by_operation(report))
+    print_table(console, _gaps(report))
     said = findings(report)
     say("what stands out:" if said else "nothing stands out")
     for line in said:
@@ -136,11 +136,9 @@ def _by_operation(report: ProfileReport) -> Table:
 def _operations_table(report: ProfileReport, title: str, *, compared: bool = True) -> Table:
     name = report.profiles[0].kernels
     rivals = report.profiles[1:] if compared else []
-    room = min(42, max(18, Terminal().width - 50 - 21 * len(rivals)))  # that the numbers leave
-    first = Column(name, no_wrap=True, overflow="ellipsis", max_width=room)
-    numbers = _right("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline", no_wrap=not rivals)
+    numbers = _right("calls", "ms", "share", "GFLOP/s", "GB/s", "roofline")
     return Table(
-        first, *numbers, *_right(*_rivals(rivals)), title=title, title_justify="left",
+        name, *numbers, *_right(*_rivals(rivals)), title=title, title_justify="left",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
 
@@ -149,8 +147,8 @@ def _rivals(rivals: Sequence[Profile]) -> list[str]:
     return [heading for p in rivals for heading in (f"{p.kernels}, ms", "speed-up")]
 
 
-def _right(*headings: str, no_wrap: bool = False) -> list[Column]:
-    return [Column(heading, justify="right", no_wrap=no_wrap) for heading in headings]
+def _right(*headings: str) -> list[Column]:
+    return [Column(heading, justify="right") for heading in headings]
 
 
 def _measures(report: ProfileReport, profile: Profile, row: OperationGroup) -> list[str]:

@@ -30,6 +30,7 @@ from fastrepa.data.sheet import (
     save_picture,
 )
 from fastrepa.errors import DataError
+from fastrepa.runtime.terminal import print_table
 
 _PREVIEWED = 3  # channels of a latent that become red, green and blue
 
@@ -97,7 +98,7 @@ def print_shown(report: ShowReport, console: Console) -> None:
     table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in report.summary:
         table.add_row(name, value)
-    console.print(table)
+    print_table(console, table)
     for picture in report.pictures:
         console.print(f"wrote {picture}", soft_wrap=True)
 

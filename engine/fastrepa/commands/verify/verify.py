@@ -20,7 +20,7 @@ from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
 from fastrepa.reading.text import is_address
 from fastrepa.runtime.hardware import usable_cores
-from fastrepa.runtime.terminal import as_json, counted
+from fastrepa.runtime.terminal import as_json, counted, print_table
 
 SHOWN = 50
 """Problems that are printed; the JSON has them all."""
@@ -142,4 +142,4 @@ def print_report(report: VerifyReport, console: Console) -> None:
     table.add_row("seconds", f"{report.seconds:.1f}")
     if not report.quick:
         table.add_row("MB/s", f"{report.num_bytes / 1e6 / max(report.seconds, 1e-9):,.1f}")
-    console.print(table)
+    print_table(console, table)
