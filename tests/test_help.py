@@ -1,7 +1,10 @@
 """Help of every command: readable at any width, with an example that can be typed."""
 
+import io
 import re
 import shlex
+import subprocess
+import sys
 from inspect import cleandoc
 
 import pytest
@@ -9,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fastrepa.cli import app
+from fastrepa.cli.app import loading
 from fastrepa.cli.help import EXAMPLES, PANELS
 from fastrepa.config import load_config
 from tests.command_line import run
@@ -96,3 +100,37 @@ def test_the_shell_completes(typed, completed):
     }  # fmt: skip
     done = CliRunner().invoke(app, [], env=told, prog_name="fastrepa")
     assert done.output.strip() == completed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "nowhere", "."], ["evaluate", ".", "nowhere"], ["probe", "nowhere"],
+        ["convert", "nowhere", "a.pt", "--to", "reference"],
+        ["convert", "run", "nowhere", "--from", "zero"], ["data", "encode", "nowhere"],
+        ["sample", "nowhere"], ["train", "nowhere"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_not_there_is_refused_before_torch_is_loaded(words, tmp_path):
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from fastrepa.cli import app\n"
+        "error = CliRunner().invoke(app, sys.argv[1:]).exception\n"
+        "assert str(error).startswith('nowhere: '), error\n"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=tmp_path)
+
+
+def test_a_terminal_is_told_of_loading_and_nothing_stays(monkeypatch):
+    told = io.StringIO()
+    monkeypatch.setattr("sys.stderr", told)
+    with loading():
+        pass
+    assert told.getvalue() == ""  # no terminal
+    monkeypatch.setattr(told, "isatty", lambda: True, raising=False)
+    with loading():
+        assert told.getvalue() == "loading ..."
+    assert told.getvalue().endswith("\r\033[K")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,9 +15,10 @@ import typer
 
 from fastrepa import __version__
 from fastrepa.cli.help import ReadableCommand, ReadableGroup
-from fastrepa.errors import ConfigError
+from fastrepa.errors import ConfigError, DataError
 from fastrepa.reading.text import address, expanded, is_address
 from fastrepa.runtime.terminal import say
+from fastrepa.runtime.world import stated_rank
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -59,6 +63,28 @@ def _meant(command: str, name: str, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--{name.replace('_', '-')}: {value} is not a finite number")
     return value
+
+
+def require(*paths: Path) -> None:
+    """Raise DataError for the first that is not there, before libraries are loaded for it."""
+    for path in paths:
+        if not os.path.lexists(path):
+            raise DataError(f"{path}: no such file or folder")
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, which takes seconds; nothing is left of it."""
+    shown = sys.stderr.isatty() and stated_rank() == 0
+    if shown:
+        sys.stderr.write("loading ...")
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
 
 
 app = _Commands(

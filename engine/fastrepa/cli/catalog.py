@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import app, key_paths
+from fastrepa.cli.app import app, key_paths, loading
 from fastrepa.errors import ConfigError, shown
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import Terminal, say, say_json
@@ -93,7 +93,8 @@ def encoders(
     ] = None,
 ) -> None:
     """Encoders to align to: input, tokens, where the weights come from, and if they are here."""
-    from fastrepa.commands.catalog import print_encoder, print_encoders
+    with loading():
+        from fastrepa.commands.catalog import print_encoder, print_encoders
 
     if name is None:
         print_encoders(Terminal())
@@ -104,6 +105,7 @@ def encoders(
 @app.command()
 def models() -> None:
     """Generators that are known by name: width, depth, heads, parameters, GFLOPs."""
-    from fastrepa.commands.catalog import print_models
+    with loading():
+        from fastrepa.commands.catalog import print_models
 
     print_models(Terminal())

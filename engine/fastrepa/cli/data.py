@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import ClassesOption, app, data_app
+from fastrepa.cli.app import ClassesOption, app, data_app, loading
 from fastrepa.runtime.terminal import Terminal, say
 
 CodecOption = Annotated[
@@ -186,14 +186,16 @@ def data_encode(
     again. Training then needs neither the autoencoder's encoder (data.latents=cached) nor the
     frozen one (vision.targets=cached).
     """
-    from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
     from fastrepa.data.format.shards import load_manifest
     from fastrepa.errors import DataError
+
+    load_manifest(path)  # a folder that is no set is left as it is
+    with loading():
+        from fastrepa.commands.prepare.encode import encode_columns, encode_settings, print_encoded
     from fastrepa.runtime.ownership import owned_by_rank_0
     from fastrepa.runtime.world import patient_world
 
     settings = encode_settings(codec, codec_weights, cache_features, flip, precision, batch_size)
-    load_manifest(path)  # a folder that is no set is left as it is
     with patient_world() as world, owned_by_rank_0(path, "fastrepa data encode", world, DataError):
         report = encode_columns(path, **settings, replace=replace, world=world)
     if world.is_rank_0:

@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from fastrepa.cli.app import ConfigArgument, OverridesArgument, RunOverridesArgument, app
+from fastrepa.cli.app import (
+    ConfigArgument,
+    OverridesArgument,
+    RunOverridesArgument,
+    app,
+    loading,
+    require,
+)
 from fastrepa.runtime.terminal import say
 
 
@@ -65,9 +72,10 @@ def plan(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
-    from fastrepa.commands.plan.report import print_plan
-    from fastrepa.commands.plan.speed import choose_gpu
+    with loading():
+        from fastrepa.commands.plan.plan import Assumptions, make_plan, parse_gpus
+        from fastrepa.commands.plan.report import print_plan
+        from fastrepa.commands.plan.speed import choose_gpu
 
     hardware = choose_gpu(gpu, tflops=gpu_tflops, memory=gpu_memory, bandwidth=gpu_bandwidth)
     assumptions = Assumptions(
@@ -116,9 +124,10 @@ def profile(
 
     resolved = load_config(config, overrides or [])
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
-    from fastrepa.commands.profile.profile import profile_run
-    from fastrepa.commands.profile.report import print_profile
-    from fastrepa.runtime.world import destroy_world, init_world
+    with loading():
+        from fastrepa.commands.profile.profile import profile_run
+        from fastrepa.commands.profile.report import print_profile
+        from fastrepa.runtime.world import destroy_world, init_world
 
     world = init_world(2 * resolved.survival.stall_seconds)
     try:
@@ -173,9 +182,10 @@ def bench(
     from fastrepa.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from fastrepa.commands.bench.bench import DEFAULT_RIVALS
-    from fastrepa.commands.bench.bench import bench as measure
-    from fastrepa.commands.bench.report import print_bench
+    with loading():
+        from fastrepa.commands.bench.bench import DEFAULT_RIVALS
+        from fastrepa.commands.bench.bench import bench as measure
+        from fastrepa.commands.bench.report import print_bench
 
     folder = out or _beside(config, "bench")
     with _progress("bench", shown=True) as progress:
@@ -225,7 +235,8 @@ def report(
 
     The page needs no network and no other file. Runs that are still going, or were cut off, count.
     """
-    from fastrepa.commands.report.report import write_report
+    with loading():
+        from fastrepa.commands.report.report import write_report
 
     say(write_report(runs, out))
 
@@ -286,8 +297,10 @@ def probe(
     A run: how far each block agrees with the encoder (CKNNA, linear CKA) and what a linear probe
     reads from it, over all checkpoints. Images: every encoder beside random weights and raw pixels.
     """
-    from fastrepa.commands.probe.probe import print_probe
-    from fastrepa.commands.probe.probe import probe as measure
+    require(target)
+    with loading():
+        from fastrepa.commands.probe.probe import print_probe
+        from fastrepa.commands.probe.probe import probe as measure
 
     with _progress("probe", shown=True) as progress:
         probed = measure(
@@ -309,6 +322,7 @@ def probe(
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Versions, devices, which fast paths are available here and what would enable the others."""
-    from fastrepa.commands.doctor import print_doctor
+    with loading():
+        from fastrepa.commands.doctor import print_doctor
 
     print_doctor(as_json=json)

@@ -13,6 +13,8 @@ from fastrepa.cli.app import (
     OverridesArgument,
     RunOverridesArgument,
     app,
+    loading,
+    require,
 )
 from fastrepa.reading.text import expanded
 from fastrepa.runtime.terminal import say, typed
@@ -49,8 +51,10 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
     from fastrepa.runtime.threads import before_torch, others
 
     before_torch(others)
-    from fastrepa.api import run_training
-    from fastrepa.runtime.world import destroy_world
+    with loading():
+        import fastrepa.training.run  # noqa: F401 - which is what takes seconds
+        from fastrepa.api import run_training
+        from fastrepa.runtime.world import destroy_world
 
     words = told_of_folder(config, resolved.run)
     try:
@@ -113,8 +117,9 @@ def sample(
 
     if run.suffix != ".safetensors":  # no run: refused before torch is imported, for seconds
         load_run_config(run_folder(run), overrides or ())
-    from fastrepa.checkpoint.choice import options_of
-    from fastrepa.generation.sample import sample_run
+    with loading():
+        from fastrepa.checkpoint.choice import options_of
+        from fastrepa.generation.sample import sample_run
 
     done = sample_run(
         run,
@@ -204,10 +209,12 @@ def evaluate(
     Settings of a run's images that are left out are the run's own. Only on Inception's features
     are distances called FID and KID.
     """
-    from fastrepa.checkpoint.choice import options_of
-    from fastrepa.commands.evaluate.evaluate import evaluate as measure
-    from fastrepa.commands.evaluate.report import print_evaluation
-    from fastrepa.vision.registry import parse_encoders
+    require(samples, reference)
+    with loading():
+        from fastrepa.checkpoint.choice import options_of
+        from fastrepa.commands.evaluate.evaluate import evaluate as measure
+        from fastrepa.commands.evaluate.report import print_evaluation
+        from fastrepa.vision.registry import parse_encoders
 
     model, _, weights = clip.partition("=")
     brings, colon, folder = model.partition("local-dir:")
@@ -306,11 +313,14 @@ def convert(
             "convert: give one of --to reference|safetensors|zero|diffusers|hub and --from "
             "reference|zero"
         )
-    from fastrepa.checkpoint.choice import parse_step
+    require(*([run] if to is not None else [file] if file is not None else []))
+    with loading():
+        from fastrepa.checkpoint.choice import parse_step
 
     if to == "hub":
-        from fastrepa.commands.convert.card import CardWords
-        from fastrepa.commands.convert.hub import publish
+        with loading():
+            from fastrepa.commands.convert.card import CardWords
+            from fastrepa.commands.convert.hub import publish
 
         if repo is None:
             raise ConfigError("--to hub: give --repo OWNER/NAME")
@@ -333,7 +343,8 @@ def convert(
         )
     if file is None:
         raise ConfigError("convert: name the file or folder, after the run")
-    from fastrepa.commands.convert.exchange import export_run, import_reference
+    with loading():
+        from fastrepa.commands.convert.exchange import export_run, import_reference
 
     if to is not None:
         state = export_run(
