@@ -287,7 +287,7 @@ class Workshop:
         words = without_launcher(words)
         if words == ["make", "quickstart"]:
             recipe = make(words).splitlines()[-1]
-            words = ["fastrepa", *recipe.partition("fastrepa ")[2].split()]
+            words = ["fastrepa", *recipe.partition("fastrepa ")[2].partition(" ||")[0].split()]
         rule = rule_of(words)
         if words[:2] == ["fastrepa", "train"]:
             load_config(words[2], [word for word in words[3:] if not word.startswith("--")])
