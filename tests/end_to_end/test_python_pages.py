@@ -4,9 +4,12 @@ They run in a folder that has what `make quickstart` leaves, in small: a recipe 
 parameters, and a run of it.
 """
 
+import re
+
 import pytest
 
 from fastrepa.config import load_config, save_config
+from fastrepa.reading.text import read_json
 from tests.command_line import kept_world
 from tests.end_to_end.snippets import OF_A_RUN, PAGES, snippets
 from tests.runs import ROOT, SMALL, train
@@ -42,3 +45,15 @@ def test_a_page(studio, page, monkeypatch):
     ]  # fmt: skip
     assert pieces
     run_in(studio, pieces, monkeypatch)
+
+
+def test_the_tour(studio, monkeypatch):
+    notebook = read_json(ROOT / "docs/tour.ipynb")
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    pieces = [(cell["id"], "".join(cell["source"])) for cell in cells]
+    names = run_in(studio, pieces, monkeypatch)
+    assert len(names["lines"]) >= 5
+    prose = "".join(line for cell in notebook["cells"] for line in cell["source"])
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        assert (ROOT / "docs" / target).is_file(), target
