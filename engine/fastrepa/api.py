@@ -312,12 +312,13 @@ def evaluate(
     Raises FastrepaError.
     """
     from fastrepa.commands.evaluate.evaluate import evaluate as measure
+    from fastrepa.data.datasets import located
     from fastrepa.vision.registry import parse_encoders
 
     if isinstance(encoders, str):
         encoders = parse_encoders(encoders, "encoders")
     return measure(
-        Path(samples), Path(reference), metrics=metrics, encoders=encoders,
+        located(samples), located(reference), metrics=metrics, encoders=encoders,
         wanted=_wanted(step, ema, codec_weights, overrides), cfg=guidance, **options,
     )  # fmt: skip
 
@@ -340,9 +341,10 @@ def probe(
     Raises FastrepaError.
     """
     from fastrepa.commands.probe.probe import probe as measure
+    from fastrepa.data.datasets import located
 
     return measure(
-        Path(target), encoders=encoders, out=None if out is None else Path(out),
+        located(target), encoders=encoders, out=None if out is None else Path(out),
         held_out=None if held_out is None else Path(held_out), overrides=_written(overrides),
         **options,
     )  # fmt: skip

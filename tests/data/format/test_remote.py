@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrepa
 from fastrepa.config import DataConfig, config_from_dict, load_config
 from fastrepa.data.datasets import is_data, keep_blocks, open_data
 from fastrepa.data.format import remote
@@ -208,6 +209,10 @@ def test_commands_that_read_sets_take_addresses(
 ) -> None:
     birds.folder = make_set(name="prepared").path
     assert "nothing wrong" in run("data", "verify", birds.address)
+    done = invoke("data", "verify", f"{birds.address}/none")
+    assert "none/manifest.json: not there, so it is no address of" in str(done.exception)
+    with pytest.raises(ConfigError, match="say which to try"):  # it is known for a set
+        fastrepa.probe(birds.address, out=tmp_path)
     run("data", "show", birds.address, "--out", tmp_path)
     assert (tmp_path / "birds_show.png").exists()
     near, far = Gallery(birds.folder), Gallery(remote.remote_path(birds.address))

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from fastrepa.commands.verify.check_reference import plan_reference
 from fastrepa.commands.verify.check_shards import plan_shards, repairs
 from fastrepa.commands.verify.checks import Check, FileProblem, Findings, leftovers, run_checks
-from fastrepa.data.datasets import located
+from fastrepa.data.datasets import is_data, located
 from fastrepa.data.format.reference_layout import IMAGES, LATENTS
 from fastrepa.data.format.shards import MANIFEST
 from fastrepa.errors import DataError
@@ -78,6 +78,8 @@ def verify(
     folder = located(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data set (make one with `fastrepa prepare`)")
+    if is_address(folder) and not is_data(folder):
+        raise DataError(f"{folder / MANIFEST}: not there, so it is no address of a prepared set")
     findings = Findings(notes=leftovers(folder))
     plan: Callable[..., list[Check]]
     layout: Layout
