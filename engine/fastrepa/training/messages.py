@@ -181,6 +181,7 @@ def _next(config: Config, step: int) -> Iterator[tuple[str, Path]]:
     saved, metrics, board = checkpoint_path(run, step), run / "metrics.jsonl", run / "tensorboard"
     guided = " --cfg 3" if config.model.label_dropout else ""
     yield f"{fastrepa} sample {typed(run)} --num 64{guided} --seed 1", saved
+    yield f"{fastrepa} watch {typed(run)}", metrics
     yield f"{fastrepa} report {typed(run)}", metrics
     yield f"{fastrepa} evaluate {typed(run)} {_measured(config)}", saved
     if config.vision.encoders:
