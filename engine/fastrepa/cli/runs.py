@@ -165,8 +165,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="fid, sfid, inception_score, kid, precision, recall, clip_score, and fd_, kd_, "
-            "precision_ or recall_ with an encoder's space (fd_dinov2_vitb14), with commas. "
-            "Default: the encoders', or without any the first six."
+            "precision_ or recall_ with an encoder's space (fd_dinov2_vitb14), or FILE.py:CLASS of "
+            "your own, with commas. Default: the encoders', or without any the first six."
         ),
     ] = None,
     encoders: Annotated[
