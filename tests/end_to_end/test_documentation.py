@@ -182,6 +182,8 @@ RULES = [
     Rule("fastrepa recipes", fastrepa, "as written"),
     Rule("fastrepa plan", fastrepa, "as written"),
     Rule("fastrepa config", fastrepa, "as written"),
+    Rule("fastrepa encoders", fastrepa, "as written"),
+    Rule("fastrepa models", fastrepa, "as written"),
     Rule("fastrepa train quickstart", fastrepa, "a smaller model, 2 steps", QUICKSTART),
     Rule("fastrepa train configs/quickstart.yaml", fastrepa, "a smaller model, 2 steps",
          QUICKSTART),

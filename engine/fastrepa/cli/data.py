@@ -14,7 +14,8 @@ CodecOption = Annotated[
     str | None, typer.Option("--codec", help="sd-vae: also store the latents' mean and deviation.")
 ]
 CodecWeightsOption = Annotated[
-    str | None, typer.Option(help="Of the codec: hub id or local folder; default: sd-vae-ft-mse.")
+    str | None,
+    typer.Option(help="The codec's weights: hub id or local folder; default: sd-vae-ft-mse."),
 ]
 CacheFeaturesOption = Annotated[
     str | None,
@@ -48,7 +49,7 @@ def prepare(
     quality: Annotated[
         int, typer.Option(help="JPEG and WebP quality, 1 to 100; WebP at 100 is lossless.")
     ] = 95,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Processes per rank; default: one per core.")
     ] = None,
@@ -65,8 +66,12 @@ def prepare(
     class_names: Annotated[
         Path | None, typer.Option(help="File that names the classes of a source with numbers.")
     ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of parquet tables.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="The images' column of parquet tables.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The labels' column of parquet tables.")
+    ] = None,
     codec: CodecOption = None,
     codec_weights: CodecWeightsOption = None,
     cache_features: CacheFeaturesOption = None,
@@ -150,7 +155,7 @@ def data_show(
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="Images on the sheet.")] = 48,
     classes: ClassesOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     features: Annotated[
         int, typer.Option(help="Images shown beside their latents and features; 0: no picture.")
     ] = 6,

@@ -41,31 +41,45 @@ def plan(
     ] = None,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Of peak, the generator; default: by model and micro-batch."),
+        typer.Option(
+            help="Share of peak that the generator reaches; default: by model and micro-batch."
+        ),
     ] = None,
-    frozen_efficiency: Annotated[float, typer.Option(help="Of peak, encoders, codec.")] = 0.4,
-    hbm_efficiency: Annotated[float, typer.Option(help="Of HBM bandwidth.")] = 0.8,
-    link_efficiency: Annotated[float, typer.Option(help="Of link bandwidths.")] = 0.8,
+    frozen_efficiency: Annotated[
+        float, typer.Option(help="Share of peak that encoders and codec reach.")
+    ] = 0.4,
+    hbm_efficiency: Annotated[
+        float, typer.Option(help="Share of the memory's bandwidth that is reached.")
+    ] = 0.8,
+    link_efficiency: Annotated[
+        float, typer.Option(help="Share of the links' bandwidths that is reached.")
+    ] = 0.8,
     overlap: Annotated[
         float, typer.Option(help="Share of the compute that can hide communication.")
     ] = 0.8,
     nvlink_gbs: Annotated[
-        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+        float | None,
+        typer.Option(help="NVLink: GB/s per GPU and direction; default: the datasheet's."),
     ] = None,
     network_gbs: Annotated[
-        float | None, typer.Option(help="GB/s per GPU and direction; default: the datasheet's.")
+        float | None,
+        typer.Option(help="Network: GB/s per GPU and direction; default: the datasheet's."),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs that NVLink joins.")] = 8,
     storage_gbs: Annotated[float, typer.Option(help="GB/s that each GPU's ranks read.")] = 0.25,
-    pcie_gbs: Annotated[float, typer.Option(help="Between GPU and host, per direction.")] = 25.0,
-    host_memory_gbs: Annotated[float, typer.Option(help="Of host memory, per GPU.")] = 25.0,
-    nvme_gbs: Annotated[float, typer.Option(help="Of NVMe, per GPU.")] = 1.5,
-    reserve_gb: Annotated[float, typer.Option(help="For CUDA, NCCL and fragmentation.")] = 4.0,
+    pcie_gbs: Annotated[
+        float, typer.Option(help="GB/s between GPU and host, per direction.")
+    ] = 25.0,
+    host_memory_gbs: Annotated[float, typer.Option(help="GB/s of host memory, per GPU.")] = 25.0,
+    nvme_gbs: Annotated[float, typer.Option(help="GB/s of NVMe, per GPU.")] = 1.5,
+    reserve_gb: Annotated[
+        float, typer.Option(help="GB left for CUDA, NCCL and fragmentation.")
+    ] = 4.0,
     image_bytes: Annotated[
-        float | None, typer.Option(help="Of a stored image; default: the data set's mean.")
+        float | None, typer.Option(help="Bytes of a stored image; default: the data set's mean.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Draw it here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the plan as a picture, here.")] = None,
 ) -> None:
     """Memory, time and cost of a recipe on GPUs that are not here, and the way that is advised.
 
@@ -278,16 +292,17 @@ def probe(
         int | None, typer.Option("--num", "-n", help="Images; default: 500, of a run 1000.")
     ] = None,
     time: Annotated[
-        float | None, typer.Option(help="Of a run's noised inputs: 0 data, 1 noise; default: 0.5.")
+        float | None,
+        typer.Option(help="The time of a run's noised inputs: 0 data, 1 noise; default: 0.5."),
     ] = None,
     held_out: Annotated[
         Path | None,
         typer.Option(help="A set the run has not seen; default: validation, beside its own."),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Of a plain folder's images in pixels; default: 256.")
+        int | None, typer.Option(help="Side of a plain folder's images in pixels; default: 256.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of images, and of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of images, and of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 64,
     out: Annotated[
         Path | None, typer.Option(help="Folder; default: RUN/probe, or NAME_probe, here.")

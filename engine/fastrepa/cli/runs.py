@@ -65,7 +65,7 @@ def _train(config: Path, overrides: list[str], dry_run: bool, signals: Any) -> i
 
 StepOption = Annotated[
     str | None,
-    typer.Option(help="Of which step, or best (by training.keep_best); default: the newest."),
+    typer.Option(help="A step, or best (by training.keep_best); default: the newest."),
 ]
 CodecWeightsOption = Annotated[
     Path | None,
@@ -76,7 +76,7 @@ EmaOption = Annotated[
     typer.Option("--ema", help="Another average than the first: 0.999, or sigma_rel=0.05."),
 ]
 SamplePrecisionOption = Annotated[
-    str | None, typer.Option(help="Of the generator: run (as it was trained), fp32, tf32 or bf16.")
+    str | None, typer.Option(help="The generator's: run (as it was trained), fp32, tf32 or bf16.")
 ]
 SampleCompileOption = Annotated[
     str | None, typer.Option(help="The generator under torch.compile: none, blocks or graphs.")
@@ -100,7 +100,7 @@ def sample(
     classes: ClassesOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/generated.")] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write the ADM evaluation file.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 32,
     step: StepOption = None,
     ema: EmaOption = None,
@@ -179,14 +179,16 @@ def evaluate(
         str, typer.Option(help="open_clip's NAME=WEIGHTS (a tag or file), or local-dir:FOLDER.")
     ] = "ViT-L-14=openai",
     num: Annotated[int | None, typer.Option("--num", "-n", help="Images of a run.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Of a run: ode, heun or sde.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="How a run's images are drawn: ode, heun or sde.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Integration steps.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     guidance_low: Annotated[float | None, typer.Option(help="Guide from this time on.")] = None,
     guidance_high: Annotated[float | None, typer.Option(help="Guide up to this time.")] = None,
     precision: SamplePrecisionOption = None,
     compile: SampleCompileOption = None,
-    seed: Annotated[int, typer.Option(help="Of a run's images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of a run's images.")] = 0,
     step: StepOption = None,
     ema: EmaOption = None,
     codec_weights: CodecWeightsOption = None,
@@ -265,7 +267,9 @@ def convert(
             "--from", help="reference (a .pt of REPA's or bare weights) or zero (DeepSpeed's)."
         ),
     ] = None,
-    weights: Annotated[str, typer.Option(help="Of safetensors and diffusers: ema or raw.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(help="What safetensors and diffusers hold: ema or raw.")
+    ] = "ema",
     step: StepOption = None,
     ema: EmaOption = None,
     ema_sigma_rel: Annotated[

@@ -25,6 +25,12 @@ fastrepa config training.clip
 fastrepa config configs/quickstart.yaml
 fastrepa config configs/quickstart.yaml training.optimizer training.optimizer.betas.1=0.95
 ```
+What `vision.encoders` and `model.name` take, with sizes, and which weights are here:
+```bash
+fastrepa encoders
+fastrepa encoders dinov2-vit-b
+fastrepa models
+```
 An editor that knows YAML schemas completes and checks the keys of a file whose first line is
 `# yaml-language-server: $schema=PATH`, with the path of [schema.json](../configs/schema.json) or of
 what `fastrepa config --schema > schema.json` wrote.

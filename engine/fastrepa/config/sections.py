@@ -113,7 +113,7 @@ class EmaConfig(Section):
 
 
 class LossConfig(Section):
-    """A further term of the loss, from a file of one's own; in YAML `FILE.py:FUNCTION` alone has
+    """A further term of the loss, from a file of one's own; in YAML FILE.py:FUNCTION alone has
     the weight 1. docs/extending.md says what it is given.
     """
 
