@@ -247,6 +247,9 @@ def run_training(
 
     words: to say first. signals: what asks for a stop. The group of all ranks stays (collective).
     """
+    from fastrepa.runtime.threads import before_torch, others
+
+    before_torch(others)
     from fastrepa.errors import print_error
     from fastrepa.runtime.determinism import make_deterministic, refusals_by_name
     from fastrepa.runtime.exit_codes import LOST

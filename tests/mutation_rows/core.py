@@ -5,6 +5,8 @@ ALIGNMENT_TESTS = "tests/kernels/test_projector_alignment.py"
 TRAINER_TESTS = "tests/training/test_trainer.py"
 PARITY = "tests/training/test_parity.py"
 TRAINER = "engine/fastrepa/training/trainer.py"
+THREADS = "engine/fastrepa/runtime/threads.py"
+THREADS_TESTS = "tests/runtime/test_threads.py"
 SCHEDULE = "engine/fastrepa/training/schedule.py"
 
 ROWS = (
@@ -229,5 +231,22 @@ ROWS = (
     (
         "backward counted thrice", "engine/fastrepa/model/flops.py",
         "3 * forward - unwanted", "3 * forward", "tests/model/test_flops.py",
+    ),
+    # CPU threads.
+    (
+        "a quota of its own group alone", "engine/fastrepa/runtime/hardware.py",
+        "folders = (below, *below.parents)", "folders = (below,)", THREADS_TESTS,
+    ),
+    (
+        "a trial takes the slowest", THREADS,
+        "if self._tried[count] < BETTER", "if self._tried[count] > BETTER", THREADS_TESTS,
+    ),
+    (
+        "half the rate is not looked at", THREADS,
+        "now > 2 * self._best", "now > 9 * self._best", THREADS_TESTS,
+    ),
+    (
+        "a run forgets its threads", THREADS,
+        'min(recorded, most), "as before"', 'most, "as before"', THREADS_TESTS,
     ),
 )  # fmt: skip
