@@ -92,9 +92,19 @@ def aside(path: Path) -> Iterator[Path]:
     partial = temporary(path)
     try:
         yield partial
+        _mode_by_umask(partial)
         partial.replace(path)
     finally:
         remove(partial)
+
+
+def _mode_by_umask(path: Path) -> None:
+    """Let others read what the umask lets them: safetensors writes for its owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def write_whole(path: Path, data: bytes) -> None:

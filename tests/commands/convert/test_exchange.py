@@ -105,6 +105,9 @@ def test_safetensors_with_what_is_needed_to_use_them(tmp_path, config, weights):
         assert set(read.keys()) == set(expected)
         assert all(torch.equal(read.get_tensor(n), v) for n, v in expected.items())
         about = read.metadata()
+    beside = tmp_path / "anything"
+    beside.touch()
+    assert out.stat().st_mode == beside.stat().st_mode  # safetensors alone keeps others out
     assert (about["weights"], about["step"], about["format"]) == (weights, "7", "pt")
     assert json.loads(about["config"])["model"]["width"] == 48
     assert about["ema"] == "0.995"
