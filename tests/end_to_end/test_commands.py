@@ -126,7 +126,7 @@ def test_prepare_then_train_on_it(tmp_path):
         Image.new("RGB", (70, 90), (20 * i, 100, 200 - 10 * i)).save(folder / f"{i}.jpg")
     shards = tmp_path / "shards"
     out = run("prepare", tmp_path / "photos", shards, "--resolution", 64, cold=True)
-    assert "12 images of 3 classes in 1 shards" in out
+    assert "12 images of 3 classes in 1 shard" in out
     train(tmp_path / "run", f"data.path={shards}", "training.steps=2")
     assert (tmp_path / "run" / "curves.png").exists()
 

@@ -117,7 +117,10 @@ def test_a_table_beside_images_without_folders(tmp_path: Path) -> None:
     for kind in KINDS:
         assert "labels.csv looks like labels" in refused(made(tmp_path / kind, kind, flat))
         bare = made(tmp_path / kind / "bare", kind, pictures("cat.0.png", "dog.0.png"))
-        assert "CLASS/IMAGE" in refused(bare)
+        if kind == "folder":  # which has a name that a class may have
+            assert counts(bare) == {"set": 2}
+        else:
+            assert "CLASS/IMAGE" in refused(bare)
 
 
 NOTES: dict[str, Any] = {

@@ -118,7 +118,7 @@ def test_colours_and_alpha_of_sixteen_bits() -> None:
 
 
 def test_alpha_that_is_multiplied_in(tmp_path: Path) -> None:
-    alpha = np.dstack([np.full((9, 11), 50), np.full((9, 11), 128)]).astype(np.uint8)
+    alpha = np.dstack([*[np.full((9, 11), 50)] * 3, np.full((9, 11), 128)]).astype(np.uint8)
     file = saved(Image.fromarray(alpha), "TIFF")  # unassociated: grey 50 at one half
     assert np.abs(seen(file) - (50 * 128 + 255 * 127) / 255).max() <= 1
     tag = struct.pack("<HHIHH", 338, 3, 1, 2, 0)

@@ -185,7 +185,7 @@ CURVE = {
     "training.global_batch", "training.precision", "training.optimizer.lr",
     "training.optimizer.betas", "training.optimizer.eps", "training.optimizer.weight_decay",
     "training.schedule.name", "training.schedule.warmup", "training.schedule.final",
-    "training.schedule.start", "training.clip",
+    "training.schedule.start", "training.clip", "training.extra_losses",
 }  # fmt: skip
 
 
