@@ -14,7 +14,8 @@ class Served:
     """A folder at an address.
 
     fault: called with (file name, first byte) of every GET; "503", "drop" (the connection ends
-    inside of the body), "403", "whole" (no ranges) or None. asked: (name, first, bytes) of each.
+    inside of the body), "403", "whole" (no ranges, and more to come than anybody could hold) or
+    None. asked: (name, first, bytes) of each.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -56,7 +57,8 @@ def served(folder: Path) -> Iterator[Served]:
             if body:
                 state.asked.append((name, first, len(part)))
             self.send_response(206 if ranged else 200)
-            self.send_header("Content-Length", str(len(part)))
+            size = 10**12 if fault == "whole" else len(part)
+            self.send_header("Content-Length", str(size))
             self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
             self.end_headers()
             if body:

@@ -171,7 +171,11 @@ def test_the_generator_is_as_fast_as_it_was_measured_and_never_faster_than_its_l
 
 
 def test_no_stage_3_where_there_is_room_and_it_gains_little():
-    for row in planned("training.global_batch=256", gpus=(8, 64, 256)).rows:
+    plans = [
+        planned("training.global_batch=256", gpus=(8, 64, 256), gpu=gpu)
+        for gpu in ("h100", choose_gpu("a100", memory=40))
+    ]
+    for row in (row for plan in plans for row in plan.rows):
         assert row.cheapest.sharding.stage <= 1 and row.cheapest.sharding.offload == "none"
         e = row.configured
         assert (e.training != e.memory) == (e.moment == "sampling")
@@ -185,6 +189,7 @@ def test_a_gpu_of_ones_own():
     ours = choose_gpu(None, tflops=362, memory=48, bandwidth=864)
     assert (ours.bf16, ours.memory, ours.hbm) == (362e12, 48e9, 864e9)
     assert ours.nvlink < GPUS["h100"].nvlink
+    assert public_run(choose_gpu("a100", memory=40)) == public_run(GPUS["a100"])
     more = choose_gpu("H100", memory=94)
     assert more == replace(GPUS["h100"], memory=94e9, title=more.title, source=more.source)
     assert choose_gpu(None) == GPUS["h100"] and choose_gpu("b200") == GPUS["b200"]

@@ -121,6 +121,15 @@ def test_pages_are_served_with_their_policy_and_no_file_by_its_path(run, tmp_pat
         assert ask(server, "/", If_None_Match=tag)[0] == 304
         log(run, 4)
         assert ask(server, "/", If_None_Match=tag)[0] == 200
+        (run / "config.yaml").rename(tmp_path / "kept.yaml")
+        (tmp_path / "secret.yaml").write_text("training: {steps: 77}\n")
+        (run / "config.yaml").symlink_to(tmp_path / "secret.yaml")
+        page = ask(server, "/")[2]
+        assert b"waiting: config.yaml is a link that leads out of the run" in page
+        assert b"of 77" not in page
+        (run / "config.yaml").unlink()
+        (tmp_path / "kept.yaml").rename(run / "config.yaml")
+        assert b"4 of 100" in ask(server, "/")[2]
     changed = {p for p in run.rglob("*") if p.stat().st_mtime_ns != before.get(p)}
     assert changed == {run / "metrics.jsonl"}
 
@@ -201,7 +210,10 @@ def wait_for(server, *states):
     raise AssertionError(state)
 
 
-def test_one_drawing_at_a_time_of_an_idle_run(run):
+def test_one_drawing_at_a_time_of_an_idle_run(run, monkeypatch):
+    let_go = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: let_go.append(1))
     go, png = threading.Event(), (run / "samples/step_0000002.png").read_bytes()
 
     def draw(folder, wanted, progress):
@@ -224,6 +236,7 @@ def test_one_drawing_at_a_time_of_an_idle_run(run):
         assert post(server, WANTED | {"seed": 8})[0] == 202
         assert wait_for(server, "failed")["now"]["said"] == "RuntimeError: out of memory"
         assert ask(server, "/drawn/2.png")[0] == 404
+        assert len(let_go) == 2  # what torch kept of a GPU's memory
         with owned(run, "fastrepa train"):
             status, said = post(server)
             assert status == 409 and b"the run is not idle: fastrepa train on " in said

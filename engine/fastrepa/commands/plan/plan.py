@@ -44,6 +44,7 @@ RECOMPUTE = (0, 2, 1)  # those that are advised
 MOST_GPUS = 100_000
 TIE = 1.005  # settings this near to the fastest are as good: the simplest of them is named
 GAIN = 1.25  # stages 2, 3 and offload must gain this over a simpler way: overlap is assumed
+AMPLE = 0.5  # of the GPU's memory: stages 0 and 1 that need no more are advised at any gain
 ROOM = 0.95  # of the GPU's memory: what needs more is advised only where nothing else fits
 DAY = 86_400
 
@@ -342,8 +343,8 @@ def _ways(w: Workload, world: int) -> Iterator[Sharding]:
 
 
 def _advised(ways: Sequence[Estimate], capacity: float) -> Estimate:
-    """Choose, among what fits with memory to spare, stage 0 or 1 unless a higher one is much
-    faster; of the fastest settings there the simplest.
+    """Choose, among what fits with memory to spare, stage 0 or 1 unless these need most of the
+    memory and a higher one is much faster; of the fastest settings there the simplest.
     """
     ways = [e for e in ways if e.total <= ROOM * capacity] or ways
 
@@ -351,6 +352,9 @@ def _advised(ways: Sequence[Estimate], capacity: float) -> Estimate:
         s = e.sharding
         return s.offload != "none", s.offloads_parameters, max(s.stage, 1)
 
+    simple = [e for e in ways if home(e) == (False, False, 1)]
+    if simple and min(simple, key=lambda e: e.seconds).total <= AMPLE * capacity:
+        ways = simple
     fastest = min(e.seconds for e in ways)
     simplest = min(home(e) for e in ways if e.seconds <= fastest * GAIN)
     ways = [e for e in ways if home(e) == simplest]

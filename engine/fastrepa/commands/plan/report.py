@@ -15,8 +15,8 @@ WORDS = (
     "1 x 32: one forward of 32 images on each GPU for a step. Memory is that of a step, part by "
     "part at its highest moment; grids of samples are drawn at another. Communication "
     "under the arithmetic takes no time of its own. MFU: the model's FLOPs, nothing twice, of all "
-    "GPUs' peak. Advised: ZeRO 0 or 1 with memory to spare, unless a higher stage or offload is a "
-    "quarter faster."
+    "GPUs' peak. Advised: ZeRO 0 or 1 with memory to spare, unless they need more than half of it "
+    "and a higher stage or offload is a quarter faster."
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -118,8 +120,17 @@ class Painter:
             png, said, state = b"", worded(str(e).removeprefix("--")), "failed"
             if not isinstance(e, FastrepaError):
                 said = f"{type(e).__name__}: {said}"
+        _let_go_of_gpu()
         with self._lock:
             drawing.png, drawing.said, drawing.state = png, said, state
+
+
+def _let_go_of_gpu() -> None:
+    """Give back the memory that torch keeps for its next tensors: a training may want it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -> tuple[bytes, str]:

@@ -15,10 +15,15 @@ from fastrepa.errors import DataError, printable, worded
 from fastrepa.pages.page import Live, from_template, render, script
 from fastrepa.pages.run_record import RunRecord, read_runs
 from fastrepa.pages.summary import duration, last
+from fastrepa.reading.evaluations import EVALUATIONS
 from fastrepa.reading.text import read_json
 from fastrepa.runtime.ownership import holder
 
 FOLDERS = ("", "samples", "checkpoints", "probe")  # what the page is made of lies here
+FILES = (
+    "config.yaml", "environment.json", "metrics.jsonl", EVALUATIONS, "probe/probe.json",
+    "probe/heat_map.png",
+)  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -51,8 +56,13 @@ class View:
             return self._page
 
     def record(self) -> RunRecord:
-        """Read the run; an empty one, with a note, where there is nothing to read yet."""
+        """Read the run; an empty one, with a note, where there is nothing to read yet, or a link
+        leads out of it.
+        """
         try:
+            for name in FILES:
+                if not self._holds(self.run / name):
+                    raise DataError(f"{name} is a link that leads out of the run")
             return read_runs([self.run])[0]
         except (DataError, OSError) as e:  # not begun, or removed meanwhile
             name = printable(self.run.resolve().name)
@@ -65,11 +75,14 @@ class View:
         """The grid of this step; None where there is none, or a link leads out of the run."""
         path = self.run / "samples" / f"step_{step:07d}.png"
         with suppress(OSError):
-            real = path.resolve(strict=True)
-            if real.is_file() and real.is_relative_to(self.run.resolve()):
-                data = real.read_bytes()
+            if self._holds(path) and path.is_file():
+                data = path.read_bytes()
                 return _body(data) if data.startswith(PNG) else None
         return None
+
+    def _holds(self, path: Path) -> bool:
+        """Tell whether a path ends inside the run, there or not."""
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.run))
 
     def draw_page(self, most: int) -> Body:
         """The page that asks what to draw; `most`: images at once."""

@@ -199,6 +199,7 @@ class _Remote:
         self._lock = threading.RLock()
 
     def use_cache(self, folder: Path, limit: int) -> None:
+        limit = limit if limit >= BLOCK else 0  # or each sample would fetch a block, kept nowhere
         with self._lock:
             known = self._cache
             if known is None or (known.folder, known.limit) != (folder, limit):
@@ -271,11 +272,7 @@ class _Remote:
         def get(system: Any) -> bytes:
             found: bytes = system.cat_file(name, start=offset, end=offset + size)
             if len(found) > size:
-                raise OSError(
-                    errno.ENOTSUP,
-                    "the server gives whole files only, and no byte ranges; take the set from "
-                    "another one, or copy it",
-                )
+                raise _whole_only()
             return found
 
         found = self._patiently(path, get)
@@ -331,11 +328,23 @@ def _connect(protocol: str) -> Any:
             return fsspec.filesystem(protocol, skip_instance_cache=True)
         import aiohttp
 
+        async def before_the_body(session: Any, context: Any, told: Any) -> None:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", told.headers.get("Range", ""))
+            if asked is None or told.response.status != 200:
+                return
+            first, last = map(int, asked.groups())
+            if first or (told.response.content_length or 0) > last + 1:
+                told.response.close()  # all of a file may be more than the memory
+                raise _whole_only()
+
+        looks = aiohttp.TraceConfig()
+        looks.on_request_end.append(before_the_body)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+        session = {"timeout": limits, "trace_configs": [looks]}
         return fsspec.filesystem(
             protocol,
             skip_instance_cache=True,
-            client_kwargs={"timeout": limits, "trust_env": True},  # proxies, ~/.netrc
+            client_kwargs={**session, "trust_env": True},  # proxies, ~/.netrc
             headers={"Accept-Encoding": "identity"},
         )
     except ImportError:
@@ -377,6 +386,14 @@ def problem_of(error: BaseException) -> tuple[int, str, bool]:
         return errno.EIO, words, True
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
     return number, words, number in (errno.ECONNRESET, errno.EPIPE)
+
+
+def _whole_only() -> OSError:
+    return OSError(
+        errno.ENOTSUP,
+        "the server gives whole files only, and no byte ranges; take the set from another one, or "
+        "copy it",
+    )
 
 
 def _only_read(path: Path) -> OSError:
