@@ -234,6 +234,7 @@ def test_assumptions_matter_where_they_should():
         (["--overlap", "nan"], ["--overlap", "nan"]),
         (["--network-gbs", "0"], ["--network-gbs", "above 0"]),
         (["--reserve-gb", "-1"], ["--reserve-gb", "0 or more"]),
+        (["--gpu-tflops", "1e-300"], ["--gpu-tflops", "above 0 (0.001 to 1e9)", "1e-300"]),
         (["--gpu-memory", "48"], ["--gpu-tflops", "without a name", "--gpu NAME"]),
         (["--gpu-bandwidth", "0"], ["--gpu-bandwidth", "above 0"]),
         (["--gpus-per-node", "0"], ["--gpus-per-node", "1 or more"]),

@@ -82,8 +82,8 @@ def choose_gpu(
     """
     given = {"--gpu-tflops": tflops, "--gpu-memory": memory, "--gpu-bandwidth": bandwidth}
     for option, value in given.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{option}: must be above 0, got {value:g}")
+        if value is not None and not 1e-3 <= value <= 1e9:
+            raise ConfigError(f"{option}: must be above 0 (0.001 to 1e9), got {value:g}")
     missing = [option for option, value in given.items() if value is None]
     if missing and len(missing) < len(given) and name is None:
         raise ConfigError(

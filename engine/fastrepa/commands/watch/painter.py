@@ -141,11 +141,15 @@ def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -
     import torch
 
     from fastrepa.checkpoint.choice import NEWEST
-    from fastrepa.checkpoint.identity import trained_classes
-    from fastrepa.data.classes import choose_classes, named
     from fastrepa.generation.generate import BATCH_SIZE, default_labels, generate
-    from fastrepa.generation.loading import load_generator, ready_to_sample, with_settings
+    from fastrepa.generation.loading import (
+        draw_options,
+        load_generator,
+        ready_to_sample,
+        with_settings,
+    )
     from fastrepa.generation.pictures import save_grid
+    from fastrepa.generation.sample import chosen_classes
     from fastrepa.runtime.world import World
     from fastrepa.vision.codec import build_codec
 
@@ -154,14 +158,9 @@ def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -
     asked = {"num": wanted.num, "cfg": wanted.cfg, "steps": wanted.steps}
     info, config = loaded.state, with_settings(loaded.config, asked)
     model = ready_to_sample(loaded.model, config.sample, config.training, world.device)
-    count = config.model.num_classes
-    chosen = trained = trained_classes(info, count)
-    if wanted.classes.strip():
-        chosen = choose_classes([wanted.classes], info.classes, count, say=lambda _: None)
-    for number in chosen:
-        if number not in trained:
-            raise ConfigError(f"classes: {named(info.classes, number)} was never trained")
-    labels = default_labels(wanted.num, count, chosen)
+    asked_for = [wanted.classes] if wanted.classes.strip() else []
+    chosen = chosen_classes(asked_for, info, config, option="classes")
+    labels = default_labels(wanted.num, config.model.num_classes, chosen)
     progress(0.0)
     images = generate(
         model,
@@ -170,11 +169,8 @@ def draw_samples(run: Path, wanted: Wanted, progress: Callable[[float], None]) -
         seed=wanted.seed,
         sample_ids=torch.arange(wanted.num),
         batch_size=min(wanted.num, BATCH_SIZE),
-        sample_config=config.sample,
-        path=config.objective.path,
-        input_shape=(info.channels, info.side, info.side),
-        null_label=count,
         progress=progress,
+        **draw_options(config, info),
     )
     names = [info.classes[c] if c < len(info.classes) else str(c) for c in labels.tolist()]
     with tempfile.TemporaryDirectory() as folder:

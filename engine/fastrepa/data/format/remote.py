@@ -136,7 +136,7 @@ class RangeFiles:
 
 def use_cache(folder: str | None, gigabytes: float) -> None:
     """Keep blocks in a folder, of at most so many 1e9 bytes; None: in the user's cache."""
-    _remote().use_cache(Path(folder) if folder else default_cache(), int(gigabytes * 1e9))
+    _remote().use_cache(Path(folder) if folder else default_cache(), int(min(gigabytes, 1e9) * 1e9))
 
 
 def default_cache() -> Path:
