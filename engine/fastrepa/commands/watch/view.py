@@ -105,7 +105,8 @@ class View:
         for step in record.checkpoints[-1:]:
             path = self.run / "checkpoints" / f"step_{step:07d}" / "state.json"
             with suppress(OSError, DataError, KeyError, TypeError):
-                return [str(name) for name in read_json(path)["classes"]]
+                if self._holds(path):
+                    return [str(name) for name in read_json(path)["classes"]]
         return []
 
 
