@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import fastjsonschema
 import pytest
@@ -163,6 +164,16 @@ def test_config_shows_what_differs_in_a_file_and_in_a_run(tmp_path):
     shown = run("config", tmp_path, "training.optimizer", "training.clip=2").splitlines()
     assert shown[0] == "training.optimizer.lr: 0.002  (default 0.0001)"
     assert f"  run: {tmp_path}" in run("config", tmp_path).splitlines()
+
+
+def test_config_takes_a_recipe_beside_a_folder_of_its_name_and_auto_without_a_warning(
+    tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    said = run("config", "quickstart", "model.num_classes=auto", "model.num_classes")
+    assert said.startswith("model.num_classes: auto  (default 1000)")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

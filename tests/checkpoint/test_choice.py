@@ -114,6 +114,7 @@ def test_an_evaluation_that_was_cut_short_spoils_no_other(tmp_path):
     (["--step", "new"], "--step: 'new' is neither the number of a step nor best"),
     (["--step", "best", "training.keep_best.metric=fid"], "no checkpoint has the metric fid"),
     (["--step", "best", "training.keep_best=null"], r"best is by training\.keep_best, which"),
+    (["model.num_classes=auto"], r"model\.num_classes: auto is for training"),
     (["model.width=48"], r"is \[192\], this model's is \[288\]"),
     (["data.codec={name: sd-vae}", "--codec-weights", "/nowhere"], r"/nowhere"),
     (["sample.step=3"], r"sample\.step: unknown key \(did you mean 'steps'\?\)"),

@@ -31,7 +31,7 @@ V2 = "32 24 0:30 {top} /cg rw,nosuid shared:4 - cgroup2 cgroup2 rw"
 def written(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
+        (root / name).write_text(text + "\n", errors="surrogateescape")
     return root
 
 
@@ -51,6 +51,10 @@ def written(root: Path, files: dict[str, str]) -> Path:
         (V1.format(top="/"), "4:cpu,cpuacct:/a\n0::/",
          {"cg/cpu/a/cpu.cfs_quota_us": "250000", "cg/cpu/a/cpu.cfs_period_us": "100000",
           "cg/cpu/cpu.cfs_quota_us": "-1", "cg/cpu/cpu.cfs_period_us": "100000"}, 2),
+        # A quota that is none, and lines that are not the kernel's.
+        (V2.format(top="/"), "0::/a", {"cg/a/cpu.max": "100000 0"}, 8),
+        (f"31 24\n30 24 0:28 / /caf\udce9 rw - ext4 d rw\n{V2.format(top='/')}", "junk\n0::/a",
+         {"cg/a/cpu.max": "400000 100000"}, 4),
         ("33 24 0:31 / /cg/memory rw - cgroup cgroup rw,memory", "5:memory:/a", {}, 8),
     ],
 )  # fmt: skip

@@ -48,6 +48,8 @@ def config(
         say_json(as_schema(), indent=1)
         return
     from fastrepa.config import load_config, load_run_config
+    from fastrepa.config.loading import SAVED
+    from fastrepa.config.recipes import recipe_file
 
     overrides = [word for word in words or () if "=" in word]
     others = [word for word in words or () if "=" not in word]
@@ -62,7 +64,8 @@ def config(
         print_keys(keys, Terminal())
         return
     path = Path(expanded(sources[0]))
-    load = load_run_config if path.is_dir() else load_config
+    recipe = recipe_file(sources[0]) is not None and not (path / SAVED).is_file()
+    load = load_run_config if path.is_dir() and not recipe else load_config
     print_config(load(path, overrides), str(path), keys, Terminal())
 
 

@@ -6,7 +6,14 @@ import os
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from fastrepa.errors import ConfigError
@@ -58,7 +65,8 @@ BoolOrAuto = Annotated[
 ]
 Recompute = Annotated[int | _NoneOrAuto, _number_or(1, _NoneOrAuto)]
 # A number wherever it is used: data/datasets.py makes one of auto before that.
-ClassCount = Annotated[int, _number_or(1, _Auto)]
+# Written as it is: pydantic would warn of a word.
+ClassCount = Annotated[int, _number_or(1, _Auto), PlainSerializer(lambda count: count)]
 
 
 def _text(value: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrepa.config import Config
+from fastrepa.errors import ConfigError
 from fastrepa.interpolant import velocity_from_data
 from fastrepa.model.operations import FUSED, OPERATIONS, Operations
 from fastrepa.model.projector import Projector, alignment_loss
@@ -309,6 +310,11 @@ class SiT(nn.Module):
         that is still auto keeps nothing.
         """
         m = config.model
+        if m.takes_the_sets_classes:
+            raise ConfigError(
+                "model.num_classes: auto is for training, which knows the set; weights that are "
+                "there have their own number"
+            )
         return cls(
             side=side,
             channels=channels,

@@ -106,19 +106,16 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Cores' worth of time that each cgroup around this process may take, of both versions."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return
-    for mount in mounts:
-        where, _, what = mount.partition(" - ")
-        top, point = where.split()[3:5]
+    groups = [line.split(":", 2) for line in _lines(root / "proc/self/cgroup")]
+    mounts = [line.partition(" - ") for line in _lines(root / "proc/self/mountinfo")]
+    for where, _, what in mounts:
+        if len(fields := where.split()) < 5 or what.count(" ") < 2:
+            continue
+        top, point = fields[3:5]
         kind, _, options = what.split(" ", 2)
         if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
             continue
-        for group in groups:
-            _, controllers, path = group.split(":", 2)
+        for _, controllers, path in (group for group in groups if len(group) == 3):
             if ("cpu" in controllers.split(",")) if kind == "cgroup" else not controllers:
                 # In a container the mount may begin at the group, or the group lie outside of it.
                 inside = PurePosixPath(path)
@@ -128,11 +125,19 @@ def _quotas(root: Path) -> Iterator[float]:
                 yield from (_quota(root / point.lstrip("/") / folder) for folder in folders)
 
 
+def _lines(file: Path) -> list[str]:
+    """The lines of a file of the system, none where it is not; mounts are named by any bytes."""
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError:
+        return []
+
+
 def _quota(group: Path) -> float:
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         with suppress(OSError, ValueError):  # "max" is no number
             quota, period = " ".join((group / name).read_text() for name in names).split()
-            if float(quota) > 0:
+            if float(quota) > 0 and float(period) > 0:
                 return float(quota) / float(period)
     return math.inf
 
