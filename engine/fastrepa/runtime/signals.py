@@ -51,13 +51,11 @@ class StopSignals:
         hung_up = signal.SIGHUP if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else None
         heeded = [number for number in STOP_SIGNALS if number != hung_up]
         self._before = {number: signal.signal(number, self._handle) for number in heeded}
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _signal_at_parents_death(signal.SIGTERM)
+        _at_torchruns_death(signal.SIGTERM)
         return self
 
     def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _signal_at_parents_death(0)
+        _at_torchruns_death(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(e, Stopped) and stated_rank() == 0:
@@ -75,6 +73,7 @@ class StopSignals:
         self.asked = self.asked or number
 
 
-def _signal_at_parents_death(number: int) -> None:
-    if sys.platform == "linux":
+def _at_torchruns_death(number: int) -> None:
+    """Have the kernel send a rank this signal when its launcher dies; 0: none."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
